@@ -1,0 +1,160 @@
+"""Running a model block by block over calibration tokens, with one block of weights and one cached activation.
+
+The model's own forward is what runs, so masks, rotary embeddings, position biases and per-layer attention types are the
+model's own. Blocks that were already passed are replaced, for the time of the pass, by a `_Replay` that hands out
+the cached output; blocks still to come are never reached. A block is run in stages: once per group of layers that
+share an input, stopping just before it, so that every layer is calibrated on what the already quantized layers before it
+really produce (GPTQ's "true sequential" order) at the cost of about two forwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.arch import Block, ModelMap
+from slimtune.calib.stats import STATISTICS
+from slimtune.errors import CalibrationError
+from slimtune.kernels.precision import fast_matmul
+
+
+class _Stop(BaseException):
+    """Leaves a forward pass that has shown what it was run for (not an error, so not an Exception)."""
+
+
+class _Replay(nn.Module):
+    """Stands for a block that was passed: returns its cached output, or the input where a later block's is cached."""
+
+    def __init__(self, stream: CalibrationStream, block: Block, rest: dict[int, tuple[Any, ...] | None]) -> None:
+        super().__init__()
+        self._stream, self._block, self._rest = stream, block, rest
+
+    def forward(self, hidden: Tensor, *args: object, **kwargs: object) -> object:
+        if self._stream.latest.get(self._block.stack) is self._block:
+            hidden = self._stream.cache[self._block.stack][self._stream.batch]
+        rest = self._rest[hidden.shape[0]]
+        return hidden if rest is None else (hidden, *rest)
+
+
+class CalibrationStream:
+    """The calibration tokens on their way through the blocks of a model.
+
+    Use `calibration_stream`, then for every block in order: `collect` each of its stages, and `advance` past it. Memory:
+    one output `[samples, length, hidden]` per stack, and what one micro-batch needs inside one block.
+    """
+
+    def __init__(self, model: nn.Module, tokens: Tensor, batch_size: int) -> None:
+        self._model = model
+        self._batches = tokens.split(batch_size)
+        self._replaced: list[tuple[nn.ModuleList, int, nn.Module]] = []
+        self.batch = 0
+        self.cache: dict[str, list[Tensor]] = {}
+        self.latest: dict[str, Block] = {}
+
+    def collect(self, layer: str, needs: Iterable[str]) -> dict[str, Tensor]:
+        """The statistics named in `needs` of the input of the linear called `layer`, over all tokens."""
+        module = self._model.get_submodule(layer)
+        device = next(module.parameters()).device
+        width = cast(int, module.in_features)
+        statistics = {name: STATISTICS[name](width, device) for name in needs}
+
+        def take(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            for statistic in statistics.values():
+                statistic.update(args[0])
+            raise _Stop
+
+        handle = module.register_forward_pre_hook(take)
+        try:
+            self._run_all()
+        finally:
+            handle.remove()
+        return {name: statistic.result() for name, statistic in statistics.items()}
+
+    def advance(self, block: Block, *, last: bool = False) -> None:
+        """Run `block` as it is now, keep its outputs instead of its inputs, and replace it by a replay.
+
+        `last` says that no later block needs the outputs.
+        """
+        outputs: list[Tensor] = []
+        rest: dict[int, tuple[Any, ...] | None] = {}
+
+        def keep(_: nn.Module, __: tuple[object, ...], output: Tensor | tuple[Any, ...]) -> None:
+            hidden = output if isinstance(output, Tensor) else cast(Tensor, output[0])
+            # What else a block returns (T5: position biases) depends on the batch's shape alone: there is no padding.
+            rest[hidden.shape[0]] = None if isinstance(output, Tensor) else tuple(output[1:])
+            if self.batch < len(previous):
+                previous[self.batch] = hidden  # the input of this batch is not needed again: bounded memory
+            else:
+                outputs.append(hidden)
+            raise _Stop
+
+        previous = self.cache.get(block.stack, [])
+        if not last:
+            handle = self._model.get_submodule(block.name).register_forward_hook(keep)
+            try:
+                self._run_all()
+            finally:
+                handle.remove()
+            self.cache[block.stack] = previous or outputs
+        self.latest[block.stack] = block
+        stack, _, index = block.name.rpartition(".")
+        blocks = cast(nn.ModuleList, self._model.get_submodule(stack))
+        self._replaced.append((blocks, int(index), blocks[int(index)]))
+        blocks[int(index)] = _Replay(self, block, rest)
+
+    def _run_all(self) -> None:
+        for self.batch, tokens in enumerate(self._batches):
+            try:
+                self._model(**model_inputs(self._model, tokens), use_cache=False)
+            except _Stop:
+                continue
+            raise CalibrationError("a calibrated layer was never run by the model's forward pass")
+
+    def restore(self) -> None:
+        """Put every replaced block back."""
+        for blocks, index, block in self._replaced:
+            blocks[index] = block
+        self._replaced.clear()
+
+
+def model_inputs(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
+    """`tokens` (`[batch, length]`) as keyword arguments of `model`.
+
+    An encoder-decoder reads the first half of every window with its encoder and the second half with its decoder.
+    """
+    tokens = tokens.to(next(p.device for p in model.parameters() if p.device.type != "meta"))
+    if not cast(Any, model).config.is_encoder_decoder:
+        return {"input_ids": tokens}
+    half = tokens.shape[1] // 2
+    return {"input_ids": tokens[:, :half], "decoder_input_ids": tokens[:, half : 2 * half]}
+
+
+@contextmanager
+def calibration_stream(
+    model: nn.Module, modelmap: ModelMap, tokens: Tensor, *, batch_size: int = 4
+) -> Iterator[CalibrationStream]:
+    """A `CalibrationStream` of `tokens` (`[samples, length]`, no padding) at the door of the model's first block.
+
+    The model is in evaluation mode inside, without gradients, and all its blocks are back in their places at the end,
+    whatever happens. Raises `CalibrationError` when a token is not in the vocabulary.
+    """
+    vocabulary = max(port.in_features for port in modelmap.ports if port.kind == "embedding")
+    if int(tokens.max()) >= vocabulary:
+        raise CalibrationError(
+            "a calibration token is not in the model's vocabulary",
+            got=int(tokens.max()),
+            wanted=f"below {vocabulary}",
+            remedy="tokenise with the model's own tokenizer",
+        )
+    training = model.training
+    stream = CalibrationStream(model.eval(), tokens, batch_size)
+    try:
+        with torch.no_grad(), fast_matmul():
+            yield stream
+    finally:
+        stream.restore()
+        model.train(training)

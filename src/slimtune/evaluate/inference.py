@@ -1,0 +1,46 @@
+"""What every measurement asks of a model: run it without training it, and within the positions it knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from slimtune.errors import RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@contextmanager
+def inference(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode and no gradients inside the block; afterwards every module is in the mode it was in.
+
+    `torch.no_grad` and not `torch.inference_mode`: a tensor that a module caches in the block may be trained on later.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def require_positions(model: PreTrainedModel, wanted: int, where: str) -> None:
+    """Raise `RecipeError` where `wanted` tokens are more than the model's `max_position_embeddings`.
+
+    A model whose config has no such limit (T5's positions are relative) takes any number.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and wanted > limit:
+        raise RecipeError(
+            "more tokens than the model has positions for",
+            where=where,
+            got=wanted,
+            wanted=f"at most {limit}",
+            remedy="ask for fewer tokens",
+        )

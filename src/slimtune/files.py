@@ -1,0 +1,93 @@
+"""Writing files and folders so that a reader never sees half of one.
+
+Everything is written beside its destination and renamed into place; what stood there before stays until the new one is
+whole. A full disk is reported as one message, and what was half written is removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from slimtune.errors import RecipeError
+
+
+@contextmanager
+def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new folder, written beside `path` and renamed to it when the block ends without an error.
+
+    An existing folder is replaced only at that moment. On any error the half-written folder is removed and the old one
+    stays. Raises `RecipeError` where the disk is full.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    old = path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():  # a kill between the two renames below: the old folder is the last whole one
+        old.rename(path)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        with _disk_full_named(path):
+            yield partial
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A file path to write to; renamed to `path` when the block ends without an error, removed otherwise."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with _disk_full_named(path):
+            yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` (UTF-8) to `path`, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` as indented JSON (no NaN: a non-finite number is an error) to `path`, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def _disk_full_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise disk_full(path) from error
+    except Exception as error:  # reason: safetensors and pyarrow wrap the OS error in classes of their own; re-raised
+        if "No space left on device" not in str(error):
+            raise
+        raise disk_full(path) from error
+
+
+def disk_full(path: Path) -> RecipeError:
+    """The message for a write that found no space."""
+    return RecipeError(
+        "the disk is full",
+        where=str(path),
+        remedy="free some space or choose another --output, then run the same command with --resume",
+    )

@@ -1,0 +1,1 @@
+"""Pure tensor mathematics: no modules, no models, no files."""

@@ -1,0 +1,79 @@
+"""Second moments of a layer's inputs, and the triangular factor that GPTQ walks along.
+
+The proxy Hessian of a linear layer is `H = XᵀX / n` over the calibration tokens at its input (the loss
+`|X(W - Ŵ)ᵀ|²` is a quadratic with that matrix, one row of `W` at a time).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slimtune.errors import CalibrationError, ShapeError
+
+
+class SecondMoment:
+    """A streaming `XᵀX / n`: float32 products added in float64-safe order, one `[features, features]` matrix in memory.
+
+    Only the upper block triangle is computed (the matrix is symmetric) and mirrored once, when it is asked for.
+
+    Example:
+        >>> x = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+        >>> moment = SecondMoment(4)
+        >>> moment.update(x[:3]); moment.update(x[3:])
+        >>> torch.allclose(moment.result(), x.T @ x / 10, atol=1e-6)
+        True
+    """
+
+    def __init__(self, features: int, *, device: torch.device | str = "cpu", tile: int = 384) -> None:
+        self.features = features
+        self.count = 0
+        self._tile = tile
+        self._sum = torch.zeros(features, features, device=device)
+
+    def update(self, x: Tensor) -> None:
+        """Add tokens: `x` is `[..., features]`."""
+        if x.shape[-1] != self.features:
+            raise ShapeError("calibration input has the wrong width", got=x.shape[-1], wanted=self.features)
+        x = x.reshape(-1, self.features).to(torch.float32)
+        self.count += x.shape[0]
+        for start in range(0, self.features, self._tile):
+            stop = min(start + self._tile, self.features)
+            self._sum[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+
+    def result(self) -> Tensor:
+        """`XᵀX / n`, float32 `[features, features]`, symmetric. Raises `CalibrationError` when no token was seen."""
+        if not self.count:
+            raise CalibrationError("no calibration token reached a layer", remedy="give the step some calibration data")
+        upper = torch.triu(self._sum)
+        return (upper + torch.triu(upper, 1).T) / self.count
+
+
+def inverse_cholesky(hessian: Tensor, damp: float = 0.01, attempts: int = 6) -> tuple[Tensor, float]:
+    """The upper `U` with `UᵀU = (H + d·mean(diag H)·I)⁻¹`, in float64, and the `d` that was needed.
+
+    `damp` is the first `d`; it is multiplied by ten whenever the factorisation fails or is not finite, up to `attempts`
+    times. Source: GPTQ (arXiv 2210.17323), step 3, "Cholesky reformulation".
+
+    Raises `CalibrationError` when `hessian` is not finite or no damping makes it positive definite.
+    """
+    if not bool(torch.isfinite(hessian).all()):
+        raise CalibrationError(
+            "the calibration statistics of a layer are not finite",
+            remedy="use dtype: float32, or check the calibration data and the model for NaN",
+        )
+    h = hessian.to(torch.float64)
+    mean = float(h.diagonal().mean())
+    eye = torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
+    for attempt in range(attempts):
+        d = damp * 10.0**attempt
+        lower, failed = torch.linalg.cholesky_ex(h + d * mean * eye)
+        if int(failed) == 0:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if int(failed) == 0 and bool(torch.isfinite(upper).all()):
+                return upper, d
+    raise CalibrationError(
+        "the calibration statistics of a layer are not positive definite",
+        got=f"Cholesky failed up to a damping of {damp * 10.0 ** (attempts - 1):g} of the mean diagonal",
+        remedy="use more calibration samples or a larger damp_percent",
+    )

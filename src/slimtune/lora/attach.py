@@ -1,0 +1,161 @@
+"""LoRA through PEFT, on dense and quantized linears alike (LoRA: arXiv 2106.09685).
+
+PEFT learns about `QuantLinear` by its own extension point, so the adapter that is trained is PEFT's, and so is the file:
+`PeftModel.from_pretrained` loads it on the original 16-bit model without slimtune.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as PeftLoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from slimtune.arch import ModelMap, bind
+from slimtune.errors import FormatError, RecipeError, nearest
+from slimtune.quant.linear import QuantLinear
+
+
+class LoraQuantLinear(PeftLoraLinear):
+    """PEFT's LoRA layer around a `QuantLinear`. It trains and saves as PEFT's own; it cannot merge into packed codes."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Packed codes cannot take a low-rank update: merge with `slimtune.merge`, which makes the base dense first."""
+        if isinstance(self.get_base_layer(), QuantLinear):
+            raise RecipeError(
+                "an adapter cannot be merged into packed weights",
+                remedy="use slimtune.merge (or the recipe step merge: {}), which writes a dense 16-bit model",
+            )
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+
+def add_lora(
+    model: nn.Module,
+    *,
+    r: int = 16,
+    lora_alpha: float = 32,
+    lora_dropout: float = 0.0,
+    target_modules: str | Sequence[str] = "all-linear",
+    use_rslora: bool = False,
+    init_lora_weights: bool | str = True,
+    base_name: str = "",
+    seed: int = 0,
+) -> PeftModel:
+    """Wrap `model` (changed in place) in a `PeftModel` with fresh LoRA factors on the chosen linears.
+
+    Args:
+        model: a Hugging Face model, dense or with `QuantLinear`s, without an adapter.
+        r: rank of the factors.
+        lora_alpha: the update is scaled by `lora_alpha / r` (`/ sqrt(r)` with `use_rslora`).
+        lora_dropout: dropout on the adapter's input.
+        target_modules: `all-linear` (every linear inside the blocks), or names, or one regular expression.
+        use_rslora: rank-stabilised scaling (arXiv 2312.03732).
+        init_lora_weights: PEFT's field: `True` (Kaiming A, zero B) or `"gaussian"`.
+        base_name: what `adapter_config.json` calls the base: the original model, whose users can load the adapter.
+        seed: of the random factors.
+
+    Raises `RecipeError` when a target matches no linear, or the model has an adapter already.
+    """
+    if isinstance(model, PeftModel):
+        raise RecipeError("the model has an adapter already", remedy="merge it before adding another")
+    if r < 1:
+        raise RecipeError("r out of range", got=r, wanted="a positive number")
+    modelmap = bind(model)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=cast(int, lora_alpha),
+        lora_dropout=lora_dropout,
+        target_modules=resolve_targets(modelmap, model, target_modules),
+        use_rslora=use_rslora,
+        init_lora_weights=cast(Any, init_lora_weights),
+        task_type="SEQ_2_SEQ_LM" if cast(Any, model).config.is_encoder_decoder else "CAUSAL_LM",
+    )
+    config.base_model_name_or_path = base_name or cast(Any, model).name_or_path
+    _know_quantized(config)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    name = config.base_model_name_or_path
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        wrapped = cast(PeftModel, get_peft_model(cast(Any, model), config))
+    wrapped.peft_config["default"].base_model_name_or_path = name  # PEFT puts the folder it was loaded from
+    return wrapped
+
+
+def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> PeftModel:
+    """`model` with the stock PEFT adapter in `folder`. Raises `FormatError` when it is not one, or does not fit."""
+    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
+        raise FormatError(
+            "not an adapter folder", where=str(folder), wanted="adapter_config.json and adapter_model.safetensors"
+        )
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+        name = config.base_model_name_or_path
+        _know_quantized(config)
+        wrapped = PeftModel.from_pretrained(cast(Any, model), str(folder), config=config, is_trainable=trainable)
+    except (ValueError, TypeError, RuntimeError, KeyError, OSError) as error:
+        raise FormatError("the adapter does not fit the model", where=str(folder), got=str(error)[:300]) from error
+    wrapped.peft_config["default"].base_model_name_or_path = name
+    return wrapped
+
+
+def resolve_targets(modelmap: ModelMap, model: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """The linears that `targets` names, as the shortest list PEFT understands.
+
+    That is the last components of their names where those name nothing else in the model, full names otherwise (LLaVA's
+    vision tower uses the same words as its language model).
+    """
+    linears = [port.name for port in modelmap.ports if port.kind == "linear"]
+    if targets == "all-linear":
+        chosen = [port.name for port in modelmap.linears]
+    elif isinstance(targets, str):
+        try:
+            chosen = [name for name in linears if re.fullmatch(targets, name)]
+        except re.error as error:
+            raise RecipeError("target_modules is not a regular expression", got=targets, wanted=str(error)) from error
+        if not chosen:
+            raise RecipeError("target_modules matches no linear", got=targets, remedy=f"linears are like {linears[0]}")
+    else:
+        chosen = []
+        for target in targets:
+            matched = [name for name in linears if name == target or name.endswith(f".{target}")]
+            if not matched:
+                words = {name.rsplit(".", 1)[-1] for name in linears}
+                raise RecipeError("no linear has this name", where="target_modules", got=target, remedy=nearest(target, words))
+            chosen.extend(matched)
+    last = sorted({name.rsplit(".", 1)[-1] for name in chosen})
+    named = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in last}
+    return last if named == set(chosen) else sorted(set(chosen))
+
+
+def _know_quantized(config: LoraConfig) -> None:
+    config._register_custom_module({QuantLinear: LoraQuantLinear})
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside a `PeftModel`, or `model` itself where there is no adapter."""
+    return cast(nn.Module, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def plain(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of the model without its adapter, by the names they have there.
+
+    LoRA layers are looked through: `q_proj` is the base layer, and the factors are not listed.
+    """
+    modules: dict[str, nn.Module] = {}
+    hidden: list[str] = []
+    for name, module in base_of(model).named_modules():
+        if any(name.startswith(prefix) for prefix in hidden):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            hidden.append(f"{name}.")
+            modules[name] = cast(nn.Module, module.get_base_layer())
+        else:
+            modules[name] = module
+    return modules

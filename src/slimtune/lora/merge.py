@@ -1,0 +1,35 @@
+"""Folding an adapter into its base: `W + s·BA`, dense, in 16 or 32 bits.
+
+The base of the sum is the *dequantized* base the adapter was trained on, not the original weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from slimtune.errors import RecipeError
+from slimtune.quant.apply import dequantize_
+
+
+def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """The base model of a `PeftModel` with the adapter's update added to its weights, all in `dtype`.
+
+    `model` is consumed: its quantized linears become dense ones. The sums are made in float32 and rounded once to
+    `dtype` (default: the model's own). Raises `RecipeError` when there is no adapter, `FormatError`-free otherwise.
+    """
+    if not isinstance(model, PeftModel):
+        raise RecipeError("there is no adapter to merge", remedy="put the merge step after lora and train")
+    dtype = dtype or cast(torch.dtype, model.dtype)
+    dequantize_(model, torch.float32)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.to(torch.float32)
+    merged = cast(nn.Module, cast(Any, model).merge_and_unload(safe_merge=True))
+    merged.to(dtype)
+    for parameter in merged.parameters():
+        parameter.requires_grad_(True)
+    return merged

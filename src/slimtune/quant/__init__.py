@@ -1,0 +1,12 @@
+"""Weights in few bits: quantizers make them, layouts store them, `QuantLinear` computes and trains with them."""
+
+from slimtune.quant.base import QTensor, Quantizer
+from slimtune.quant.linear import QuantLinear
+from slimtune.quant.optq import Optq
+from slimtune.quant.rtn import Rtn
+from slimtune.tables import Table
+
+QUANTIZERS: Table[type[Quantizer]] = Table("slimtune.quantizers", {"rtn": Rtn, "optq": Optq})
+"""Every quantizer by its recipe name. Adding one: a file in this folder, and a row here."""
+
+__all__ = ["QUANTIZERS", "QTensor", "QuantLinear", "Quantizer"]

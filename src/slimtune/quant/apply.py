@@ -1,0 +1,231 @@
+"""Quantizing the linears of a model in place, block by block.
+
+The only mutation in `quant`: a chosen linear becomes a `QuantLinear`. Which ones, and with what, is one predicate; every
+linear and embedding that is left alone is reported with the reason.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.arch import Block, ModelMap, Port
+from slimtune.calib.capture import CalibrationStream, calibration_stream
+from slimtune.errors import CalibrationError, RecipeError, ShapeError
+from slimtune.kernels.memory import release
+from slimtune.quant.base import QTensor, Quantizer
+from slimtune.quant.linear import QuantLinear
+
+Choose = Callable[[Port], "Quantizer | str"]
+"""Which method a port gets, or the reason why it gets none."""
+
+
+@dataclass(frozen=True)
+class LayerFact:
+    """What quantizing one layer did. `error` is the squared error of its outputs relative to their square (of its
+    weights, where the method used no calibration)."""
+
+    name: str
+    shape: tuple[int, int]
+    bits: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A linear or embedding that was left as it is, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class QuantizeFacts:
+    """What `quantize_` did to a model."""
+
+    layers: tuple[LayerFact, ...]
+    skipped: tuple[Skipped, ...]
+    bits_per_weight: float
+    bytes: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for `report.json`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A finished layer: its port's name, its weight in few bits, and the error that was measured."""
+
+    name: str
+    weight: QTensor
+    error: float
+
+
+class BlockStore(Protocol):
+    """Where finished blocks are kept, so that interrupted work resumes."""
+
+    def load(self, block: Block) -> list[QuantizedLayer] | None:
+        """The quantized layers of `block`, if it was finished before."""
+
+    def save(self, block: Block, layers: list[QuantizedLayer]) -> None:
+        """Keep the quantized layers of `block`."""
+
+
+def all_linear(quantizer: Quantizer, ignore: Sequence[str] = ()) -> Choose:
+    """Every linear inside a decoder or encoder block, except names that match a pattern of `ignore` (`*` wildcards)."""
+
+    def choose(port: Port) -> Quantizer | str:
+        if port.tied_to is not None:
+            return f"tied to {port.tied_to}"
+        if port.kind == "embedding":
+            return "an embedding, not a linear"
+        if port.block is None:
+            return "outside the decoder and encoder blocks"
+        for pattern in ignore:
+            if fnmatch.fnmatchcase(port.name, pattern) or fnmatch.fnmatchcase(port.name.rsplit(".", 1)[-1], pattern):
+                return f"ignored by '{pattern}'"
+        return quantizer
+
+    return choose
+
+
+def quantize_(
+    model: nn.Module,
+    modelmap: ModelMap,
+    choose: Choose,
+    *,
+    tokens: Tensor | None = None,
+    batch_size: int = 4,
+    materialise: Callable[[nn.Module, str], None] | None = None,
+    store: BlockStore | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> QuantizeFacts:
+    """Quantize the chosen linears of `model` in place.
+
+    Args:
+        model: a Hugging Face model; blocks may still be on `meta` when `materialise` is given.
+        modelmap: its map, from `bind`.
+        choose: which method a port gets.
+        tokens: calibration windows `[samples, length]`; needed when a chosen method needs statistics.
+        batch_size: windows that run through a block together.
+        materialise: loads the weights of the block called by the second argument.
+        store: where finished blocks are kept and looked for.
+        progress: called with (finished blocks, all blocks).
+
+    Raises `CalibrationError` when a method needs statistics and there are no tokens, `RecipeError` when nothing is
+    chosen.
+    """
+    start = time.perf_counter()
+    chosen = {port.name: choose(port) for port in modelmap.ports}
+    methods = {name: method for name, method in chosen.items() if not isinstance(method, str)}
+    if not methods:
+        raise RecipeError("there is nothing to quantize", got=", ".join(sorted({str(v) for v in chosen.values()})))
+    needs = frozenset[str]().union(*(method.needs for method in methods.values()))
+    if needs and tokens is None:
+        raise CalibrationError("the quantizer needs calibration data", wanted=", ".join(sorted(needs)))
+    context = (
+        calibration_stream(model, modelmap, tokens, batch_size=batch_size)
+        if needs and tokens is not None
+        else nullcontext(None)
+    )
+    finished: list[QuantizedLayer] = []
+    with torch.no_grad(), context as stream:
+        for number, block in enumerate(modelmap.blocks, start=1):
+            module = model.get_submodule(block.name)
+            if materialise is not None:
+                materialise(module, block.name)
+            layers = store.load(block) if store is not None else None
+            if layers is None:
+                layers = [layer for stage in block.stages for layer in _quantize_stage(module, block, stage, methods, stream)]
+                if store is not None:
+                    store.save(block, layers)
+            else:
+                for layer in layers:
+                    linear = module.get_submodule(_within(block, layer.name))
+                    linear.weight.copy_(layer.weight.dequantize(linear.weight.dtype))  # type: ignore[operator, union-attr]
+            if stream is not None:
+                stream.advance(block, last=number == len(modelmap.blocks))
+            for layer in layers:
+                _replace_(module, _within(block, layer.name), layer.weight)
+            finished.extend(layers)
+            release()
+            if progress is not None:
+                progress(number, len(modelmap.blocks))
+    skipped = tuple(Skipped(name, method) for name, method in chosen.items() if isinstance(method, str))
+    return _facts(finished, skipped, time.perf_counter() - start)
+
+
+def _quantize_stage(
+    module: nn.Module,
+    block: Block,
+    stage: Sequence[Port],
+    methods: dict[str, Quantizer],
+    stream: CalibrationStream | None,
+) -> list[QuantizedLayer]:
+    """Quantize the layers of a block that share one input, and let the block compute with the result from here on."""
+    ports = [port for port in stage if port.name in methods]
+    needs = frozenset[str]().union(*(methods[port.name].needs for port in ports))
+    stats = stream.collect(ports[0].name, needs) if needs and stream is not None else {}
+    layers = []
+    for port in ports:
+        weight = module.get_parameter(_within(block, port.name) + ".weight")
+        quantized = methods[port.name](weight, stats)
+        dense = quantized.dequantize(torch.float32)
+        error = _relative_error(weight.to(torch.float32), dense, stats.get("hessian"))
+        weight.copy_(dense)
+        layers.append(QuantizedLayer(port.name, quantized, error))
+    return layers
+
+
+def _relative_error(weight: Tensor, dense: Tensor, hessian: Tensor | None) -> float:
+    """`tr(D H Dᵀ) / tr(W H Wᵀ)` with `D = Ŵ - W`; `H` is the identity where there is none."""
+    off = dense - weight
+
+    def energy(w: Tensor) -> float:
+        return float(((w if hessian is None else w @ hessian) * w).sum())
+
+    return max(energy(off), 0.0) / max(energy(weight), torch.finfo(torch.float32).tiny)
+
+
+def _replace_(block: nn.Module, path: str, weight: QTensor) -> None:
+    parent, _, leaf = path.rpartition(".")
+    owner = block.get_submodule(parent)
+    linear = owner.get_submodule(leaf)
+    if not isinstance(linear, nn.Linear):
+        raise ShapeError("only a plain linear can be quantized", where=path, got=type(linear).__name__)
+    setattr(owner, leaf, QuantLinear.from_linear(linear, weight))
+
+
+def _within(block: Block, name: str) -> str:
+    return name.removeprefix(block.name + ".")
+
+
+def _facts(layers: list[QuantizedLayer], skipped: tuple[Skipped, ...], seconds: float) -> QuantizeFacts:
+    size = sum(layer.weight.bytes for layer in layers)
+    shapes = [(layer.weight.layout.out_features, layer.weight.layout.in_features) for layer in layers]
+    facts = tuple(
+        LayerFact(layer.name, shape, layer.weight.bits_per_weight, layer.error)
+        for layer, shape in zip(layers, shapes, strict=True)
+    )
+    return QuantizeFacts(facts, skipped, 8 * size / sum(o * i for o, i in shapes), size, seconds)
+
+
+def dequantize_(model: nn.Module, dtype: torch.dtype) -> int:
+    """Turn every `QuantLinear` of `model` into a dense, frozen linear of `dtype`, in place; returns how many there were."""
+    quantized = [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
+    for name in quantized:
+        parent, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        layer = owner.get_submodule(leaf)
+        assert isinstance(layer, QuantLinear)
+        setattr(owner, leaf, layer.to_linear(dtype))
+    return len(quantized)

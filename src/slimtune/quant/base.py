@@ -1,0 +1,69 @@
+"""The two words of quantization: a `QTensor` is a weight in few bits, a `Quantizer` makes one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from slimtune.errors import FormatError
+from slimtune.quant.layouts import Layout
+
+Stats = Mapping[str, Tensor]
+"""What calibration collected for a layer, by the names a quantizer `needs`: `hessian` is float32 `[in, in]`."""
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A weight `[out, in]` in few bits: packed tensors, and the layout that decodes them.
+
+    Raises `FormatError` when a tensor is missing, unexpected, or of another shape or dtype than the layout says: a
+    `QTensor` that exists can be decoded.
+    """
+
+    tensors: dict[str, Tensor]
+    layout: Layout
+
+    def __post_init__(self) -> None:
+        wanted = self.layout.tensors()
+        if set(self.tensors) != set(wanted):
+            raise FormatError("a quantized weight has the wrong tensors", got=sorted(self.tensors), wanted=sorted(wanted))
+        for name, (shape, dtype) in wanted.items():
+            tensor = self.tensors[name]
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                raise FormatError(
+                    "a quantized weight has a wrong tensor",
+                    where=name,
+                    got=f"{tensor.dtype} {list(tensor.shape)}",
+                    wanted=f"{dtype} {list(shape)}",
+                )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight the codes stand for, `dtype [out, in]`."""
+        return self.layout.dequantize(self.tensors, dtype)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all stored tensors: codes, scales and zero points."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits, everything counted, per weight."""
+        return 8 * self.bytes / (self.layout.out_features * self.layout.in_features)
+
+
+class Quantizer(Protocol):
+    """A method that turns one weight into few bits: a frozen dataclass whose fields are its hyper-parameters.
+
+    Calling it is pure and deterministic: `(weight [out, in], stats) -> QTensor`. `needs` names the statistics it wants
+    (keys of `slimtune.calib.stats.STATISTICS`); a quantizer that needs none runs without calibration data.
+    """
+
+    needs: ClassVar[frozenset[str]]
+
+    def __call__(self, weight: Tensor, stats: Stats) -> QTensor:
+        """Quantize `weight` (float `[out, in]`)."""

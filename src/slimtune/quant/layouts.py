@@ -1,0 +1,110 @@
+"""Layouts: how packed tensors become a weight again.
+
+A quantizer chooses codes; a layout says how they are stored and decoded. Many quantizers share one layout, and nothing
+but the layout is needed to run, train, save or export a quantized layer, so a new quantizer in an old layout needs no
+kernel. A layout is a frozen dataclass of plain numbers: it is saved in the model's `config.json` and is all that is
+needed to allocate the tensors before loading them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from slimtune.errors import FormatError, RecipeError
+from slimtune.kernels.reference import dequantize_affine
+from slimtune.linalg.packing import row_bytes
+from slimtune.tables import Table
+
+
+class Layout(Protocol):
+    """What a layout offers. All tensors have dim 0 = out_features, so that a row slice is a valid smaller weight."""
+
+    tag: ClassVar[str]
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight."""
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name, shape and dtype of every stored tensor."""
+
+    def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The weight, `dtype [out_features, in_features]`."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Integer codes on a uniform grid per group of input features: `W = (code - zero) * scale`.
+
+    Scales are bfloat16, so that loading a model in bfloat16, float16 or float32, or sharding it under a mixed-precision
+    policy, never changes a weight; quantizers fit the codes to the rounded scale. Zero points are integers
+    (`symmetric` grids store none and mean `2**(bits - 1)`), as GPTQ and compressed-tensors files need them.
+
+    Example:
+        >>> layout = Affine(out_features=8, in_features=100, bits=3, group_size=64)
+        >>> layout.groups, layout.tensors()["codes"]
+        (2, ((8, 40), torch.uint8))
+    """
+
+    tag: ClassVar[str] = "affine"
+
+    out_features: int
+    in_features: int
+    bits: int
+    group_size: int
+    symmetric: bool = False
+
+    @property
+    def groups(self) -> int:
+        """Groups in a row; the last one is shorter where `group_size` does not divide `in_features`."""
+        return -(-self.in_features // self.group_size)
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name, shape and dtype of every stored tensor."""
+        stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "codes": ((self.out_features, row_bytes(self.in_features, self.bits)), torch.uint8),
+            "scale": ((self.out_features, self.groups), torch.bfloat16),
+        }
+        if not self.symmetric:
+            stored["zero"] = ((self.out_features, self.groups), torch.uint8)
+        return stored
+
+    def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The weight, `dtype [out_features, in_features]`."""
+        return dequantize_affine(
+            tensors["codes"],
+            tensors["scale"],
+            None if self.symmetric else tensors["zero"],
+            bits=self.bits,
+            group_size=self.group_size,
+            in_features=self.in_features,
+            dtype=dtype,
+        )
+
+
+LAYOUTS: Table[type[Layout]] = Table("slimtune.layouts", {"affine": Affine})
+"""Every layout by its tag. A third party's quantizer with a layout of its own registers it beside itself."""
+
+
+def layout_to_dict(layout: Layout) -> dict[str, Any]:
+    """Plain numbers for `config.json`: the tag and every field but the shape, which the model's own config knows."""
+    fields = asdict(layout)  # type: ignore[call-overload]
+    return {"layout": layout.tag, **{k: v for k, v in fields.items() if k not in ("out_features", "in_features")}}
+
+
+def layout_from_dict(facts: Mapping[str, Any], out_features: int, in_features: int) -> Layout:
+    """The layout that `layout_to_dict` described, for a weight of this shape. Raises `FormatError` on anything else."""
+    fields = dict(facts)
+    try:
+        return LAYOUTS[fields.pop("layout", "")](out_features=out_features, in_features=in_features, **fields)
+    except (TypeError, RecipeError) as error:
+        raise FormatError("a quantized layer has an unknown layout", got=dict(facts), wanted=sorted(LAYOUTS)) from error

@@ -1,0 +1,108 @@
+"""`QuantLinear`: a linear layer whose frozen weight is a `QTensor`, trainable through its input (and so through LoRA)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.quant.autograd import DequantizingMatmul
+from slimtune.quant.base import QTensor
+from slimtune.quant.layouts import Layout
+
+
+class QuantLinear(nn.Module):
+    """`y = x Wᵀ + b` with `W` stored in few bits.
+
+    The packed tensors are frozen, contiguous `nn.Parameter`s named as the layout names them, dim 0 = out_features: they
+    appear in `state_dict` as plain tensors and shard under FSDP2 without special code. The layout is plain data on the
+    module. Runs in the dtype of its input (or autocast's), float32, bfloat16 or float16.
+
+    Example:
+        >>> from slimtune.quant.rtn import Rtn
+        >>> linear = nn.Linear(96, 8)
+        >>> q = QuantLinear.from_linear(linear, Rtn(bits=8, group_size=32)(linear.weight.detach(), {}))
+        >>> x = torch.randn(2, 96)
+        >>> bool(torch.allclose(q(x), linear(x), atol=0.02))
+        True
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        bias: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.in_features = layout.in_features
+        self.out_features = layout.out_features
+        self.names = tuple(layout.tensors())
+        for name, (shape, kind) in layout.tensors().items():
+            self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))
+        self.bias = _frozen(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, weight: QTensor) -> QuantLinear:
+        """The quantized twin of `linear`: same bias (frozen, shared), `weight` instead of its weight."""
+        module = cls(weight.layout, bias=False, device="meta")
+        for name, tensor in weight.tensors.items():
+            setattr(module, name, _frozen(tensor.to(linear.weight.device)))
+        if linear.bias is not None:
+            module.bias = _frozen(linear.bias.detach())
+        return module.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` is `[..., in_features]`; returns `[..., out_features]` in the dtype of `x`, or of autocast."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y = DequantizingMatmul.apply(x, self.layout, self.names, *(getattr(self, name) for name in self.names))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The first packed tensor seen as int8: for code that asks a linear for its weight's device or dtype.
+
+        PEFT places new adapters by it and leaves their dtype alone, since int8 is not a float; transformers' T5 does not
+        cast its activations to it. It is not the weight: that is `dequantize()`.
+        """
+        first: Tensor = getattr(self, self.names[0]).detach()
+        return first.view(torch.int8)
+
+    @property
+    def qtensor(self) -> QTensor:
+        """The stored weight."""
+        return QTensor({name: getattr(self, name).detach() for name in self.names}, self.layout)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight the layer computes with, `dtype [out_features, in_features]`."""
+        return self.qtensor.dequantize(dtype)
+
+    def to_linear(self, dtype: torch.dtype) -> nn.Linear:
+        """A dense, frozen twin in `dtype`."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = _frozen(self.dequantize(dtype))
+        if self.bias is not None:
+            linear.bias = _frozen(self.bias.detach().to(dtype))
+        return linear.train(self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        # `model.half()` and the like move packed tensors but never change their dtype: that would change the weight.
+        kept = {name: getattr(self, name).data for name in self.names}
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, _frozen(tensor.to(moved.device)))
+        return self
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, layout={self.layout}"
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.contiguous(), requires_grad=False)

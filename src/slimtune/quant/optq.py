@@ -1,0 +1,114 @@
+"""OPTQ, better known as GPTQ: round one column at a time and let the columns still to come make up for the error.
+
+Source: arXiv 2210.17323. With `U` the upper Cholesky factor of the damped `H⁻¹`, column `j` is rounded to `q`, and
+`(w_j - q) / U_jj` times the rest of row `j` of `U` is subtracted from the columns to its right. Two choices:
+
+* `desc_act`: columns go in the order of falling `diag H`, on grids fixed beforehand from the original weights ("static
+  groups"), so the stored groups stay contiguous and no index is needed to run the model.
+* otherwise columns go left to right and each group's grid is fitted when its turn comes, to the corrected weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from slimtune.errors import RecipeError, ShapeError
+from slimtune.linalg.hessian import inverse_cholesky
+from slimtune.quant.base import QTensor, Stats
+from slimtune.quant.grid import Grid
+from slimtune.quant.rtn import GridKind, affine_qtensor, check_affine, fit_grid, group_width
+
+BLOCK = 128
+"""Columns whose corrections are gathered before the rest of the weight is touched (a speed choice, not a result)."""
+
+
+@dataclass(frozen=True)
+class Optq:
+    """GPTQ in its Cholesky form, with lazy blocks, searched grids and act-order on static groups.
+
+    Example:
+        >>> g = torch.Generator().manual_seed(0)
+        >>> w, x = torch.randn(8, 96, generator=g), torch.randn(500, 96, generator=g) @ torch.randn(96, 96, generator=g)
+        >>> h = x.T @ x / 500
+        >>> loss = lambda q: float(((q.dequantize() - w) @ h * (q.dequantize() - w)).sum())
+        >>> from slimtune.quant.rtn import Rtn
+        >>> loss(Optq(bits=3, group_size=32)(w, {"hessian": h})) < 0.5 * loss(Rtn(bits=3, group_size=32)(w, {}))
+        True
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+
+    bits: int = field(default=4, metadata={"help": "bits of a weight: 2, 3, 4 or 8"})
+    group_size: int = field(default=64, metadata={"help": "input features that share a scale; -1: a whole row"})
+    sym: bool = field(default=False, metadata={"help": "symmetric grid without zero points"})
+    grid: GridKind = field(default="mse", metadata={"help": "mse searches each group's range; minmax takes all of it"})
+    desc_act: bool = field(default=True, metadata={"help": "most active input features first (static groups)"})
+    damp_percent: float = field(default=0.01, metadata={"help": "dampening, a fraction of the Hessian's mean diagonal"})
+
+    def __post_init__(self) -> None:
+        check_affine(self.bits, self.group_size)
+        if not 0 < self.damp_percent < 1:
+            raise RecipeError("damp_percent out of range", got=self.damp_percent, wanted="between 0 and 1")
+
+    def __call__(self, weight: Tensor, stats: Stats) -> QTensor:
+        """Quantize `weight` (float `[out, in]`) given `stats["hessian"]` (`[in, in]`). Float64 weights stay float64."""
+        h = stats["hessian"]
+        rows, columns = weight.shape
+        if tuple(h.shape) != (columns, columns):
+            raise ShapeError("the Hessian does not fit the weight", got=list(h.shape), wanted=[columns, columns])
+        size = group_width(self.group_size, columns)
+        # Transposed, so that a column of the weight is one contiguous row.
+        w = weight.T.to(torch.float64 if weight.dtype == torch.float64 else torch.float32).contiguous()
+        order = torch.argsort(h.diagonal(), descending=True, stable=True) if self.desc_act else None
+        upper, _ = inverse_cholesky(h if order is None else h[order][:, order], self.damp_percent)
+        upper = upper.to(w.dtype)
+        importance = h.diagonal().to(w.dtype)
+        grids: list[Grid] = []
+        if order is not None:
+            for start in range(0, columns, size):
+                grids.append(self._fit(w[start : start + size], importance[start : start + size]))
+            w = w[order]
+
+        def grid_of(column: int) -> Grid:
+            if order is not None:
+                return grids[int(order[column]) // size]
+            if column % size == 0:
+                grids.append(self._fit(w[column : column + size], importance[column : column + size]))
+            return grids[-1]
+
+        codes = torch.empty_like(w)
+        for start, stop in _spans(columns, columns if order is not None else size):
+            errors = torch.empty_like(w[start:stop])
+            for j in range(start, stop):
+                grid = grid_of(j)
+                q = grid.codes(w[j].unsqueeze(1))
+                codes[j] = q.squeeze(1)
+                errors[j - start] = (w[j] - ((q - grid.zero) * grid.scale).squeeze(1)) / upper[j, j]
+                w[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j - start], alpha=-1)
+            w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+        if order is not None:
+            codes = torch.empty_like(codes).index_copy_(0, order, codes)
+        return affine_qtensor(codes.T, grids, self.bits, size, self.sym)
+
+    def _fit(self, columns: Tensor, importance: Tensor) -> Grid:
+        return fit_grid(columns.T, self.bits, self.sym, self.grid, importance)
+
+
+def _spans(columns: int, group: int) -> Iterator[tuple[int, int]]:
+    """Column blocks of at most `BLOCK`, or one group, that never end inside a group they did not begin with.
+
+    So when a group begins inside a block, all of it is inside, and its weights are up to date when its grid is fitted.
+
+    >>> list(_spans(200, 48)), list(_spans(300, 160))
+    ([(0, 96), (96, 192), (192, 200)], [(0, 128), (128, 160), (160, 288), (288, 300)])
+    """
+    step = group * max(1, BLOCK // group)
+    for start in range(0, columns, step):
+        end = min(start + step, columns)
+        for block in range(start, end, BLOCK):
+            yield block, min(block + BLOCK, end)

@@ -1,0 +1,87 @@
+"""Round to nearest: every weight to the closest level of its group's grid. No data, no error feedback."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from slimtune.errors import RecipeError
+from slimtune.linalg.packing import pack
+from slimtune.quant.base import QTensor, Stats
+from slimtune.quant.grid import Grid, minmax_grid, mse_grid
+from slimtune.quant.layouts import Affine
+
+GridKind = Literal["mse", "minmax"]
+AFFINE_BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True)
+class Rtn:
+    """Round to nearest on a uniform grid per group of input features.
+
+    Example:
+        >>> w = torch.randn(8, 96, generator=torch.Generator().manual_seed(0))
+        >>> q = Rtn(bits=4, group_size=32)(w, {})
+        >>> float((q.dequantize() - w).square().mean() / w.square().mean()) < 0.01
+        True
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    bits: int = field(default=4, metadata={"help": "bits of a weight: 2, 3, 4 or 8"})
+    group_size: int = field(default=64, metadata={"help": "input features that share a scale; -1: a whole row"})
+    sym: bool = field(default=False, metadata={"help": "symmetric grid without zero points"})
+    grid: GridKind = field(default="mse", metadata={"help": "mse searches each group's range; minmax takes all of it"})
+
+    def __post_init__(self) -> None:
+        check_affine(self.bits, self.group_size)
+
+    def __call__(self, weight: Tensor, stats: Stats) -> QTensor:
+        """Quantize `weight` (float `[out, in]`); `stats` is not used."""
+        w = weight if weight.dtype == torch.float64 else weight.to(torch.float32)
+        size = group_width(self.group_size, w.shape[1])
+        grids, codes = [], []
+        for start in range(0, w.shape[1], size):
+            part = w[:, start : start + size]
+            grid = fit_grid(part, self.bits, self.sym, self.grid)
+            grids.append(grid)
+            codes.append(grid.codes(part))
+        return affine_qtensor(torch.cat(codes, 1), grids, self.bits, size, self.sym)
+
+
+def check_affine(bits: int, group_size: int) -> None:
+    """Raise `RecipeError` unless the affine layout has this width and group size."""
+    if bits not in AFFINE_BITS:
+        raise RecipeError("bits out of range", where="bits", got=bits, wanted=f"one of {AFFINE_BITS}")
+    if group_size != -1 and group_size < 1:
+        raise RecipeError(
+            "group_size out of range", where="group_size", got=group_size, wanted="a positive number, or -1 for whole rows"
+        )
+
+
+def group_width(group_size: int, in_features: int) -> int:
+    """Columns of a group: -1, or anything wider than the row, means the whole row."""
+    return in_features if group_size == -1 else min(group_size, in_features)
+
+
+def fit_grid(w: Tensor, bits: int, symmetric: bool, kind: GridKind, weight: Tensor | None = None) -> Grid:
+    """The grid of each row of `w` (`[rows, n]`), by the named rule."""
+    if kind == "minmax":
+        return minmax_grid(w, bits, symmetric)
+    return mse_grid(w, bits, symmetric, weight)
+
+
+def affine_qtensor(codes: Tensor, grids: list[Grid], bits: int, group_size: int, symmetric: bool) -> QTensor:
+    """Pack codes (`[out, in]`, whole floats) and the grids of their groups, left to right."""
+    rows, columns = codes.shape
+    layout = Affine(rows, columns, bits, group_size, symmetric)
+    tensors = {
+        "codes": pack(codes.to(torch.uint8), bits),
+        "scale": torch.cat([g.scale for g in grids], 1).to(torch.bfloat16),
+    }
+    if not symmetric:
+        tensors["zero"] = torch.cat([g.zero for g in grids], 1).to(torch.uint8)
+    return QTensor(tensors, layout)

@@ -1,0 +1,1 @@
+"""Training: rows to examples with loss masks, and the loop over them."""
