@@ -60,7 +60,7 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 bench: $(VENV)/smollm2
 	@echo "benchmarks: $(sort $(wildcard benchmarks/*.py))"

@@ -144,7 +144,7 @@ def randomise_(model: PreTrainedModel, seed: int) -> None:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 1:
-            mean = 0.1 if plus_one or name.endswith("bias") else 1.0
+            mean = 0.2 if plus_one or name.endswith("bias") else 1.0
             parameter.copy_(mean + 0.3 * noise)
         elif id(parameter) in embeddings:
             parameter.copy_(0.5 * noise + 0.15)

@@ -1,4 +1,4 @@
-"""The architecture map, checked against what the models themselves say: their modules, their weights, their forwards."""
+"""The architecture map, checked against the models themselves: their modules, weights and forward passes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from pico import AUTO, PICO, VOCAB_SIZE, logits, pico_config, pico_inputs, pico_model, pico_tokenizer, save_pico
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
 
+from pico import AUTO, PICO, VOCAB_SIZE, logits, pico_config, pico_inputs, pico_model, pico_tokenizer, save_pico
 from slimtune.arch import FAMILIES, ModelMap, NormSpec, PortSpec, Space, bind
 from slimtune.errors import ShapeError, UnknownArchitecture
 
@@ -21,20 +21,21 @@ TIED = {
     "llama-tied": {"lm_head": "model.embed_tokens"},
     "gemma2": {"lm_head": "model.embed_tokens"},
     "gemma3": {"lm_head": "model.embed_tokens"},
-    **dict.fromkeys(("opt", "opt-proj", "opt-post"), {"lm_head": "model.decoder.embed_tokens"}),
-    **dict.fromkeys(
-        ("t5", "t5-gated"), {"encoder.embed_tokens": "shared", "decoder.embed_tokens": "shared", "lm_head": "shared"}
-    ),
+    "opt": {"lm_head": "model.decoder.embed_tokens"},
+    "opt-proj": {"lm_head": "model.decoder.embed_tokens"},
+    "opt-post": {"lm_head": "model.decoder.embed_tokens"},
+    "t5": dict.fromkeys(("encoder.embed_tokens", "decoder.embed_tokens", "lm_head"), "shared"),
+    "t5-gated": dict.fromkeys(("encoder.embed_tokens", "decoder.embed_tokens", "lm_head"), "shared"),
 }
 
 
 class Replaced(nn.Module):
-    """What a quantized linear looks like from outside: sizes, a bias, and no weight."""
+    """What a quantized linear looks like from outside: sizes, a bias, and no weight (nor any other parameter)."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
-        self.codes = nn.Parameter(torch.zeros(linear.out_features, 1), requires_grad=False)
+        self.register_buffer("codes", torch.zeros(linear.out_features, 1))
 
 
 def trace(model: nn.Module, modelmap: ModelMap) -> tuple[list[str], dict[str, Tensor], dict[str, Tensor]]:
@@ -88,7 +89,8 @@ def test_sizes_are_those_of_the_weights(name: str) -> None:
         assert port.bias == (port.kind == "linear" and module.bias is not None)
         if Space.FOREIGN not in (port.reads, *port.writes):
             assert shape == (modelmap.sizes[port.reads], sum(modelmap.sizes[space] for space in port.writes))
-    assert (modelmap.sizes[Space.RESIDUAL], modelmap.sizes[Space.FFN], modelmap.sizes[Space.VOCAB]) == (32, 40, VOCAB_SIZE)
+    sizes = {Space.RESIDUAL: 32, Space.FFN: 40, Space.VOCAB: VOCAB_SIZE}
+    assert modelmap.sizes | sizes == modelmap.sizes
     width = 8 if name.startswith("opt") else 12
     grouped = not name.startswith(("opt", "t5"))
     assert (modelmap.heads, modelmap.kv_heads, modelmap.head_dim) == (4, 2 if grouped else 4, width)
@@ -102,7 +104,8 @@ def test_stages_are_the_order_of_a_forward_pass(name: str) -> None:
     place = {name: i for i, name in enumerate(order)}
     for block in modelmap.blocks:
         assert [port for stage in block.stages for port in stage] == list(block.ports)
-        assert set(block.ports) == {p for p in modelmap.ports if p.block == block.index and p.name.startswith(block.name)}
+        assert block.ports == tuple(port for port in modelmap.ports if port.block == block.index)
+        assert all(port.name.startswith(f"{block.name}.") for port in block.ports)
         assert [stage[0].stage for stage in block.stages] == list(range(len(block.stages)))
         for stage, following in zip(block.stages, block.stages[1:], strict=False):
             assert max(place[p.name] for p in stage) < min(place[p.name] for p in following)
@@ -122,11 +125,10 @@ def test_norms_stand_where_the_map_says(name: str) -> None:
     modelmap = bind(model)
     _, inputs, results = trace(model, modelmap)
     for norm in modelmap.norms:
-        for port in modelmap.ports:
-            x, y = direction(results[norm.name]), direction(inputs[port.name].to(torch.float32))
-            same = x.shape == y.shape and torch.allclose(x, y, atol=1e-6)  # T5 scales its outputs before the head
-            if norm.feeds:
-                assert same == (port.name in norm.feeds), (norm.name, port.name)
+        for name, given in inputs.items() if norm.feeds else ():
+            x, y = direction(results[norm.name]), direction(given.float())  # T5 scales its outputs before the head
+            same = x.shape == y.shape and torch.allclose(x, y, atol=1e-6)
+            assert same == (name in norm.feeds), (norm.name, name)
         if norm.follows:
             assert inputs[norm.name].data_ptr() == results[norm.follows].data_ptr()
             assert not norm.feeds
@@ -174,6 +176,14 @@ def test_ties_are_those_of_the_weights_not_of_the_configuration() -> None:
     tied.lm_head.weight = tied.model.embed_tokens.weight
     assert not tied.config.tie_word_embeddings
     assert bind(tied)["lm_head"].tied_to == "model.embed_tokens"
+
+
+def test_one_module_in_several_places_is_a_port_in_each() -> None:
+    model = pico_model("t5")
+    plain = bind(model)
+    model.set_input_embeddings(model.shared)
+    assert model.encoder.embed_tokens is model.decoder.embed_tokens is model.shared
+    assert bind(model) == plain
 
 
 @every_pico
@@ -252,7 +262,11 @@ def test_adapted_and_retrained_modules_outside_the_blocks_have_the_same_map() ->
     model = pico_model("llama")
     plain = bind(model)
     config = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], modules_to_save=["lm_head", "norm"])
-    assert bind(get_peft_model(model, config)) == plain
+    adapted = get_peft_model(model, config)
+    assert bind(adapted) == plain
+    model.model.norm.original_module.weight = nn.Parameter(torch.ones(33))
+    with pytest.raises(ShapeError, match=r"model\.norm has weight 33"):
+        bind(adapted)
 
 
 def test_an_unknown_architecture_is_named() -> None:
@@ -353,13 +367,14 @@ def test_an_unknown_port_is_answered_with_the_nearest() -> None:
 @every_pico
 def test_pico_models_are_reproducible_and_not_degenerate(name: str) -> None:
     one, wide, other = pico_model(name), pico_model(name, dtype=torch.float64), pico_model(name, seed=1)
-    for (key, a), b, c in zip(one.named_parameters(), wide.parameters(), other.parameters(), strict=True):
+    for a, b, c in zip(one.parameters(), wide.parameters(), other.parameters(), strict=True):
         assert torch.equal(a.double(), b)
         assert not torch.equal(a, c)
-        assert a.mean().abs() > 0.01 or key.startswith("model.vision_tower")
         assert a.std() > 0.01
+        assert a.ndim == 1 or a.mean() > 0.01
     assert wide.dtype == torch.float64
-    torch.testing.assert_close(logits(wide, pico_inputs(wide)).float(), logits(one, pico_inputs(one)), atol=1e-3, rtol=1e-3)
+    exact, rounded = logits(wide, pico_inputs(wide)), logits(one, pico_inputs(one))
+    torch.testing.assert_close(rounded, exact.float(), atol=1e-3, rtol=1e-3)
 
 
 def test_a_saved_pico_model_is_a_hugging_face_folder(tmp_path: Path) -> None:
@@ -371,6 +386,7 @@ def test_a_saved_pico_model_is_a_hugging_face_folder(tmp_path: Path) -> None:
     text = "Zwölf  boxkämpfer\n\tjagen\u2009Viktor <|im_end|>"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer) == VOCAB_SIZE
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+    messages = [{"role": "user", "content": "hi"}]
+    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert pico_tokenizer().encode(text) == tokenizer.encode(text)

@@ -5,6 +5,7 @@ it. The samples are joined from pieces: this file obeys the rules too.
 """
 
 import ast
+import functools
 import os
 import re
 import subprocess
@@ -133,19 +134,18 @@ RULES = [
 NAMES = [rule.name for rule in RULES]
 
 
-def texts() -> Iterator[tuple[str, str]]:
+@functools.cache
+def texts() -> list[tuple[str, str]]:
     """Path relative to the root and text of each file that is, or would be, committed."""
     if (ROOT / ".git").exists():
         command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
         listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
         paths = [ROOT / name for name in listed.split("\0") if name]
     else:
-        paths = [p for p in ROOT.rglob("*") if not any(part.startswith(".") for part in p.relative_to(ROOT).parts)]
-    for path in sorted(paths):
-        if path.is_file():
-            data = path.read_bytes()
-            if b"\0" not in data:
-                yield path.relative_to(ROOT).as_posix(), data.decode("utf-8")
+        made = re.compile(r"^(\.(?!ci/)|(runs|build|dist)/)")
+        paths = [p for p in ROOT.rglob("*") if not made.search(p.relative_to(ROOT).as_posix())]
+    data = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in sorted(paths) if path.is_file()}
+    return [(path, text.decode("utf-8", errors="replace")) for path, text in data.items() if b"\0" not in text]
 
 
 def offences(rule: Rule, path: str, text: str) -> list[str]:

@@ -125,7 +125,7 @@ def test_refuses_what_cannot_be_measured() -> None:
         perplexity(model, text(1), length=8)
     with pytest.raises(CalibrationError, match=f"got: +{VOCABULARY}"):
         perplexity(model, torch.tensor([1, VOCABULARY]), length=8)
-    with pytest.raises(CalibrationError, match="got: +-1"):
+    with pytest.raises(CalibrationError, match=r"got: +-1"):
         perplexity(model, torch.tensor([1, -1]), length=8)
     with pytest.raises(ShapeError, match="one sequence"):
         perplexity(model, text(40)[None], length=8)

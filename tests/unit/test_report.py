@@ -1,0 +1,381 @@
+"""The report page and the comparison of runs, on run folders made by hand."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from slimtune.errors import FormatError
+from slimtune.recipe.page import Page, Section, duration, number, size, words, write_page
+from slimtune.recipe.plots import Series, error_plot, loss_plot, place
+from slimtune.recipe.record import Curve, read_curves
+from slimtune.recipe.report import compare, print_comparison, read_report, write_comparison_html, write_html
+
+HOSTILE = "</title></pre><script>alert('$x^{')</script><img src=\"http://evil.example/a.png\">"
+
+
+def step(name: str, seconds: float = 2.0, peak: int | None = 1_000_000_000, **facts: Any) -> dict[str, Any]:
+    return {"step": name, "seconds": seconds, "peak_rss_bytes": peak, "peak_device_bytes": None, "facts": facts}
+
+
+def perplexity(after: int, value: float, length: int = 512) -> dict[str, Any]:
+    return {"after_step": after, "name": "wikitext2_perplexity", "value": value, "tokens": 289077, "length": length}
+
+
+LAYERS = [
+    {"name": f"model.layers.{block}.{kind}", "bits": 4, "shape": [8, 8], "error": 0.01 * (block + 1) * weight}
+    for block in range(3)
+    for kind, weight in (("mlp.wide", 1.0), ("attn.narrow", 2.0))
+]
+SKIPPED = [{"name": "head", "reason": "tied to the embedding"}]
+REPORT: dict[str, Any] = {
+    "slimtune": "0.1.0",
+    "recipe": {"name": "first try", "model": "tiny-llama", "seed": 0, "steps": [{"evaluate": {}}]},
+    "environment": {"python": "3.11.2", "cores": 2, "memory_bytes": 16_000_000_000},
+    "steps": [
+        step("evaluate"),
+        step("quantize", 187.6, method="optq", bits=4, group_size=64, layers=LAYERS, skipped=SKIPPED),
+        step("evaluate"),
+        step("lora", r=16, trainable_parameters=4_884_480),
+        step("train", 905.0, 3_420_000_000, steps=40, sample="<|user|>\nhello & goodbye"),
+        step("evaluate"),
+    ],
+    "metrics": [
+        *(perplexity(i, value) for i, value in ((0, 28.714), (2, 31.204), (5, 29.4))),
+        *({"after_step": i, "name": "bytes", "value": v} for i, v in ((0, 538_060_672), (2, 180_112_384))),
+    ],
+    "model": {"parameters": 134_515_008, "bytes": 180_112_384, "bits_per_weight": 4.375},
+    "plan": {"steps": [{"step": "evaluate"}, {"step": "quantize", "memory_bytes": 1_700_000_000}]},
+}
+LOSSES = [4.0 - 0.05 * k for k in range(1, 41)]
+
+
+def write_run(folder: Path, report: dict[str, Any] = REPORT, losses: list[float] = LOSSES, every: int = 1) -> Path:
+    folder.mkdir()
+    (folder / "report.json").write_text(json.dumps(report))
+    lines = [json.dumps({"step": every * k, "loss": loss}) + "\n" for k, loss in enumerate(losses, 1)]
+    if losses:
+        (folder / "train_log.jsonl").write_text("".join(lines))
+    return folder
+
+
+def changed(**keys: Any) -> dict[str, Any]:
+    return copy.deepcopy(REPORT) | keys
+
+
+class Tags(HTMLParser):
+    """Every tag, every attribute and the text between tags of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def page_of(run: Path) -> Tags:
+    return Tags(write_html(run).read_text(encoding="utf-8"))
+
+
+# The page of one run
+
+
+def test_page_tells_the_numbers(tmp_path: Path) -> None:
+    text = page_of(write_run(tmp_path / "run")).text
+    for told in ("first try", "quantized to 4 bits with optq in groups of 64", "28.71", "31.20", "29.40", "+8.7 %"):
+        assert told in text
+    assert "model size 538.1 MB at the start, 180.1 MB after quantize" in text
+    for told in (
+        "after train",
+        "3.42 GB",
+        "1.70 GB",
+        "15 min 5 s",
+        "4.375",
+        "4,884,480",
+        "289,077 tokens",
+        "6 at 4 bits",
+    ):
+        assert told in text
+    for told in ("hello & goodbye", "tied to the embedding", "16.00 GB", "seed: 0", "model.layers.2.attn.narrow"):
+        assert told in text
+
+
+def test_page_loads_nothing(tmp_path: Path) -> None:
+    path = write_html(write_run(tmp_path / "run"))
+    page = path.read_text(encoding="utf-8")
+    assert sorted(p.name for p in path.parent.iterdir()) == ["report.html", "report.json", "train_log.jsonl"]
+    assert "://" not in page and "@import" not in page
+    tags = Tags(page)
+    assert tags.tags.count("svg") == 2
+    assert not {"script", "link", "img", "iframe", "object", "embed"} & set(tags.tags)
+    for name, value in tags.attributes:
+        assert name not in ("src", "srcset", "data") and not name.startswith("on")
+        assert not name.endswith("href") or (value or "").startswith("#")
+
+
+def test_ids_are_unique_and_references_resolve(tmp_path: Path) -> None:
+    tags = page_of(write_run(tmp_path / "run"))
+    ids = [value for name, value in tags.attributes if name == "id"]
+    used = {v[1:] for name, v in tags.attributes if v and name.endswith("href")}
+    used |= {m for _, v in tags.attributes for m in re.findall(r"url\(#([^)]*)\)", v or "")}
+    assert len(ids) == len(set(ids)) > 0
+    assert used and used <= set(ids)
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    layers = [{"name": f"model.layers.0.{HOSTILE.replace('.', '')}\x07", "error": 0.1, "bits": 4}]
+    steps = [step("quantize", method=HOSTILE, layers=layers, skipped=[{"name": HOSTILE, "reason": HOSTILE}])]
+    steps += [step(HOSTILE, note=HOSTILE), step("train", sample=HOSTILE)]
+    metrics = [{"after_step": 1, "name": HOSTILE, "value": 1.0}]
+    recipe = {"name": HOSTILE, "model": HOSTILE}
+    report = changed(recipe=recipe, steps=steps, metrics=metrics, environment={HOSTILE: HOSTILE}, slimtune=HOSTILE)
+    run = write_run(tmp_path / "run", report)
+    tags = page_of(run)
+    assert not {"script", "img"} & set(tags.tags)
+    assert tags.tags.count("svg") == 2
+    assert tags.text.count(HOSTILE) > 8
+    comparison = compare([run, run])
+    assert not {"script", "img"} & set(Tags(write_comparison_html(comparison, tmp_path / "c.html").read_text()).tags)
+
+
+@pytest.mark.parametrize("kept", [[], ["evaluate"], ["evaluate", "quantize"], ["lora", "train"], ["train"]])
+def test_page_without_some_steps(tmp_path: Path, kept: list[str]) -> None:
+    steps = [step(name) for name in kept]  # and without any facts
+    report = changed(steps=steps, metrics=[], model={}, plan=None, recipe={}, environment={})
+    run = write_run(tmp_path / "run", report, LOSSES if "train" in kept else [])
+    tags = page_of(run)
+    assert ("Training" in tags.text) == ("train" in kept)
+    assert tags.tags.count("svg") == ("train" in kept)
+    assert "Time and memory" in tags.text or not kept
+    assert "Before and after" not in tags.text
+    assert "nan" not in tags.text and "None" not in tags.text
+
+
+def test_two_trainings_give_two_plots(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", changed(steps=[step("train"), step("train")], metrics=[]), [])
+    lines = [{"step": k, "loss": 3.0, "train": train} for train in (0, 1) for k in (1, 2)]
+    (run / "train_log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    tags = page_of(run)
+    assert tags.tags.count("svg") == 2
+    assert "Training (step 1)" in tags.text and "Training (step 2)" in tags.text
+
+
+def test_two_measurements_after_the_same_step_are_told_apart(tmp_path: Path) -> None:
+    report = changed(metrics=[perplexity(0, 20.0), perplexity(2, 30.0), perplexity(3, 40.0), perplexity(5, 25.0)])
+    report["steps"][3] = step("evaluate")
+    text = page_of(write_run(tmp_path / "run", report)).text
+    assert "after quantize (step 3)" in text and "after quantize (step 4)" in text
+
+
+def test_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    first = write_html(run).read_bytes()
+    assert write_html(run / "report.json").read_bytes() == first
+
+
+# What is read
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "where"),
+    [
+        (["steps"], None, "steps"),
+        (["steps"], {}, "steps"),
+        (["steps", 1, "seconds"], "long", "steps[1].seconds"),
+        (["steps", 1, "facts"], [], "steps[1].facts"),
+        (["steps", 1, "facts", "layers"], {}, "steps[1].facts.layers"),
+        (["steps", 1, "facts", "layers", 0, "error"], "0.1", "steps[1].facts.layers[0].error"),
+        (["steps", 4, "facts", "sample"], 3, "steps[4].facts.sample"),
+        (["metrics", 0, "name"], 3, "metrics[0].name"),
+        (["metrics", 0, "value"], True, "metrics[0].value"),
+        (["metrics", 0, "after_step"], 6, "metrics[0].after_step"),
+        (["metrics", 0, "after_step"], -1, "metrics[0].after_step"),
+        (["model"], 7, "model"),
+        (["plan", "steps"], 7, "plan.steps"),
+    ],
+)
+def test_malformed_key_is_named(tmp_path: Path, path: list[Any], value: Any, where: str) -> None:
+    report = copy.deepcopy(REPORT)
+    inner = report
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    with pytest.raises(FormatError, match=re.escape(f"report.json: {where}\n")):
+        read_report(write_run(tmp_path / "run", report))
+
+
+@pytest.mark.parametrize("key", ["slimtune", "recipe", "environment", "steps", "metrics", "model"])
+def test_missing_key_is_named(tmp_path: Path, key: str) -> None:
+    report = {k: v for k, v in REPORT.items() if k != key}
+    with pytest.raises(FormatError, match=f"report.json: {key}\n"):
+        read_report(write_run(tmp_path / "run", report))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", "[" * 100_000, '{"slimtune": "\\ud800"}', "9" * 400, "\xff"])
+def test_not_a_report(tmp_path: Path, text: str) -> None:
+    (tmp_path / "report.json").write_text(text, encoding="latin-1")
+    with pytest.raises(FormatError, match=r"report\.json"):
+        write_html(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_missing_report(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="no report here"):
+        read_report(tmp_path / "nowhere")
+
+
+def test_log_of_a_resumed_run(tmp_path: Path) -> None:
+    lines = ['{"step": 1, "loss": 3.0}', '{"step": 2, "loss": 9.0}', '{"step": 2, "loss": 2.0, "eval_loss": 2.5}']
+    lines += ['{"step": 3, "loss": NaN}', '{"step": 4, "lo']
+    (tmp_path / "train_log.jsonl").write_text("\n".join(lines))
+    assert read_curves(tmp_path) == [Curve({1: 3.0, 2: 2.0}, {2: 2.5})]
+
+
+@pytest.mark.parametrize("line", ['{"step": 1, "lo', '{"loss": 1.0}', '{"step": 1, "loss": "2"}', "[]"])
+def test_malformed_log_line_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "train_log.jsonl").write_text('{"step": 1, "loss": 3.0}\n' + line + '\n{"step": 2}\n')
+    with pytest.raises(FormatError, match=r"train_log.jsonl: line 2"):
+        read_curves(tmp_path)
+
+
+# Several runs
+
+
+def row(comparison: Any, name: str) -> list[float | None]:
+    return next(list(r.values) for r in comparison.table if r.name == name)
+
+
+def test_smoothed_loss_is_the_weighted_mean_of_the_past() -> None:
+    losses = {1: 4.0, 2: 1.0, 5: 3.0}
+    for step, smooth in Curve(losses, {}).smoothed(2.0).items():
+        # each loss stands for the steps since the one before it
+        weights, last = {}, 0
+        for s in (s for s in losses if s <= step):
+            weights[s] = sum(math.exp(-(step - k) / 2.0) for k in range(last + 1, s + 1))
+            last = s
+        assert smooth == pytest.approx(sum(weights[s] * losses[s] for s in weights) / sum(weights.values()))
+
+
+def test_steps_to_the_first_runs_final_loss(tmp_path: Path) -> None:
+    twice = [4.0 - 0.10 * k for k in range(1, 41)]  # falls twice as fast, so it is there in half the steps
+    runs = [write_run(tmp_path / "slow"), write_run(tmp_path / "fast", losses=twice)]
+    runs += [write_run(tmp_path / "stuck", losses=[4.0] * 40), write_run(tmp_path / "untrained", losses=[])]
+    comparison = compare(runs)
+    slow, fast, stuck, untrained = row(comparison, "steps_to_target")
+    assert comparison.span == 2.0
+    assert slow == 40 and stuck is None and untrained is None
+    reached = [k for k, loss in Curve(dict(enumerate(twice, 1)), {}).smoothed(2.0).items() if loss <= comparison.target]
+    assert fast == reached[0] and 20 <= fast <= 22
+    assert row(comparison, "final_smoothed_loss")[0] == comparison.target == pytest.approx(2.0, abs=0.15)
+
+
+def test_logging_more_rarely_does_not_change_what_a_step_is(tmp_path: Path) -> None:
+    rare = [4.0 - 0.05 * k for k in range(4, 41, 4)]
+    slow, seldom = row(
+        compare([write_run(tmp_path / "a"), write_run(tmp_path / "b", losses=rare, every=4)]), "steps_to_target"
+    )
+    assert (slow, seldom) == (40, 40)
+
+
+def test_comparison_takes_last_values_and_costs(tmp_path: Path) -> None:
+    better = changed(metrics=[perplexity(0, 28.714), perplexity(5, 24.5)], model={"bytes": 90_000_000})
+    better["recipe"]["seed"] = 1
+    comparison = compare([write_run(tmp_path / "a"), write_run(tmp_path / "b", better)])
+    assert comparison.runs == ["a", "b"]
+    assert row(comparison, "wikitext2_perplexity") == [29.4, 24.5]
+    assert row(comparison, "bytes") == [180_112_384, 90_000_000]
+    assert row(comparison, "bits_per_weight") == [4.375, None]
+    assert row(comparison, "seconds") == [pytest.approx(1100.6)] * 2
+    assert row(comparison, "peak_rss_bytes") == [3_420_000_000] * 2
+    assert comparison.differences == {"seed": [0, 1]}
+    text = comparison.to_text(120)
+    assert "24.50 (-16.7 %)" in text and "3.42 GB" in text and max(map(len, text.splitlines())) <= 120
+    page = Tags(write_comparison_html(comparison, tmp_path / "out" / "c.html").read_text())
+    assert "24.50" in page.text and page.tags.count("svg") == 1 and "://" not in page.text
+
+
+def test_perplexities_of_different_windows_are_marked(tmp_path: Path) -> None:
+    other = changed(metrics=[perplexity(5, 20.0, length=2048)])
+    comparison = compare([write_run(tmp_path / "a"), write_run(tmp_path / "b", other)])
+    notes = {r.name: r.note for r in comparison.table}
+    assert "different" in notes["wikitext2_perplexity"] and not notes["bytes"]
+
+
+def test_comparison_as_json_has_no_nan(tmp_path: Path) -> None:
+    diverged = changed(metrics=[perplexity(5, math.inf)])
+    comparison = compare([write_run(tmp_path / "a"), write_run(tmp_path / "b", diverged)])
+    told = json.loads(json.dumps(comparison.to_json(), allow_nan=False))
+    values = {r["name"]: r["values"] for r in told["table"]}
+    assert values["wikitext2_perplexity"] == [29.4, None]
+    assert told["target"]["smoothing_steps"] == 2.0
+
+
+def test_runs_of_one_name_are_told_apart_and_markup_is_text(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir(), (tmp_path / "y").mkdir()
+    comparison = compare([write_run(tmp_path / "x" / "[red]run"), write_run(tmp_path / "y" / "[red]run")])
+    assert comparison.runs == ["x/[red]run", "y/[red]run"]
+    console = Console(file=io.StringIO(), width=160)
+    with console.capture() as capture:
+        print_comparison(comparison, console)
+    assert "x/[red]run" in capture.get()
+
+
+# Pages and plots
+
+
+def test_numbers_for_people() -> None:
+    assert [number(v) for v in (0, 4.375, 1234567, 12345.6, 2e-4)] == ["0", "4.375", "1,234,567", "12,346", "0.0002"]
+    assert [size(v) for v in (999, 1000, 538_060_672, 3_420_000_000)] == ["999 bytes", "1.0 kB", "538.1 MB", "3.42 GB"]
+    assert [duration(v) for v in (0.25, 59.9, 61, 7384)] == ["0.25 s", "59.9 s", "1 min 1 s", "2 h 3 min"]
+    assert words("x", list(range(20))).endswith("10, 11, and 8 more")
+    assert words("x", math.nan) == words("seconds", math.nan).removesuffix(" s") == words("bytes", math.nan) == "nan"
+
+
+def test_empty_sections_are_left_out(tmp_path: Path) -> None:
+    page = Page("title", "", "", [], [Section("gone", note="a note"), Section("here", text="text")], "0")
+    text = Tags(write_page(tmp_path / "page.html", page).read_text()).text
+    assert "here" in text and "gone" not in text
+
+
+def test_error_plot_groups_by_block_and_kind() -> None:
+    assert place("encoder.block.3.layer.0.wide") == ("encoder.block", 3, "wide")
+    assert place("3.wide") == ("", 3, "wide")
+    svg = error_plot("e", {"encoder.block.0.wide": 0.1, "decoder.block.0.wide": 0.2, "decoder.block.1.deep": 0.2})
+    assert svg is not None and re.findall(r"block of (\w+)", svg) == ["encoder", "decoder"]
+    assert svg.count(">wide<") == 2 and svg.count(">deep<") == 1
+    assert error_plot("e", {"head": 0.1, "model.layers.0.wide": 0.0}) is None
+
+
+def test_one_spike_does_not_flatten_the_loss_plot() -> None:
+    steps = list(range(200))
+    calm = loss_plot("a", [Series("loss", steps, [1e4 if s == 7 else 2.0 + s / 200 for s in steps], "faint")])
+    assert ">2.5<" in calm or ">2.4<" in calm
+
+
+def test_plots_ignore_the_users_matplotlib_settings() -> None:
+    import matplotlib
+
+    series = [Series("loss", [1, 2], [3.0, 2.0])]
+    plain = loss_plot("a", series)
+    with matplotlib.rc_context(
+        {"axes.facecolor": "red", "lines.linewidth": 9, "font.size": 30, "svg.fonttype": "path"}
+    ):
+        assert loss_plot("a", series) == plain
+        assert matplotlib.rcParams["font.size"] == 30

@@ -1,6 +1,6 @@
 """Speed: what is fed to the model, and what is counted."""
 
-import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from slimtune.errors import RecipeError
+from slimtune.evaluate import speed as module
 from slimtune.evaluate.speed import speed
 
 VOCABULARY, POSITIONS = 37, 24
@@ -86,7 +87,7 @@ def test_an_encoder_decoder_reads_the_prompt_once() -> None:
 def test_rates_are_tokens_over_the_median_time(monkeypatch: pytest.MonkeyPatch) -> None:
     # Start, middle, end of the warm-up and of three repeats: prefills of 2, 5 and 3 s, decodes of 8, 1 and 4 s.
     clock = iter([0, 90, 99, 100, 102, 110, 200, 205, 206, 300, 303, 307])
-    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     result = speed(llama(), prompt_tokens=12, new_tokens=8, repeats=3)
     assert (result.prefill_tokens_per_second, result.decode_tokens_per_second) == (4.0, 2.0)
 

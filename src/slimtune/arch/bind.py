@@ -1,4 +1,4 @@
-"""Binding a family's facts to a model: every linear and embedding claimed exactly once, or one error that names them all.
+"""Binding a family's facts to a model: every linear and embedding claimed once, or one error that names them all.
 
 The map is made of names and numbers: it holds no module and no tensor, so it is the same for a model on `meta`, for one
 whose linears were replaced (quantized, wrapped by PEFT) and for the plain one.
@@ -66,7 +66,7 @@ class Port:
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalisation of a model: before the ports it `feeds`, after the port it `follows`, or in the residual stream."""
+    """A normalisation: before the ports it `feeds`, after the port it `follows`, or in the residual stream itself."""
 
     name: str
     kind: NormKind
@@ -329,7 +329,8 @@ def _norm(claim: _Claim[NormSpec], ports: tuple[Port, ...]) -> Norm:
     """The norm with its neighbours by name."""
     spec, names = claim.spec, [port.name for port in ports]
     feeds = [name for path in spec.feeds for name in fnmatch.filter(names, _join(claim.root, path))]
-    return Norm(claim.name, spec.kind, tuple(feeds), _join(claim.root, spec.follows) if spec.follows else None, claim.block)
+    follows = _join(claim.root, spec.follows) if spec.follows else None
+    return Norm(claim.name, spec.kind, tuple(feeds), follows, claim.block)
 
 
 def _check_sizes(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from operator import attrgetter
 
@@ -25,7 +26,7 @@ from slimtune.tables import Table
 RESIDUAL, HEAD, KV_HEAD, HEADS, FFN = Space.RESIDUAL, Space.HEAD, Space.KV_HEAD, Space.HEADS, Space.FFN
 VOCAB, WORD, POSITION, FOREIGN = Space.VOCAB, Space.WORD, Space.POSITION, Space.FOREIGN
 
-SIZES = {
+SIZES: dict[Space, Callable[[Config], int]] = {
     RESIDUAL: attrgetter("hidden_size"),
     HEAD: lambda config: attention_heads(config) * head_width(config),
     KV_HEAD: lambda config: key_value_heads(config) * head_width(config),

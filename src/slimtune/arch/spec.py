@@ -71,15 +71,15 @@ class PortSpec:
 
 
 NormKind = Literal["rms", "rms_plus_one", "layer"]
-"""`rms`: `x / rms(x) * w`; `rms_plus_one`: `x / rms(x) * (1 + w)`; `layer`: LayerNorm, which also subtracts the mean."""
+"""`rms`: `x / rms(x) * w`; `rms_plus_one`: `x / rms(x) * (1 + w)`; `layer`: LayerNorm, which subtracts the mean."""
 
 
 @dataclass(frozen=True)
 class NormSpec:
     """A normalisation, placed by the ports around it.
 
-    It stands before the ports it `feeds` (all of them, and nothing else), or after the port it `follows` and before what
-    that port writes to. One with neither stands in the residual stream itself. `feeds` may use `*` wildcards.
+    It stands before the ports it `feeds` (those and nothing else), or after the port it `follows` and before what that
+    port writes to. One with neither stands in the residual stream itself. `feeds` may use `*` wildcards.
     """
 
     path: str
@@ -103,7 +103,8 @@ class FamilySpec:
     """One row of the table of families.
 
     `entry` is what stands before the blocks (embeddings first, so that a tied weight belongs to the embedding), `exit`
-    what stands after them; `norms` are those outside the blocks. `sizes` reads the width of a space from a configuration.
+    what stands after them; `norms` are those outside the blocks. `sizes` reads the width of a space from a
+    configuration.
 
     A family that `wraps` a language model names the attribute of its configuration that describes the inner model: the
     inner model's own row is then used, with this row's `trunk` and in addition to this row's `entry` and `foreign`.
@@ -125,13 +126,12 @@ class FamilySpec:
 
 def attention_heads(config: Config) -> int:
     """The number of query heads."""
-    heads: int = config.num_attention_heads
-    return heads
+    return int(config.num_attention_heads)
 
 
 def head_width(config: Config) -> int:
     """The width of one head: `head_dim` where the configuration gives it, an equal share of the stream otherwise."""
-    return getattr(config, "head_dim", None) or config.hidden_size // attention_heads(config)
+    return int(getattr(config, "head_dim", None) or config.hidden_size // attention_heads(config))
 
 
 def key_value_heads(config: Config) -> int:

@@ -3,8 +3,9 @@
 Calibration follows the field's way (GPTQ and its successors): documents are tokenised, joined into one long row of
 tokens, and windows of equal length are cut out at random places.
 
-Special tokens: a document gets those that the tokenizer itself adds to a text (Llama's beginning-of-sequence token, T5's
-end-of-sequence token, nothing for GPT-2 or SmolLM2), and a conversation those of its chat template.
+Special tokens: a document gets those that the tokenizer itself adds to a text (Llama's beginning-of-sequence token,
+T5's end-of-sequence token, nothing for GPT-2 or SmolLM2), and nothing else comes between two documents. A conversation
+has those of its chat template, or in plain form the end-of-sequence token after each reply.
 """
 
 from __future__ import annotations
@@ -62,8 +63,11 @@ def text_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
 
 def _joined(data: str | Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str) -> torch.Tensor:
     conversations = normalise([{"text": data}] if isinstance(data, str) else data, where=where)
-    texts = [render(c, tokenizer, row_name(where, number)) for number, c in enumerate(conversations, 1)]
-    # A source has one format, so either every row went through the template, which writes its own special tokens, or none.
+    texts = [
+        conversation.plain[0].text if conversation.is_text else render(conversation, tokenizer, row_name(where, number))
+        for number, conversation in enumerate(conversations, 1)
+    ]
+    # A source has one format: either every row went through the template, which writes its own special tokens, or none.
     special = not uses_template(conversations[0], tokenizer)
     chunks = [_ids(texts[start : start + CHUNK], tokenizer, special=special) for start in range(0, len(texts), CHUNK)]
     return torch.tensor([token for chunk in chunks for ids in chunk for token in ids], dtype=torch.int64)

@@ -126,8 +126,8 @@ def _answer(docstring: str) -> str:
 
     Empty where less than `SHORTEST` is left. Whatever follows an interactive example is left out.
 
-    >>> _answer("Do it.\\n\\n    Nothing else is done by this function, ever, as long as it runs.\\n\\n    >>> 1\\n    1")
-    'Do it.\\n\\nNothing else is done by this function, ever, as long as it runs.'
+    >>> _answer("Do it.\\n\\n    Nothing else is done by this function, as long as it runs.\\n\\n    >>> 1\\n    1")
+    'Do it.\\n\\nNothing else is done by this function, as long as it runs.'
     """
     paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(docstring).split(">>>")[0].strip())
     answer = paragraphs[0]

@@ -1,8 +1,8 @@
 """From a data source to rows: plain dicts, whatever the file, its compression or the place it comes from.
 
-A source is a local file, a folder of files, a data set of the hub or a built-in one. What a file's name ends in says how
-it is read; what is wrong with a file is one `CalibrationError` that names the file and the line or row. A file is held
-in memory whole: fine-tuning and calibration sets are small next to the models they are for.
+A source is a local file, a folder of files, a data set of the hub or a built-in one. What a file's name ends in says
+how it is read; what is wrong with a file is one `CalibrationError` that names the file and the line or row. A file is
+held in memory whole: fine-tuning and calibration sets are small next to the models they are for.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def read_rows(source: DataSource) -> list[Row]:
 
 
 def read_text(path: str) -> str:
-    """The text of a (compressed) text file exactly as it stands, line ends included; a UTF-8 byte order mark is dropped.
+    """The text of a (compressed) text file exactly as it stands, line ends included, without a byte order mark.
 
     Raises `CalibrationError` for a file of rows: its text is its markup.
     """
@@ -249,6 +249,10 @@ def _json_lines(path: Path) -> list[Any]:
 def _json_named(path: Path, lines_before: int) -> Iterator[None]:
     try:
         yield
+    except RecursionError as error:
+        raise CalibrationError(
+            "malformed JSON", where=f"{path}, line {lines_before + 1}", got="endless nesting"
+        ) from error
     except json.JSONDecodeError as error:
         raise CalibrationError(
             "malformed JSON",
@@ -276,7 +280,7 @@ class _Tsv(csv.Dialect):
 
 def _table_rows(path: Path, dialect: type[csv.Dialect]) -> list[Any]:
     lines = csv.reader(io.StringIO(_text(path), newline=""), dialect, strict=True)
-    rows = []
+    rows: list[Any] = []
     limit = csv.field_size_limit(
         min(sys.maxsize, 2**31 - 1)
     )  # of the process: a document may be longer than its 128 kB
@@ -320,7 +324,7 @@ def _is_hub_id(name: str) -> bool:
 def _hub_rows(name: str, split: str) -> list[Row]:
     datasets = _backend("datasets", name)
     try:
-        rows = [dict(row) for row in datasets.load_dataset(name, split=split)]
+        rows: list[Row] = [dict(row) for row in datasets.load_dataset(name, split=split)]
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise CalibrationError(
             "no such file, and the hub data set cannot be loaded",

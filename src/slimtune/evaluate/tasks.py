@@ -70,13 +70,13 @@ def tasks(
 ) -> list[TaskResult]:
     """Run `names` and return every metric of each, in lm-eval's order (a group's own rows come after its tasks').
 
-    A name is a task, group or tag of lm-eval (or of the YAML files under `include_path`), else a local file, else a
-    folder of them. `limit` takes the first rows of each task; `num_fewshot` is lm-eval's, and a local set draws its
-    examples from itself without the row asked. The model, the tokenizer and the random states of Python, numpy and
+    A name is a local file of questions, a folder of such files, or a task, group or tag of lm-eval or of the YAML files
+    under `include_path`. `limit` takes the first rows of each task; `num_fewshot` is lm-eval's, and a local set draws
+    its examples from itself without the row asked. The model, the tokenizer and the random states of Python, numpy and
     torch (CPU) are left as they were.
 
-    Raises `BackendMissing` without lm-eval, `RecipeError` for an unknown or repeated name, `FormatError` and
-    `CalibrationError` for a bad local file, and `CalibrationError` where a task's data cannot be had.
+    Raises `BackendMissing` without lm-eval, `RecipeError` for an unknown or repeated name or a count too small,
+    `FormatError` and `CalibrationError` for a bad local file, and `CalibrationError` where a task's data cannot be had.
     """
     try:
         from lm_eval import simple_evaluate
@@ -86,8 +86,13 @@ def tasks(
         raise BackendMissing(
             "evaluation on tasks needs lm-eval", where="tasks", got=error, remedy='pip install "slimtune[eval]"'
         ) from error
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    specs = [spec for name in names for spec in _specs(name, manager.all_tasks)]
+    _require_counts(limit=(limit, 1), num_fewshot=(num_fewshot, 0), batch_size=(batch_size, 1))
+    shots = num_fewshot or 0
+    local: dict[str, list[Any]] = {n: [local_task(file, num_fewshot=shots) for file in _files(Path(n))] for n in names}
+    manager = TaskManager(  # the index of lm-eval's own tasks takes seconds: only where a name may stand in it
+        include_path=None if include_path is None else str(include_path), include_defaults=not all(local.values())
+    )
+    specs = [spec for name in names for spec in local[name] or [_registered(name, manager.all_tasks)]]
     _require_distinct([spec if isinstance(spec, str) else spec["task"] for spec in specs])
     if not specs:
         return []
@@ -112,12 +117,12 @@ def tasks(
     return [row for name, metrics in results["results"].items() for row in _results(name, metrics)]
 
 
-def local_task(path: str | os.PathLike[str]) -> dict[str, Any]:
+def local_task(path: str | os.PathLike[str], *, num_fewshot: int = 0) -> dict[str, Any]:
     """The multiple-choice set in a .json, .jsonl or gzip-compressed file as an lm-eval task config.
 
-    The task is called like the file, without its ending. Raises `FormatError` for a file that is not JSON and
+    The task is called like the file, without its ending. Raises `FormatError` for a file that is not JSON;
     `CalibrationError` for one without rows, with a row that is no multiple-choice question, or with questions and
-    sentences to fill in mixed.
+    sentences to fill in mixed; `RecipeError` where it has not `num_fewshot` rows beside the one asked.
     """
     path = Path(path)
     rows = [multiple_choice(row, where=f"{path}, row {number}") for number, row in enumerate(_read(path), 1)]
@@ -126,6 +131,13 @@ def local_task(path: str | os.PathLike[str]) -> dict[str, Any]:
             "a task set holds questions, or sentences to fill in, and not both" if rows else "a task set without rows",
             where=str(path),
             wanted=FORMS,
+        )
+    if len(rows) <= num_fewshot:
+        raise RecipeError(
+            "a task set has too few rows for its examples",
+            where=str(path),
+            got=f"{len(rows)} rows",
+            wanted=f"more than num_fewshot, {num_fewshot}",
         )
     fill_in = "ending" in rows[0]
     fields = ("gold", "contexts", "ending") if fill_in else ("query", "choices", "gold")
@@ -206,17 +218,16 @@ def _read(path: Path) -> list[Any]:
         ) from error
 
 
-def _specs(name: str, registered: Sequence[str]) -> list[str | dict[str, Any]]:
-    """What lm-eval is asked for by one name: its own task first, then a local file, then the files of a folder."""
-    path = Path(name)
-    if name in registered:
-        return [name]
-    if path.is_file():
-        return [local_task(path)]
-    files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES)) if path.is_dir() else []
-    if files:
-        return [local_task(file) for file in files]
-    near = difflib.get_close_matches(name, registered, n=3)
+def _files(path: Path) -> list[Path]:
+    """The files of questions that a name stands for: itself, those in a folder, or none."""
+    files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
+    return [file for file in files if file.name.endswith(SUFFIXES)]
+
+
+def _registered(name: str, valid: Sequence[str]) -> str:
+    if name in valid:
+        return name
+    near = difflib.get_close_matches(name, valid, n=3)
     raise RecipeError(
         f"no task, file or folder of questions named '{name}'",
         where="tasks",
@@ -224,6 +235,13 @@ def _specs(name: str, registered: Sequence[str]) -> list[str | dict[str, Any]]:
         wanted=f"a task of lm-eval, or a file ending in {', '.join(SUFFIXES)}",
         remedy=f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists lm-eval's tasks",
     )
+
+
+def _require_counts(**counts: tuple[int | None, int]) -> None:
+    """Each a count (None: not given) and the least it may be."""
+    for name, (count, least) in counts.items():
+        if count is not None and count < least:
+            raise RecipeError("a count too small", where=f"tasks: {name}", got=count, wanted=f"{least} or more")
 
 
 def _require_distinct(names: list[str]) -> None:
@@ -253,10 +271,10 @@ def _results(task: str, metrics: dict[str, Any]) -> Iterator[TaskResult]:
 @contextmanager
 def _random_states_kept() -> Iterator[None]:
     """lm-eval seeds the global generators, so that a task that shuffles does so alike; put them back afterwards."""
-    python, arrays = random.getstate(), numpy.random.get_state()
+    python, arrays = random.getstate(), numpy.random.get_state()  # noqa: NPY002 (the one lm-eval seeds)
     try:
         with torch.random.fork_rng(devices=()):
             yield
     finally:
         random.setstate(python)
-        numpy.random.set_state(arrays)
+        numpy.random.set_state(arrays)  # noqa: NPY002

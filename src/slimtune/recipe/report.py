@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table as Grille
 from rich.text import Text
 
-from slimtune.recipe.page import Cell, Grid, Page, Section, figure, label, number, versus_first, words, write_page
+from slimtune.recipe.page import Cell, Grid, Page, Section, four_digits, label, number, versus_first, words, write_page
 from slimtune.recipe.plots import Series, error_plot, loss_plot, place
 from slimtune.recipe.record import Curve, Metric, Report, metrics, read_curves, read_report, report_path
 
@@ -181,7 +181,7 @@ def _quantization(i: int, facts: dict[str, Any]) -> Section:
     note = f"Relative error of each quantized layer; 0 is exact. Layers: {counts or number(len(layers))}"
     undrawn = [name for name in errors if place(name) is None or errors[name] <= 0]
     note += f". Not drawn (no block number, or no error): {words('', undrawn)}." if undrawn else "."
-    rows = [[Cell(name), Cell(figure(errors[name]), bar=max(0.0, errors[name] / most))] for name in worst]
+    rows = [[Cell(name), Cell(four_digits(errors[name]), bar=max(0.0, errors[name] / most))] for name in worst]
     grid = Grid(rows, ["layers with the largest error", "relative error"], numbers=True)
     figure = error_plot(f"error-{i}", errors)
     return Section(f"Quantization error by layer (step {i + 1})", note, figure, [grid] if rows else [])

@@ -39,7 +39,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Packed(Example):
-    """Several examples in one row; `position_ids` start at 0 again with each, which is how attention keeps them apart."""
+    """Several examples in one row; `position_ids` start at 0 again with each: so attention keeps them apart."""
 
     position_ids: list[int]
 
@@ -91,7 +91,7 @@ def tokenize(
 def tokenize_seq2seq(
     conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int, where: str = ""
 ) -> tuple[list[Example], Facts]:
-    """The examples of `conversations` for an encoder-decoder: prompt and end of sequence in, reply and end of sequence out.
+    """The examples of `conversations` for an encoder-decoder: prompt in, reply out, each with its end of sequence.
 
     The reply is the last learnt turn, the prompt everything before it. Each is cut at `max_length`; a cut prompt keeps
     its end-of-sequence token, a cut reply has none, as it does not end there. Facts and errors as in `tokenize`, where
@@ -112,7 +112,7 @@ def tokenize_seq2seq(
 
 
 def pack(examples: Sequence[Example], max_length: int) -> list[Packed]:
-    """`examples` in as few rows of at most `max_length` tokens as best-fit-decreasing finds (within 22 % of the fewest).
+    """`examples` in as few rows of `max_length` tokens as best-fit-decreasing finds: at most 11/9 of the fewest.
 
     Deterministic. Rows and the examples within a row keep the order of `examples` (a row stands where its first example
     stood). Raises `ShapeError` for an example longer than a row.
@@ -140,9 +140,9 @@ def pack(examples: Sequence[Example], max_length: int) -> list[Packed]:
 class Collator:
     """A batch from examples: each field padded on the right to the longest in the batch, rounded up to `multiple_of`.
 
-    Labels are padded with `IGNORED`. Plain examples get an `attention_mask`. Packed ones get `position_ids` instead, and
-    the padding positions of its own, from 0: transformers finds the borders there only where there is no mask. All
-    values are int64 `[batch, length]`.
+    Labels are padded with `IGNORED`. Plain examples get an `attention_mask`. Packed ones get `position_ids` instead,
+    and the padding positions of its own, from 0: transformers finds the borders there only where there is neither a
+    mask nor a cache; so the model needs `config.use_cache = False`. All values are int64 `[batch, length]`.
     """
 
     pad_token_id: int
@@ -172,7 +172,7 @@ class Collator:
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token to pad with: the tokenizer's own, else its end of sequence, else 0. Nothing attends to it or learns it."""
+    """The token to pad with: the tokenizer's own, else its end of sequence, else 0. No loss and no token sees it."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
@@ -225,7 +225,7 @@ def _learnt_spans(conversation: Conversation, tokenizer: PreTrainedTokenizerBase
             through = text if last else render_messages(messages[: i + 1], tokenizer, where=where)
             if not (through.startswith(before) and text.startswith(through)):
                 raise RecipeError(
-                    "the chat template is not prefix-stable: a longer conversation does not begin with the shorter one, "
+                    "the chat template is not prefix-stable: a longer conversation does not begin with the shorter, "
                     "so the assistant's turns cannot be found in it",
                     where=f"{where}, message {i + 1}",
                     got=f"...{before[-60:]!r}, then {through[: len(before)][-60:]!r}",
@@ -244,7 +244,7 @@ def _plain_spans(conversation: Conversation, tokenizer: PreTrainedTokenizerBase)
 
 
 def _labels(ids: list[int], offsets: list[Span], spans: list[Span]) -> list[int]:
-    """Token i where a character of it lies in a span, else `IGNORED`. A token without characters counts as the next one."""
+    """Token i where a character of it lies in a span, else `IGNORED`; one without characters is its place's."""
 
     def learnt(begin: int, end: int) -> bool:
         return any(begin < stop and max(end, begin + 1) > start for start, stop in spans)

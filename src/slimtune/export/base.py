@@ -1,0 +1,85 @@
+"""What an exporter is, and what every export has in common: written whole, explained, read back and compared."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from slimtune.calib.capture import model_inputs
+from slimtune.errors import FormatError
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: a model (a `PeftModel` where there is an adapter), its tokenizer, the base's public name, and
+    the dtype of dense weights."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an export wrote. `max_logit_difference` compares what was read back with what was exported."""
+
+    format: str
+    path: str
+    files: tuple[str, ...]
+    bytes: int
+    max_logit_difference: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `report.json`."""
+        return asdict(self)
+
+
+class Exporter(Protocol):
+    """One format. `loads_in` says which engines load it, and how: it becomes the export's README."""
+
+    loads_in: ClassVar[str]
+
+    def write(self, source: Source, folder: Path) -> None:
+        """Write the files of the format into the empty folder `folder`."""
+
+    def read_back(self, source: Source, folder: Path) -> nn.Module:
+        """The model that a user of the format gets from `folder`, for comparison. May be `source`'s own with the
+        written adapter on it."""
+
+    def restore_(self, source: Source) -> None:
+        """Undo what `read_back` did to `source`'s own model, where it did something."""
+
+
+PROBE = tuple(range(3, 3 + 48))
+"""Token ids of the short input whose logits are compared."""
+
+
+@torch.no_grad()
+def probe_logits(model: nn.Module) -> torch.Tensor:
+    """Float32 logits of `model` on the probe (`PROBE`, modulo the vocabulary)."""
+    model.eval()
+    config: Any = model.config
+    vocabulary = config.get_text_config(decoder=True).vocab_size
+    tokens = torch.tensor([[token % vocabulary for token in PROBE]])
+    logits: torch.Tensor = model(**model_inputs(model, tokens)).logits
+    return logits.float()
+
+
+def largest_difference(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, where: str) -> float:
+    """`max |got - wanted|`. Raises `FormatError` when it exceeds what rounding to `dtype` explains."""
+    difference = float((got - wanted).abs().max())
+    tolerance = 64 * torch.finfo(dtype).eps * max(float(wanted.abs().max()), 1.0)
+    if not difference <= tolerance:
+        raise FormatError(
+            "the export does not compute what the model computes",
+            where=where,
+            got=f"logits differ by {difference:g}",
+            wanted=f"at most {tolerance:g}",
+        )
+    return difference

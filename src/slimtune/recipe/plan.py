@@ -1,0 +1,255 @@
+"""What a recipe will do and what it will take, from the model's configuration alone.
+
+Nothing is loaded: the model is built on the `meta` device. The memory model below is what the steps hold at their peak,
+term by term; `docs/LOG.md` has the measurements behind its constants.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import psutil
+import torch
+
+from slimtune.arch import ModelMap, bind
+from slimtune.errors import RecipeError
+from slimtune.export import EXPORTERS
+from slimtune.export.load import DTYPES, empty_model, model_config
+from slimtune.lora.attach import resolve_targets
+from slimtune.quant import QUANTIZERS, Quantizer
+from slimtune.quant.apply import all_linear
+from slimtune.recipe.legality import State, check_order
+from slimtune.recipe.schema import Evaluate, Export, Lora, Quantize, Recipe, Train, build, to_dict
+
+RUNTIME_BYTES = 90_000_000
+"""What the matrix libraries set up at the first product, beyond what the imports take (measured)."""
+
+ACTIVATIONS_PER_HIDDEN, ACTIVATIONS_PER_FFN = 19, 5
+"""Floats a decoder block keeps for its backward pass per token: multiples of the hidden and of the FFN width."""
+
+CALIBRATION_BATCH = 4
+"""Windows that run through a block together."""
+
+DEFAULT_SAMPLES = 128
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A step, the memory it needs at its peak (whole process, bytes) and its arithmetic (floating-point operations)."""
+
+    step: str
+    memory_bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved recipe with what it takes."""
+
+    recipe: Recipe
+    parameters: int
+    steps: tuple[StepPlan, ...]
+    memory_bytes: int
+    available_bytes: int
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `--json` and `report.json`."""
+        return {
+            "recipe": to_dict(self.recipe),
+            "parameters": self.parameters,
+            "steps": [asdict(step) for step in self.steps],
+            "memory_bytes": self.memory_bytes,
+            "available_bytes": self.available_bytes,
+            "warnings": list(self.warnings),
+        }
+
+
+def quantizer_of(step: Quantize, where: str = "quantize") -> Quantizer:
+    """The method a quantize step asks for, with its fields. Raises `RecipeError` on an unknown name, key or value."""
+    return build(QUANTIZERS[step.method], step.options, where)
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """The same recipe with every field of every method written out, methods and formats known, order legal."""
+    check_order(recipe)
+    steps = []
+    for number, step in enumerate(recipe.steps):
+        if isinstance(step, Quantize):
+            method = quantizer_of(step, f"steps[{number}].quantize")
+            options = {f.name: getattr(method, f.name) for f in fields(method)}  # type: ignore[arg-type]
+            if method.needs and recipe.data.calibration is None and recipe.data.train is None:
+                raise RecipeError(
+                    f"{step.method} needs calibration text",
+                    where=f"steps[{number}].quantize",
+                    remedy="add data: {calibration: {builtin: pydocs}} or a file, or use method: rtn",
+                )
+            step = replace(step, options=options)
+        if isinstance(step, Export):
+            EXPORTERS[step.format]
+        steps.append(step)
+    return replace(recipe, steps=tuple(steps))
+
+
+def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
+    """Resolve `recipe`, refuse what cannot work, and estimate each step.
+
+    `memory` is what the machine may use, in bytes; by default what is available now. Raises `RecipeError` as `resolve`
+    does, and when a step does not fit the model: a perplexity of an encoder-decoder, a group size that divides nothing,
+    a LoRA target that names nothing.
+    """
+    recipe = resolve(recipe)
+    model = empty_model(model_config(recipe.model), DTYPES[recipe.dtype])
+    modelmap = bind(model)
+    shape = _Shape.of(model, modelmap, recipe)
+    baseline = psutil.Process().memory_info().rss + RUNTIME_BYTES
+    state, steps = State(), []
+    states = check_order(recipe)
+    for number, (step, state) in enumerate(zip(recipe.steps, states, strict=True)):
+        where = f"steps[{number}].{step.name}"
+        if isinstance(step, Quantize):
+            shape = replace(shape, **_check_quantize(step, modelmap, where))
+        if isinstance(step, Lora):
+            targets = resolve_targets(modelmap, model, step.target_modules)
+            ports = [p for p in modelmap.ports if p.kind == "linear" and _named(p.name, targets)]
+            shape = replace(shape, adapter=sum(step.r * (p.in_features + p.out_features) for p in ports))
+        if isinstance(step, Evaluate) and step.perplexity and model.config.is_encoder_decoder:
+            raise RecipeError(
+                "perplexity is a measure of decoders", where=where, got=f"{modelmap.family} is an encoder-decoder"
+            )
+        held, flops = shape.demand(step, state, recipe)
+        steps.append(StepPlan(step.name, baseline + held, flops))
+    peak = max(step.memory_bytes for step in steps)
+    available = memory or psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    warnings = (_too_much(recipe, steps, available),) if peak > available else ()
+    return Plan(recipe, shape.parameters, tuple(steps), peak, available, warnings)
+
+
+def _check_quantize(step: Quantize, modelmap: ModelMap, where: str) -> dict[str, Any]:
+    method = quantizer_of(step, where)
+    choose = all_linear(method, step.ignore)
+    ports = [port for port in modelmap.ports if not isinstance(choose(port), str)]
+    group = step.options.get("group_size", -1)
+    if not ports:
+        raise RecipeError("there is nothing left to quantize", where=f"{where}.ignore", got=list(step.ignore))
+    if group > 0 and all(port.in_features % group and group < port.in_features for port in ports):
+        widths = sorted({port.in_features for port in ports})
+        divisors = [g for g in (32, 64, 128, 256) if all(w % g == 0 for w in widths)]
+        raise RecipeError(
+            "the group size divides no layer's width",
+            where=f"{where}.group_size",
+            got=group,
+            wanted=f"a divisor of {', '.join(map(str, widths))}",
+            remedy=f"use {' or '.join(map(str, divisors)) or '-1 (whole rows)'}",
+        )
+    bits = step.options.get("bits", 16)
+    per_group = (16 if step.options.get("sym") else 24) / group if group > 0 else 0
+    return {"bits": bits + per_group, "needs_data": bool(method.needs)}
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """The sizes that decide memory and arithmetic."""
+
+    hidden: int
+    ffn: int
+    vocabulary: int
+    blocks: int
+    parameters: int
+    weights: int  # of the linears in the blocks
+    largest: int  # weights of the largest linear
+    widest: int  # its input width
+    dense_bytes: int  # per dense parameter
+    tied: bool
+    bits: float = 16
+    needs_data: bool = False
+    adapter: int = 0
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, modelmap: ModelMap, recipe: Recipe) -> _Shape:
+        ports = modelmap.linears
+        return cls(
+            hidden=max(p.out_features for p in modelmap.ports if p.kind == "embedding"),
+            ffn=max(max(p.in_features, p.out_features) for p in ports),
+            vocabulary=max(p.in_features for p in modelmap.ports if p.kind == "embedding"),
+            blocks=len(modelmap.blocks),
+            parameters=sum(p.numel() for p in model.parameters()),
+            weights=sum(p.in_features * p.out_features for p in ports),
+            largest=max(p.in_features * p.out_features for p in ports),
+            widest=max(p.in_features for p in ports),
+            dense_bytes=DTYPES[recipe.dtype].itemsize,
+            tied=any(p.tied_to is not None for p in modelmap.ports),
+        )
+
+    def resident(self, quantized: bool) -> int:
+        """Bytes of the model itself between steps."""
+        rest = (self.parameters - self.weights) * self.dense_bytes
+        return rest + int(self.weights * (self.bits / 8 if quantized else self.dense_bytes)) + 4 * self.adapter
+
+    def demand(self, step: object, state: State, recipe: Recipe) -> tuple[int, int]:
+        """Bytes beyond the process's baseline at the peak of `step`, and its floating-point operations."""
+        match step:
+            case Quantize():
+                return self._quantize(recipe)
+            case Train():
+                return self._train(step, state, recipe)
+            case Evaluate():
+                logits = min(step.length, 512) * self.vocabulary * 4
+                work = self.resident(state.quantized) + 2 * logits + self._block(step.length, 4)
+                tokens = step.max_tokens if step.max_tokens > 0 else 0
+                return work + 4 * self.largest, 2 * self.parameters * tokens * len(step.perplexity)
+        return self.resident(False) + 4 * self.largest, 0
+
+    def _quantize(self, recipe: Recipe) -> tuple[int, int]:
+        rest = (self.parameters - self.weights) * self.dense_bytes
+        packed = int(self.weights * self.bits / 8)
+        block = self.weights // max(self.blocks, 1) * self.dense_bytes
+        if not self.needs_data:
+            return rest + packed + block + 12 * self.largest, 0
+        source = recipe.data.calibration or recipe.data.train
+        assert source is not None
+        samples, length = source.samples or DEFAULT_SAMPLES, source.length
+        tokens = samples * length
+        cached = tokens * self.hidden * self.dense_bytes
+        batch = min(samples, CALIBRATION_BATCH) * length
+        inside = max(self._block(batch, self.dense_bytes), self.widest**2 * 8 * 4)
+        flops = tokens * (2 * 2 * self.weights + self.blocks * (3 * self.hidden**2 + self.ffn**2))
+        return rest + packed + block + cached + inside, flops
+
+    def _train(self, step: Train, state: State, recipe: Recipe) -> tuple[int, int]:
+        tokens = step.per_device_train_batch_size * step.max_length
+        trained = self.adapter if state.adapter else self.parameters
+        width = 2 if step.bf16 else self.dense_bytes
+        kept = self._block(tokens, width) * (1 if step.gradient_checkpointing else self.blocks)
+        if step.gradient_checkpointing:
+            kept += self.blocks * tokens * self.hidden * width
+        logits = 3 * tokens * self.vocabulary * 4
+        optimizer = trained * (4 + 8)
+        workspace = 2 * self.largest * width if state.quantized else 0
+        passes = 6 if step.gradient_checkpointing else 4
+        steps = max(step.max_steps, 1)
+        flops = steps * step.gradient_accumulation_steps * tokens * (passes * self.parameters + 6 * trained)
+        return self.resident(state.quantized) + kept + logits + optimizer + workspace, flops
+
+    def _block(self, tokens: int, width: int) -> int:
+        return tokens * width * (ACTIVATIONS_PER_HIDDEN * self.hidden + ACTIVATIONS_PER_FFN * self.ffn)
+
+
+def _named(name: str, targets: list[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _too_much(recipe: Recipe, steps: list[StepPlan], available: int) -> str:
+    worst = max(steps, key=lambda step: step.memory_bytes)
+    knobs = {
+        "train": "lower per_device_train_batch_size or max_length, or set gradient_checkpointing: true",
+        "quantize": "lower data.calibration.samples",
+        "evaluate": "lower length",
+    }
+    if worst.step == "train" and any(isinstance(s, Train) and s.gradient_checkpointing for s in recipe.steps):
+        knobs["train"] = "lower per_device_train_batch_size or max_length"
+    return (
+        f"the {worst.step} step needs about {worst.memory_bytes / 1e9:.1f} GB and {available / 1e9:.1f} GB are available: "
+        + knobs.get(worst.step, "use dtype: bfloat16, or a smaller model")
+    )

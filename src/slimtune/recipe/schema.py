@@ -1,0 +1,220 @@
+"""What a recipe may say. Every value is a frozen dataclass; its fields are the YAML keys and the command line's options.
+
+No torch is imported here. The fields of a quantizer are those of its own dataclass and are checked when the recipe is
+resolved, see `resolve_quantizer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar, Literal, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from slimtune.calib.rows import DataSource
+from slimtune.errors import RecipeError, nearest
+from slimtune.lora.options import LoraOptions
+from slimtune.train.options import TrainOptions
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where text comes from."""
+
+    train: DataSource | None = field(default=None, metadata={"help": "what train steps learn"})
+    eval: DataSource | None = field(default=None, metadata={"help": "held-out rows, for the loss before and after"})
+    calibration: DataSource | None = field(default=None, metadata={"help": "text quantizers look at; default: train"})
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Weights to few bits. Every other key is a field of the method (`slimtune list quantizers`)."""
+
+    name: ClassVar[str] = "quantize"
+
+    method: str = field(default="optq", metadata={"help": "a name from `slimtune list quantizers`"})
+    ignore: tuple[str, ...] = field(default=(), metadata={"help": "layers to leave alone, * wildcards allowed"})
+    options: dict[str, Any] = field(default_factory=dict, metadata={"help": "the method's own fields"})
+
+
+@dataclass(frozen=True)
+class Lora(LoraOptions):
+    """A fresh LoRA adapter on the model as it is."""
+
+    name: ClassVar[str] = "lora"
+
+
+@dataclass(frozen=True)
+class Train(TrainOptions):
+    """Fine-tuning on `data.train`."""
+
+    name: ClassVar[str] = "train"
+
+
+@dataclass(frozen=True)
+class Merge:
+    """The adapter folded into dense weights."""
+
+    name: ClassVar[str] = "merge"
+
+    dtype: Literal["", "float32", "bfloat16", "float16"] = field(default="", metadata={"help": "default: the recipe's"})
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measuring the model as it is."""
+
+    name: ClassVar[str] = "evaluate"
+
+    perplexity: dict[str, str | DataSource] = field(
+        default_factory=dict, metadata={"help": "a name for each text file, or {builtin: pydocs}"}
+    )
+    length: int = field(default=512, metadata={"help": "tokens of a perplexity window"})
+    max_tokens: int = field(default=-1, metadata={"help": "tokens of a text to use; -1: all of it"})
+    tasks: tuple[str, ...] = field(default=(), metadata={"help": "lm-eval task names, or files of multiple-choice rows"})
+    limit: int = field(default=-1, metadata={"help": "items of a task; -1: all"})
+    speed: bool = field(default=False, metadata={"help": "measure prefill and decode tokens per second"})
+
+    def __post_init__(self) -> None:
+        if self.length < 2:
+            raise RecipeError("length out of range", where="evaluate", got=self.length, wanted="at least 2")
+        if self.max_tokens != -1 and self.max_tokens < 2:
+            raise RecipeError("max_tokens out of range", where="evaluate", got=self.max_tokens, wanted="at least 2, or -1")
+        if self.limit != -1 and self.limit < 1:
+            raise RecipeError("limit out of range", where="evaluate", got=self.limit, wanted="at least 1, or -1")
+
+
+@dataclass(frozen=True)
+class Export:
+    """A copy of the result in a format other engines load."""
+
+    name: ClassVar[str] = "export"
+
+    format: str = field(default="safetensors", metadata={"help": "a name from `slimtune list exporters`"})
+
+
+Step = Quantize | Lora | Train | Merge | Evaluate | Export
+STEPS: dict[str, type[Step]] = {step.name: step for step in (Quantize, Lora, Train, Merge, Evaluate, Export)}
+"""Every step by its key in a recipe."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model, data, and the steps from one to the other."""
+
+    model: str = field(metadata={"help": "a hub id, a folder, a .gguf file, or a bundled name"})
+    steps: tuple[Step, ...] = field(metadata={"help": "what to do, in this order"})
+    name: str = field(default="recipe", metadata={"help": "the run folder's name; default: the file's"})
+    seed: int = field(default=0, metadata={"help": "of everything random"})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "of dense weights"})
+    data: Data = field(default_factory=Data, metadata={"help": "train, eval and calibration"})
+
+
+def recipe_from(facts: object, *, name: str = "recipe") -> Recipe:
+    """The recipe that plain YAML values describe. Raises `RecipeError` naming the key, the value and what was wanted."""
+    top = dict(_mapping(facts, "the recipe"))
+    steps = top.get("steps")
+    if not isinstance(steps, list) or not steps:
+        raise RecipeError("the recipe has no steps", where="steps", got=steps, wanted="a list with at least one step")
+    top["steps"] = []
+    top.setdefault("name", name)
+    _known(top, [f.name for f in fields(Recipe)], "the recipe")
+    data = dict(_mapping(top.pop("data", None) or {}, "data"))
+    _known(data, [f.name for f in fields(Data)], "data")
+    sources = {key: _source(value, f"data.{key}") for key, value in data.items() if value is not None}
+    header = build(Recipe, {**top, "steps": ()}, "")
+    return _replaced(header, data=Data(**sources), steps=tuple(_step(step, i) for i, step in enumerate(steps)))
+
+
+def step_from(name: str, facts: Mapping[str, Any], where: str) -> Step:
+    """One step from its plain values."""
+    if name not in STEPS:
+        raise RecipeError("unknown step", where=where, got=name, remedy=nearest(name, STEPS))
+    where = f"{where}.{name}"
+    if name != Quantize.name:
+        return build(STEPS[name], facts, where)
+    own = {f.name for f in fields(Quantize)} - {"options"}
+    options = {k: v for k, v in facts.items() if k not in own}
+    return build(Quantize, {**{k: v for k, v in facts.items() if k in own}, "options": options}, where)
+
+
+def build(cls: type[T], facts: object, where: str) -> T:
+    """A `cls` (a dataclass) from plain values, checked and coerced. Unknown keys name the nearest valid one."""
+    values = _mapping(facts, where)
+    valid = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    _known(values, valid, where)
+    missing = [
+        f.name
+        for f in fields(cls)  # type: ignore[arg-type]
+        if f.default is MISSING and f.default_factory is MISSING and f.name not in values
+    ]
+    if missing:
+        raise RecipeError("a key is missing", where=where or "the recipe", wanted=", ".join(missing))
+    try:
+        return TypeAdapter(cls, config=_config(cls)).validate_python(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(
+            "a value is not what it should be",
+            where=".".join(p for p in (where, place) if p),
+            got=repr(first.get("input")),
+            wanted=first["msg"].removeprefix("Input should be ").removeprefix("Value error, "),
+        ) from error
+
+
+def to_dict(value: Any) -> Any:
+    """Plain values of a recipe or a part of it, every default included: what `recipe.yaml` holds."""
+    if isinstance(value, Recipe):
+        return {f.name: to_dict(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Quantize):
+        return {value.name: {"method": value.method, **to_dict(value.options), "ignore": list(value.ignore)}}
+    if isinstance(value, tuple(STEPS.values())):
+        return {value.name: {f.name: to_dict(getattr(value, f.name)) for f in fields(value)}}
+    if is_dataclass(value) and not isinstance(value, type):
+        pairs = {f.name: to_dict(getattr(value, f.name)) for f in fields(value)}
+        return {k: v for k, v in pairs.items() if v not in (None, "")}
+    if isinstance(value, Mapping):
+        return {k: to_dict(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_dict(v) for v in value]
+    return value
+
+
+def _step(facts: object, number: int) -> Step:
+    where = f"steps[{number}]"
+    if isinstance(facts, str):
+        facts = {facts: {}}
+    pair = _mapping(facts, where)
+    if len(pair) != 1:
+        raise RecipeError("a step has one key, its name", where=where, got=", ".join(map(str, pair)) or "nothing")
+    ((name, values),) = pair.items()
+    return step_from(str(name), _mapping(values if values is not None else {}, f"{where}.{name}"), where)
+
+
+def _source(value: object, where: str) -> DataSource:
+    return build(DataSource, {"path": value} if isinstance(value, str) else value, where)
+
+
+def _known(values: Mapping[str, Any], valid: list[str], where: str) -> None:
+    for key in values:
+        if key not in valid:
+            raise RecipeError("unknown key", where=where or "the recipe", got=key, remedy=nearest(str(key), valid))
+
+
+def _mapping(value: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise RecipeError("expected keys and values", where=where, got=repr(value)[:80])
+    return value
+
+
+def _config(cls: type) -> ConfigDict | None:
+    return ConfigDict(extra="forbid", strict=False) if not is_dataclass(cls) else None
+
+
+def _replaced(recipe: Recipe, **changes: Any) -> Recipe:
+    values = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
+    return Recipe(**{**values, **changes})

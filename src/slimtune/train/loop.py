@@ -1,0 +1,204 @@
+"""Training on transformers' `Trainer`: what slimtune adds is exact resumption, honest logs and a stop on NaN."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from slimtune.errors import RecipeError
+from slimtune.train.callbacks import Progress, StepLog
+from slimtune.train.checkpoint import CheckpointingTrainer, last_checkpoint
+from slimtune.train.data import Collator, Example
+from slimtune.train.options import TrainOptions
+
+
+@dataclass(frozen=True)
+class TrainFacts:
+    """What training did. Losses are nats per learnt token; the held-out ones are `None` without held-out examples."""
+
+    steps: int
+    first_loss: float | None
+    last_loss: float | None
+    eval_loss_before: float | None
+    eval_loss_after: float | None
+    tokens: int
+    seconds: float
+    trainable_parameters: int
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for `report.json`."""
+        return {**asdict(self), "tokens_per_second": self.tokens / self.seconds if self.seconds else None}
+
+
+class _CountingTrainer(CheckpointingTrainer):
+    """Counts the tokens that were computed, padding excluded, for the log."""
+
+    log_lines: StepLog
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        mask = inputs.get("attention_mask")
+        self.log_lines.tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+class _HeldOut(TrainerCallback):
+    """Measures the held-out loss every so many steps."""
+
+    def __init__(self, lines: StepLog, measure: Callable[[], float], every: int) -> None:
+        self._lines, self._measure, self._every = lines, measure, every
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if state.global_step % self._every == 0:
+            self._lines.write({"step": state.global_step, "eval_loss": self._measure()})
+
+
+def finetune(
+    model: nn.Module,
+    examples: Sequence[Example],
+    collator: Collator,
+    options: TrainOptions,
+    *,
+    held_out: Sequence[Example] = (),
+    seed: int = 0,
+    log: Path | None = None,
+    checkpoints: Path | None = None,
+    resume: bool = False,
+    number: int = 0,
+    progress: Progress | None = None,
+) -> TrainFacts:
+    """Train what is trainable in `model` on `examples`, in place.
+
+    Args:
+        model: a `PeftModel`, or a dense Hugging Face model (then all of it trains).
+        examples: tokenised examples with their loss masks.
+        collator: makes a batch of them.
+        options: the fields of a `train` step.
+        held_out: examples whose loss is measured before and after.
+        seed: of the order of the data and of dropout.
+        log: the JSONL file to append to.
+        checkpoints: where checkpoints go (nowhere when absent).
+        resume: continue from the last whole checkpoint there, bit for bit as if never interrupted.
+        number: which train step of the recipe this is, for the log.
+        progress: called with every logged line.
+
+    Raises `TrainingDiverged` when the loss is not finite, `RecipeError` when nothing is trainable.
+    """
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not trainable:
+        raise RecipeError("nothing in the model is trainable", remedy="put a lora step before train")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = checkpoints or Path(scratch)
+        start = last_checkpoint(folder) if resume else None
+        lines = StepLog(log or Path(scratch) / "log.jsonl", number, progress)
+        trainer = _trainer(model, examples, collator, options, folder, seed, save=checkpoints is not None)
+        trainer.log_lines = lines
+        trainer.add_callback(lines)
+        lines.resume_at(int(start.name.rsplit("-", 1)[1]) if start else -1)
+        measure = partial(heldout_loss, model, held_out, collator, options.per_device_train_batch_size)
+        if held_out and 0 not in lines.eval_losses:
+            lines.write({"step": 0, "eval_loss": measure()})
+        if held_out and options.eval_steps:
+            trainer.add_callback(_HeldOut(lines, measure, options.eval_steps))
+        set_seed(seed)
+        result = trainer.train(resume_from_checkpoint=str(start) if start else None)
+        if held_out and result.global_step not in lines.eval_losses:
+            lines.write({"step": result.global_step, "eval_loss": measure()})
+    model.eval()
+    losses = [lines.losses[step] for step in sorted(lines.losses)]
+    return TrainFacts(
+        steps=result.global_step,
+        first_loss=losses[0] if losses else None,
+        last_loss=losses[-1] if losses else None,
+        eval_loss_before=lines.eval_losses.get(0),
+        eval_loss_after=lines.eval_losses.get(result.global_step),
+        tokens=lines.tokens,
+        seconds=float(result.metrics["train_runtime"]),
+        trainable_parameters=trainable,
+    )
+
+
+@torch.no_grad()
+def heldout_loss(model: nn.Module, examples: Sequence[Example], collator: Collator, batch_size: int) -> float:
+    """Mean loss, in nats per learnt token, over all tokens of `examples`. The model's mode and random state stay."""
+    training = model.training
+    model.eval()
+    device = next(p.device for p in model.parameters())
+    total, count = 0.0, 0
+    for start in range(0, len(examples), batch_size):
+        batch = {k: v.to(device) for k, v in collator(examples[start : start + batch_size]).items()}
+        labels = batch["labels"]
+        shift = 0 if cast(Any, model).config.is_encoder_decoder else 1
+        learnt = int((labels[:, shift:] != -100).sum())
+        if learnt:
+            total += float(model(**batch).loss) * learnt
+            count += learnt
+    model.train(training)
+    return total / count if count else float("nan")
+
+
+def _trainer(
+    model: nn.Module,
+    examples: Sequence[Example],
+    collator: Collator,
+    options: TrainOptions,
+    folder: Path,
+    seed: int,
+    *,
+    save: bool,
+) -> _CountingTrainer:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=options.max_steps,
+        num_train_epochs=options.num_train_epochs,
+        per_device_train_batch_size=options.per_device_train_batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.lr_scheduler_type,
+        warmup_steps=options.warmup_ratio,  # transformers >= 5: a fraction below 1 is a ratio
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        optim=options.optim,
+        bf16=options.bf16,
+        activation_checkpointing=options.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
+        logging_steps=options.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if save else "no",
+        save_steps=options.save_steps,
+        save_total_limit=2,
+        report_to=options.report_to,
+        seed=seed,
+        data_seed=seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    cast(Any, model).config.use_cache = False
+    trainer = _CountingTrainer(
+        model=cast(Any, model), args=arguments, train_dataset=cast(Any, _Examples(examples)), data_collator=cast(Any, collator)
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+class _Examples(torch.utils.data.Dataset[Example]):
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._examples[index]
