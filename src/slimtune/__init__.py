@@ -1,3 +1,54 @@
-"""slimtune: make a language model small and fine-tune it, from one recipe."""
+"""slimtune: make a language model small and fine-tune it, from one recipe.
+
+What a recipe can do, these functions can. Nothing heavy is imported until one of them is used, and importing slimtune
+makes transformers know slimtune's model folders: `AutoModelForCausalLM.from_pretrained(run / "model")` just works.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from slimtune.registration import register_when_imported
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from slimtune.recipe.api import (
+        add_lora,
+        evaluate,
+        export,
+        finetune,
+        load,
+        merge,
+        plan,
+        quantize,
+        run,
+    )
+
+__all__ = [
+    "__version__",
+    "add_lora",
+    "evaluate",
+    "export",
+    "finetune",
+    "load",
+    "merge",
+    "plan",
+    "quantize",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module("slimtune.recipe.api"), name)
+    raise AttributeError(f"module 'slimtune' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+register_when_imported("transformers.quantizers.auto", "slimtune.hub", "register")
+"""Importing transformers here would take seconds; instead slimtune registers when transformers' registry is loaded."""

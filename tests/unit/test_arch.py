@@ -288,7 +288,7 @@ def test_a_module_that_is_no_model_is_named() -> None:
 def test_everything_that_does_not_fit_is_listed_at_once() -> None:
     model = pico_model("llama")
     model.model.extra = nn.Linear(32, 7)
-    model.model.layers[1].mlp.odd = Replaced(nn.Linear(3, 3))
+    model.model.layers[1].mlp.odd = Replaced(nn.Linear(3, 3, bias=False))
     model.model.layers[0].scale = nn.Parameter(torch.ones(1))
     del model.model.layers[0].mlp.up_proj, model.model.layers[1].input_layernorm
     with pytest.raises(UnknownArchitecture) as error:

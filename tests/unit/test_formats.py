@@ -85,7 +85,7 @@ def test_unknown_columns_are_listed():
     assert all(name in text for name in FORMATS)
     assert "rows.jsonl" in text
     assert "{'question': 'qqq" in text
-    assert len(text) < 900
+    assert "q" * 250 not in text
 
 
 def test_no_rows():

@@ -116,6 +116,7 @@ def test_a_broken_model_names_the_window() -> None:
 
 def test_refuses_what_cannot_be_measured() -> None:
     model = llama()
+    assert perplexity(model, text(40), length=POSITIONS).windows == 3, "every position can be used"
     for length in (1, 0, POSITIONS + 1):
         with pytest.raises(RecipeError, match=f"got: +{length}"):
             perplexity(model, text(40), length=length)

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from slimtune.errors import FormatError
-from slimtune.recipe.page import Page, Section, duration, number, size, words, write_page
+from slimtune.recipe.page import Page, Section, duration, number, size, versus_first, words, write_page
 from slimtune.recipe.plots import Series, error_plot, loss_plot, place
 from slimtune.recipe.record import Curve, read_curves
 from slimtune.recipe.report import compare, print_comparison, read_report, write_comparison_html, write_html
@@ -51,7 +51,10 @@ REPORT: dict[str, Any] = {
     ],
     "metrics": [
         *(perplexity(i, value) for i, value in ((0, 28.714), (2, 31.204), (5, 29.4))),
-        *({"after_step": i, "name": "bytes", "value": v} for i, v in ((0, 538_060_672), (2, 180_112_384))),
+        *(
+            {"after_step": i, "name": "bytes", "value": v}
+            for i, v in ((0, 538_060_672), (2, 180_112_384), (5, 180_112_384))
+        ),
     ],
     "model": {"parameters": 134_515_008, "bytes": 180_112_384, "bits_per_weight": 4.375},
     "plan": {"steps": [{"step": "evaluate"}, {"step": "quantize", "memory_bytes": 1_700_000_000}]},
@@ -91,7 +94,10 @@ class Tags(HTMLParser):
 
 
 def page_of(run: Path) -> Tags:
-    return Tags(write_html(run).read_text(encoding="utf-8"))
+    tags = Tags(write_html(run).read_text(encoding="utf-8"))
+    ids = [value for name, value in tags.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    return tags
 
 
 # The page of one run
@@ -101,7 +107,7 @@ def test_page_tells_the_numbers(tmp_path: Path) -> None:
     text = page_of(write_run(tmp_path / "run")).text
     for told in ("first try", "quantized to 4 bits with optq in groups of 64", "28.71", "31.20", "29.40", "+8.7 %"):
         assert told in text
-    assert "model size 538.1 MB at the start, 180.1 MB after quantize" in text
+    assert "model size 538.1 MB at the start, 180.1 MB after quantize." in text
     for told in (
         "after train",
         "3.42 GB",
@@ -130,13 +136,12 @@ def test_page_loads_nothing(tmp_path: Path) -> None:
         assert not name.endswith("href") or (value or "").startswith("#")
 
 
-def test_ids_are_unique_and_references_resolve(tmp_path: Path) -> None:
+def test_references_resolve(tmp_path: Path) -> None:
     tags = page_of(write_run(tmp_path / "run"))
-    ids = [value for name, value in tags.attributes if name == "id"]
+    ids = {value for name, value in tags.attributes if name == "id"}
     used = {v[1:] for name, v in tags.attributes if v and name.endswith("href")}
     used |= {m for _, v in tags.attributes for m in re.findall(r"url\(#([^)]*)\)", v or "")}
-    assert len(ids) == len(set(ids)) > 0
-    assert used and used <= set(ids)
+    assert used and used <= ids
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
@@ -164,17 +169,17 @@ def test_page_without_some_steps(tmp_path: Path, kept: list[str]) -> None:
     assert ("Training" in tags.text) == ("train" in kept)
     assert tags.tags.count("svg") == ("train" in kept)
     assert "Time and memory" in tags.text or not kept
-    assert "Before and after" not in tags.text
+    assert "Before and after" not in tags.text and "Environment" not in tags.text
     assert "nan" not in tags.text and "None" not in tags.text
 
 
 def test_two_trainings_give_two_plots(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", changed(steps=[step("train"), step("train")], metrics=[]), [])
-    lines = [{"step": k, "loss": 3.0, "train": train} for train in (0, 1) for k in (1, 2)]
+    run = write_run(tmp_path / "run", changed(steps=[step("train"), step("merge"), step("train")], metrics=[]), [])
+    lines = [{"step": k, "loss": 3.0, "train": train} for train in (0, 2) for k in (1, 2)]
     (run / "train_log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     tags = page_of(run)
     assert tags.tags.count("svg") == 2
-    assert "Training (step 1)" in tags.text and "Training (step 2)" in tags.text
+    assert "Training (step 1)" in tags.text and "Training (step 3)" in tags.text
 
 
 def test_two_measurements_after_the_same_step_are_told_apart(tmp_path: Path) -> None:
@@ -236,6 +241,12 @@ def test_not_a_report(tmp_path: Path, text: str) -> None:
     assert not (tmp_path / "report.html").exists()
 
 
+def test_values_no_page_can_hold(tmp_path: Path) -> None:
+    for name, value in (("half", "\ud800"), ("large", 10**400)):
+        with pytest.raises(FormatError, match="not a JSON file"):
+            write_html(write_run(tmp_path / name, changed(environment={name: value})))
+
+
 def test_missing_report(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="no report here"):
         read_report(tmp_path / "nowhere")
@@ -245,7 +256,7 @@ def test_log_of_a_resumed_run(tmp_path: Path) -> None:
     lines = ['{"step": 1, "loss": 3.0}', '{"step": 2, "loss": 9.0}', '{"step": 2, "loss": 2.0, "eval_loss": 2.5}']
     lines += ['{"step": 3, "loss": NaN}', '{"step": 4, "lo']
     (tmp_path / "train_log.jsonl").write_text("\n".join(lines))
-    assert read_curves(tmp_path) == [Curve({1: 3.0, 2: 2.0}, {2: 2.5})]
+    assert read_curves(tmp_path) == {None: Curve({1: 3.0, 2: 2.0}, {2: 2.5})}
 
 
 @pytest.mark.parametrize("line", ['{"step": 1, "lo', '{"loss": 1.0}', '{"step": 1, "loss": "2"}', "[]"])
@@ -295,8 +306,10 @@ def test_logging_more_rarely_does_not_change_what_a_step_is(tmp_path: Path) -> N
 
 
 def test_comparison_takes_last_values_and_costs(tmp_path: Path) -> None:
-    better = changed(metrics=[perplexity(0, 28.714), perplexity(5, 24.5)], model={"bytes": 90_000_000})
-    better["recipe"]["seed"] = 1
+    better = changed(
+        metrics=[perplexity(0, 28.714), perplexity(5, 24.5)], model={"bytes": 90_000_000, "family": "llama"}
+    )
+    better["recipe"] |= {"seed": 1, "name": "second try"}
     comparison = compare([write_run(tmp_path / "a"), write_run(tmp_path / "b", better)])
     assert comparison.runs == ["a", "b"]
     assert row(comparison, "wikitext2_perplexity") == [29.4, 24.5]
@@ -305,8 +318,8 @@ def test_comparison_takes_last_values_and_costs(tmp_path: Path) -> None:
     assert row(comparison, "seconds") == [pytest.approx(1100.6)] * 2
     assert row(comparison, "peak_rss_bytes") == [3_420_000_000] * 2
     assert comparison.differences == {"seed": [0, 1]}
-    text = comparison.to_text(120)
-    assert "24.50 (-16.7 %)" in text and "3.42 GB" in text and max(map(len, text.splitlines())) <= 120
+    text = comparison.to_text(60)
+    assert "24.50 (-16.7 %)" in text and "3.42 GB" in text and max(map(len, text.splitlines())) <= 60
     page = Tags(write_comparison_html(comparison, tmp_path / "out" / "c.html").read_text())
     assert "24.50" in page.text and page.tags.count("svg") == 1 and "://" not in page.text
 
@@ -328,7 +341,8 @@ def test_comparison_as_json_has_no_nan(tmp_path: Path) -> None:
 
 
 def test_runs_of_one_name_are_told_apart_and_markup_is_text(tmp_path: Path) -> None:
-    (tmp_path / "x").mkdir(), (tmp_path / "y").mkdir()
+    for name in "xy":
+        (tmp_path / name).mkdir()
     comparison = compare([write_run(tmp_path / "x" / "[red]run"), write_run(tmp_path / "y" / "[red]run")])
     assert comparison.runs == ["x/[red]run", "y/[red]run"]
     console = Console(file=io.StringIO(), width=160)
@@ -348,6 +362,16 @@ def test_numbers_for_people() -> None:
     assert words("x", math.nan) == words("seconds", math.nan).removesuffix(" s") == words("bytes", math.nan) == "nan"
 
 
+def test_change_is_good_or_bad_by_what_is_measured() -> None:
+    for name, tone in (("a_perplexity", "good"), ("bytes", "good"), ("arc_acc", "bad"), ("parameters", "")):
+        assert [(c.small, c.tone) for c in versus_first(name, [4.0, 2.0, 4.0])] == [
+            ("", ""),
+            ("-50.0 %", tone),
+            ("", ""),
+        ]
+    assert [c.small for c in versus_first("loss", [None, 2.0, math.inf, 3.0])] == ["", "", "", "+50.0 %"]
+
+
 def test_empty_sections_are_left_out(tmp_path: Path) -> None:
     page = Page("title", "", "", [], [Section("gone", note="a note"), Section("here", text="text")], "0")
     text = Tags(write_page(tmp_path / "page.html", page).read_text()).text
@@ -363,6 +387,13 @@ def test_error_plot_groups_by_block_and_kind() -> None:
     assert error_plot("e", {"head": 0.1, "model.layers.0.wide": 0.0}) is None
 
 
+def test_odd_labels_are_drawn_as_they_are() -> None:
+    svg = error_plot("e", {"layers.0.$x^{$ <b>\x07": 0.1, "layers.0._hidden": 0.1, "layers.0.日本": 0.1})
+    assert svg is not None
+    for label in ("$x^{$ &lt;b&gt;?", ">hidden<", ">日本<"):
+        assert label in svg
+
+
 def test_one_spike_does_not_flatten_the_loss_plot() -> None:
     steps = list(range(200))
     calm = loss_plot("a", [Series("loss", steps, [1e4 if s == 7 else 2.0 + s / 200 for s in steps], "faint")])
@@ -374,8 +405,6 @@ def test_plots_ignore_the_users_matplotlib_settings() -> None:
 
     series = [Series("loss", [1, 2], [3.0, 2.0])]
     plain = loss_plot("a", series)
-    with matplotlib.rc_context(
-        {"axes.facecolor": "red", "lines.linewidth": 9, "font.size": 30, "svg.fonttype": "path"}
-    ):
+    with matplotlib.rc_context({"axes.linewidth": 9, "font.size": 30, "svg.fonttype": "path"}):
         assert loss_plot("a", series) == plain
         assert matplotlib.rcParams["font.size"] == 30

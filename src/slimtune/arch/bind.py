@@ -226,7 +226,7 @@ class _Claims:
         self.ports += _claims(row.exit, config, row.trunk)
         self.ports[:0] = [
             _Claim(name, PortSpec(name, Space.FOREIGN, (Space.FOREIGN,)), "")
-            for name in _outermost(name for name, module in modules.items() if _kind(module))
+            for name in _outermost(name for name, module in modules.items() if _face(module))
             if _is_below(name, self.foreign)
         ]
 
@@ -264,11 +264,14 @@ def _wrapped(module: nn.Module) -> nn.Module:
     return module
 
 
-def _kind(module: nn.Module) -> Kind | None:
+def _face(module: nn.Module) -> tuple[Kind, int, int] | None:
+    """What a linear or embedding shows of itself: kind, in_features, out_features. None for any other module."""
     module = _wrapped(module)
     if isinstance(module, EmbeddingLike):
-        return "embedding"
-    return "linear" if isinstance(module, LinearLike) else None
+        return "embedding", module.num_embeddings, module.embedding_dim
+    if isinstance(module, LinearLike):
+        return "linear", module.in_features, module.out_features
+    return None
 
 
 def _check_claimed_once(family: str, claims: _Claims, modules: dict[str, nn.Module]) -> None:
@@ -276,14 +279,14 @@ def _check_claimed_once(family: str, claims: _Claims, modules: dict[str, nn.Modu
     ports = [claim.name for claim in claims.ports]
     claimed = ports + [claim.name for claim in claims.norms]
     missing = claims.missing + [name for name in claimed if name not in modules]
-    missing += [name for name in ports if name in modules and _kind(modules[name]) is None]
+    missing += [name for name in ports if name in modules and _face(modules[name]) is None]
     count = Counter(claimed)
     owners = {*claimed, *claims.foreign}
     twice = [name for name in count if count[name] > 1 or any(p in count for p in _parents(name))]
     unclaimed = [
         name or "the model itself"
         for name, module in modules.items()
-        if (_kind(module) or next(module.parameters(recurse=False), None) is not None)
+        if (_face(module) or next(module.parameters(recurse=False), None) is not None)
         and owners.isdisjoint((name, *_parents(name)))
     ]
     faults = {"not described by the row": unclaimed, "described twice": twice, "not in the model": missing}
@@ -302,16 +305,13 @@ def _parents(name: str) -> list[str]:
 
 
 def _port(claim: _Claim[PortSpec], module: nn.Module) -> Port:
-    module = _wrapped(module)
-    kind: Kind = "embedding" if isinstance(module, EmbeddingLike) else "linear"
-    if isinstance(module, EmbeddingLike):
-        shape = module.num_embeddings, module.embedding_dim
-    else:
-        assert isinstance(module, LinearLike)  # as _check_claimed_once found
-        shape = module.in_features, module.out_features
-    bias = getattr(module, "bias", None) is not None
-    spec = claim.spec
-    return Port(claim.name, kind, spec.reads, spec.writes, *shape, bias, claim.block, spec.stage)
+    face, spec = _face(module), claim.spec
+    assert face is not None  # _check_claimed_once found it
+    bias = getattr(_wrapped(module), "bias", None) is not None
+    kind, in_features, out_features = face
+    return Port(
+        claim.name, kind, spec.reads, spec.writes, in_features, out_features, bias, block=claim.block, stage=spec.stage
+    )
 
 
 def _tied(ports: tuple[Port, ...], modules: dict[str, nn.Module]) -> tuple[Port, ...]:

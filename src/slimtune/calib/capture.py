@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from slimtune.arch import Block, ModelMap
+from slimtune.arch import Block, ModelMap, Space
 from slimtune.calib.stats import STATISTICS
 from slimtune.errors import CalibrationError
 from slimtune.kernels.precision import fast_matmul
@@ -142,7 +142,7 @@ def calibration_stream(
     The model is in evaluation mode inside, without gradients, and all its blocks are back in their places at the end,
     whatever happens. Raises `CalibrationError` when a token is not in the vocabulary.
     """
-    vocabulary = max(port.in_features for port in modelmap.ports if port.kind == "embedding")
+    vocabulary = modelmap.sizes[Space.VOCAB]
     if int(tokens.max()) >= vocabulary:
         raise CalibrationError(
             "a calibration token is not in the model's vocabulary",

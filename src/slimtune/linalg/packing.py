@@ -70,7 +70,7 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
     if 8 % bits == 0:  # whole codes in every byte: stay in uint8
         mask = 2**bits - 1
         parts = [(packed >> shift) & mask if shift else packed & mask for shift in range(0, 8, bits)]
-        return torch.stack(parts, dim=-1).view(rows, -1)[:, :length]
+        return torch.stack(parts, dim=-1).view(rows, packed.shape[1] * len(parts))[:, :length]
     groups = -(-length // 8)
     octets = packed[:, : groups * bits]
     if octets.shape[1] < groups * bits:
@@ -81,4 +81,4 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
     for j in range(1, bits):
         words = words | (octets[..., j].to(wide) << (8 * j))
     shifts = torch.arange(8, device=packed.device, dtype=wide) * bits
-    return ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).to(torch.uint8).view(rows, -1)[:, :length]
+    return ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).to(torch.uint8).view(rows, groups * 8)[:, :length]

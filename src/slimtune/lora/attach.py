@@ -150,6 +150,11 @@ def _know_quantized(config: LoraConfig) -> None:
     config._register_custom_module({QuantLinear: LoraQuantLinear})
 
 
+def has_adapter(model: nn.Module) -> bool:
+    """Whether `model` is a `PeftModel`."""
+    return isinstance(model, PeftModel)
+
+
 def base_of(model: nn.Module) -> nn.Module:
     """The Hugging Face model inside a `PeftModel`, or `model` itself where there is no adapter."""
     return cast(nn.Module, model.get_base_model()) if isinstance(model, PeftModel) else model

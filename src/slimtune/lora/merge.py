@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from slimtune.errors import RecipeError
+from slimtune.lora.attach import has_adapter
 from slimtune.quant.apply import dequantize_
 
 
@@ -19,11 +19,11 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """The base model of a `PeftModel` with the adapter's update added to its weights, all in `dtype`.
 
     `model` is consumed: its quantized linears become dense ones. The sums are made in float32 and rounded once to
-    `dtype` (default: the model's own). Raises `RecipeError` when there is no adapter, `FormatError`-free otherwise.
+    `dtype` (default: the model's own). Raises `RecipeError` when there is no adapter.
     """
-    if not isinstance(model, PeftModel):
+    if not has_adapter(model):
         raise RecipeError("there is no adapter to merge", remedy="put the merge step after lora and train")
-    dtype = dtype or cast(torch.dtype, model.dtype)
+    dtype = dtype or cast(torch.dtype, cast(Any, model).dtype)
     dequantize_(model, torch.float32)
     for module in model.modules():
         if isinstance(module, nn.Linear):

@@ -103,9 +103,11 @@ def words(name: str, value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, (int, float)):
         return unit(name).write(value)
+    if value in ([], {}):
+        return "none"
     if isinstance(value, list):
         shown = [words(name, item) if not isinstance(item, (list, dict)) else json.dumps(item) for item in value[:12]]
-        return ", ".join(shown or ["none"]) + (f", and {len(value) - 12:,} more" if len(value) > 12 else "")
+        return ", ".join(shown) + (f", and {len(value) - 12:,} more" if len(value) > 12 else "")
     return str(value)
 
 

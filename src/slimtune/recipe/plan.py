@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-from slimtune.arch import ModelMap, bind
+from slimtune.arch import ModelMap, Space, bind
 from slimtune.errors import RecipeError
 from slimtune.export import EXPORTERS
 from slimtune.export.load import DTYPES, empty_model, model_config
@@ -170,9 +170,9 @@ class _Shape:
     def of(cls, model: torch.nn.Module, modelmap: ModelMap, recipe: Recipe) -> _Shape:
         ports = modelmap.linears
         return cls(
-            hidden=max(p.out_features for p in modelmap.ports if p.kind == "embedding"),
+            hidden=modelmap.sizes[Space.RESIDUAL],
             ffn=max(max(p.in_features, p.out_features) for p in ports),
-            vocabulary=max(p.in_features for p in modelmap.ports if p.kind == "embedding"),
+            vocabulary=modelmap.sizes[Space.VOCAB],
             blocks=len(modelmap.blocks),
             parameters=sum(p.numel() for p in model.parameters()),
             weights=sum(p.in_features * p.out_features for p in ports),

@@ -113,7 +113,7 @@ def error_plot(name: str, errors: Mapping[str, float]) -> str | None:
             axes.set_yscale("log")
             _plain_log_ticks(axes)
             axes.set_xlabel(_printable(f"block of {stack}" if stack else "block"))
-            axes.set_ylabel("relative error")
+            axes.set_ylabel("relative squared error")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             _legend(axes)
         return _svg(name, figure, "quantization error by block")
@@ -187,7 +187,7 @@ def _printable(label: str) -> str:
 def _svg(name: str, figure: Figure, title: str) -> str:
     """The figure as an `<svg>` element for an HTML page; ids become `name-...`, and namespaces and metadata go."""
     file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    figure.savefig(file, format="svg", transparent=True)
     root = ElementTree.fromstring(file.getvalue())
     for node in root.iter():
         node.tag = node.tag.rpartition("}")[2]

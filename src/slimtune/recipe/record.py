@@ -24,7 +24,7 @@ _REPORT = {
     "recipe": {"name?": str, "model?": str, "steps?": [dict]},
     "environment": dict,
     "steps": [_STEP],
-    "metrics": [{"after_step": int, "name": str, "value?": float, "tokens?": int, "length?": int}],
+    "metrics": [{"after_step": int, "name": str, "value?": float, "tokens?": int, "length?": int, "samples?": int}],
     "model": {"parameters?": int, "bytes?": int, "bits_per_weight?": float},
     "plan?": {"steps": [{"step": str, "memory_bytes?": float}]},
 }
@@ -89,8 +89,9 @@ def read_report(run: Path) -> Report:
     return report
 
 
-def read_curves(run: Path) -> list[Curve]:
-    """The losses in a run's `train_log.jsonl`, one curve for each train step; empty where the run trained nothing.
+def read_curves(run: Path) -> dict[int | None, Curve]:
+    """The losses in a run's `train_log.jsonl`, keyed by the index of the train step, or None where the
+    lines name none; in the order of training, and empty where the run trained nothing.
 
     Where a resumed run logged a step twice the later line counts. A last line that was cut short is left out.
     Raises `FormatError` naming the line.
@@ -112,8 +113,11 @@ def read_curves(run: Path) -> list[Curve]:
         for values, key in ((curve.losses, "loss"), (curve.evaluations, "eval_loss")):
             if entry.get(key) is not None and math.isfinite(entry[key]):
                 values[entry["step"]] = entry[key]
-    in_order = (Curve(dict(sorted(c.losses.items())), dict(sorted(c.evaluations.items()))) for c in curves.values())
-    return [curve for curve in in_order if curve.losses]
+    return {
+        train: Curve(dict(sorted(curve.losses.items())), dict(sorted(curve.evaluations.items())))
+        for train, curve in curves.items()
+        if curve.losses
+    }
 
 
 def report_path(run: Path) -> Path:
@@ -146,16 +150,19 @@ def _check(value: Any, shape: Any, where: str) -> None:
 
 
 class Metric(NamedTuple):
-    """What makes two measurements comparable: the name, and for a perplexity its tokens and window length."""
+    """What makes measurements comparable: the name, and how many tokens, of what window length, or samples it saw."""
 
     name: str
     tokens: int | None = None
     length: int | None = None
+    samples: int | None = None
 
 
 def metrics(report: Report) -> dict[Metric, dict[int, float | None]]:
     """The values of each metric, keyed by the index of the step they were measured after."""
     series: dict[Metric, dict[int, float | None]] = {}
     for m in report["metrics"]:
-        series.setdefault(Metric(m["name"], m.get("tokens"), m.get("length")), {})[m["after_step"]] = m.get("value")
+        series.setdefault(Metric(m["name"], m.get("tokens"), m.get("length"), m.get("samples")), {})[
+            m["after_step"]
+        ] = m.get("value")
     return series

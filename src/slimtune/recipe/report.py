@@ -59,17 +59,17 @@ def write_html(run: Path) -> Path:
 
     One self-contained file that loads nothing; the same run gives the same bytes. Raises `FormatError`.
     """
-    report, curves = read_report(run), iter(read_curves(run))
+    report, curves = read_report(run), read_curves(run)
     path = report_path(run.resolve()).with_name("report.html")
     named = [(step["step"], step["facts"], i) for i, step in enumerate(report["steps"])]
     sections = [
         _measured(report),
-        *(_training(i, facts, next(curves, None)) for step, facts, i in named if step == "train"),
+        *(_training(i, facts, curves.get(i, curves.get(None))) for step, facts, i in named if step == "train"),
         *(_quantization(i, facts) for step, facts, i in named if step == "quantize"),
         _costs(report),
         *(_skipped(i, facts) for step, facts, i in named if step == "quantize"),
         _facts(report),
-        Section("Environment", grids=[_pairs(_flat(report["environment"]))]),
+        Section("Environment", grids=[_pairs(_flat(report["environment"]))] if report["environment"] else []),
         Section("Recipe", "As resolved, with every default.", text=_yaml(report["recipe"])),
     ]
     title, model = report["recipe"].get("name") or path.parent.name, report["recipe"].get("model") or "a model"
@@ -95,7 +95,7 @@ def _summary(report: Report) -> str:
         verb, details = _DEEDS.get(step["step"], (f"given the step {step['step']}", {}))
         known = _settings(report, i) | step["facts"]
         said = ((form, known.get(key)) for key, form in details.items())
-        deeds.append(verb + "".join(form.format(words("", v)) for form, v in said if isinstance(v, (int, float, str))))
+        deeds.append(verb + "".join(form.format(words("", v)) for form, v in said if v not in (None, -1)))
     listed = ", ".join(deeds[:-1]) + (" and " if deeds[1:] else "") + "".join(deeds[-1:])
     moments, measured = _moments(report), []
     for metric, values in metrics(report).items():
@@ -150,7 +150,8 @@ def _measured(report: Report) -> Section:
     for metric, values in metrics(report).items():
         tokens = f"{number(metric.tokens)} tokens" if metric.tokens else ""
         windows = f"windows of {number(metric.length)}" if metric.length else ""
-        name = Cell(label(metric.name), ", ".join(filter(None, (tokens, windows))))
+        samples = f"{number(metric.samples)} samples" if metric.samples else ""
+        name = Cell(label(metric.name), ", ".join(filter(None, (tokens, windows, samples))))
         rows.append([name, *versus_first(metric.name, [values.get(i) for i in moments])])
     note = "Changes are against the first measurement."
     return Section("Before and after", note, grids=[Grid(rows, ["", *moments.values()], numbers=True)] if rows else [])
@@ -178,7 +179,10 @@ def _quantization(i: int, facts: dict[str, Any]) -> Section:
     worst, most = sorted(errors, key=lambda name: -errors[name])[:5], max(errors.values(), default=0) or 1
     bits = Counter(layer["bits"] for layer in layers if layer.get("bits") is not None)
     counts = ", ".join(f"{count:,} at {number(width)} bits" for width, count in sorted(bits.items()))
-    note = f"Relative error of each quantized layer; 0 is exact. Layers: {counts or number(len(layers))}"
+    note = (
+        "The squared error of each layer's outputs relative to their square (of its weights, where the method used no "
+    )
+    note += f"calibration); 0 is exact. Layers: {counts or number(len(layers))}"
     undrawn = [name for name in errors if place(name) is None or errors[name] <= 0]
     note += f". Not drawn (no block number, or no error): {words('', undrawn)}." if undrawn else "."
     rows = [[Cell(name), Cell(four_digits(errors[name]), bar=max(0.0, errors[name] / most))] for name in worst]
@@ -295,7 +299,7 @@ def compare(runs: Sequence[Path]) -> Comparison:
     Raises `FormatError`.
     """
     reports, trained = [read_report(run) for run in runs], [read_curves(run) for run in runs]
-    curves = [each[-1] if each else None for each in trained]
+    curves = [list(each.values())[-1] if each else None for each in trained]
     first = curves[0]
     span = first.span if first is not None else 1.0
     smooth = [curve.smoothed(span) if curve is not None else {} for curve in curves]
@@ -350,7 +354,8 @@ def write_comparison_html(comparison: Comparison, path: Path) -> Path:
 
 def _last_values(report: Report) -> dict[Metric, float | None]:
     values = {metric: list(series.values())[-1] for metric, series in metrics(report).items()}
-    values = {Metric(name): value for name, value in report["model"].items()} | values
+    known = (name for name in ("parameters", "bytes", "bits_per_weight") if name in report["model"])
+    values = {Metric(name): report["model"][name] for name in known} | values
     values[Metric("seconds")] = sum(step["seconds"] for step in report["steps"])
     for key in ("peak_rss_bytes", "peak_device_bytes"):
         values[Metric(key)] = max((step[key] for step in report["steps"] if step.get(key) is not None), default=None)
@@ -364,7 +369,7 @@ def _table(columns: Sequence[dict[Metric, float | None]]) -> list[Row]:
         values = [list(f.values())[-1] if f else None for f in found]
         ways = {list(f)[-1][1:] for f in found if f}
         if any(value is not None for value in values):
-            rows.append(Row(name, values, "measured on different texts or windows" if len(ways) > 1 else ""))
+            rows.append(Row(name, values, "measured on different texts, windows or samples" if len(ways) > 1 else ""))
     return rows
 
 

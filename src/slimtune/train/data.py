@@ -210,7 +210,7 @@ def _whole(
         labels = ids if not masked else _labels(ids, encoded["offset_mapping"][i], spans[i])
         if not uses_template(conversation, tokenizer):  # a template writes its own
             ids, labels = begin + ids, [IGNORED] * len(begin) + labels
-        yield Example(ids, [IGNORED, *labels[1:]])
+        yield Example(ids, labels)
 
 
 def _learnt_spans(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, text: str, where: str) -> list[Span]:
@@ -259,6 +259,7 @@ def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _pieces(example: Example, length: int) -> Iterator[Example]:
+    """Stretches of at most `length` tokens; nothing predicts the first token of each."""
     for start in range(0, len(example.input_ids), length):
         ids, labels = example.input_ids[start : start + length], example.labels[start : start + length]
         yield Example(ids, [IGNORED, *labels[1:]])

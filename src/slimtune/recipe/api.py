@@ -1,0 +1,161 @@
+"""The Python face of slimtune: what a recipe can do, these functions can, on a model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slimtune.arch import bind
+from slimtune.calib.data import calibration_tokens
+from slimtune.calib.formats import normalise
+from slimtune.calib.rows import DataSource, read_rows
+from slimtune.errors import RecipeError
+from slimtune.export import Manifest, Source
+from slimtune.export import export as write_export
+from slimtune.export.load import DTYPES, Loaded
+from slimtune.export.load import load as load_model
+from slimtune.lora.attach import add_lora as attach
+from slimtune.lora.attach import base_of
+from slimtune.lora.merge import merge as merge_adapter
+from slimtune.lora.options import INITS, LoraOptions
+from slimtune.quant import QUANTIZERS
+from slimtune.quant.apply import QuantizeFacts, all_linear, quantize_
+from slimtune.recipe.document import read_recipe
+from slimtune.recipe.plan import Plan
+from slimtune.recipe.plan import plan as make_plan
+from slimtune.recipe.run import run as run_recipe
+from slimtune.recipe.schema import Evaluate, Recipe, build, recipe_from
+from slimtune.recipe.steps import Session, run_step
+from slimtune.train.data import Collator, padding_id, tokenize, tokenize_seq2seq
+from slimtune.train.loop import TrainFacts
+from slimtune.train.loop import finetune as train_model
+from slimtune.train.options import TrainOptions
+
+
+def load(model: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer, by hub id, folder, `.gguf` file or bundled name."""
+    loaded = load_model(model, dtype=dtype)
+    return loaded.model, loaded.tokenizer
+
+
+def quantize(
+    model: nn.Module,
+    method: str = "optq",
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration: DataSource | Tensor | None = None,
+    ignore: Sequence[str] = (),
+    seed: int = 0,
+    facts: Callable[[QuantizeFacts], None] = lambda _: None,
+    **options: Any,
+) -> nn.Module:
+    """`model` (changed in place) with the linears of its blocks quantized by `method`, whose fields are `options`.
+
+    `calibration` is token windows `[samples, length]`, or a data source (then `tokenizer` is needed). `facts` is called
+    with what was done to each layer.
+    """
+    quantizer = build(QUANTIZERS[method], options, method)
+    tokens = calibration if isinstance(calibration, Tensor) else None
+    if isinstance(calibration, DataSource):
+        if tokenizer is None:
+            raise RecipeError("calibration text needs the model's tokenizer", remedy="pass tokenizer=")
+        tokens = calibration_tokens(
+            read_rows(calibration), tokenizer, calibration.samples or 128, calibration.length, seed, str(calibration)
+        )
+    facts(quantize_(model, bind(model), all_linear(quantizer, ignore), tokens=tokens))
+    return model
+
+
+def add_lora(model: nn.Module, *, seed: int = 0, base_name: str = "", **options: Any) -> nn.Module:
+    """`model` in a `PeftModel` with fresh factors; `options` are the fields of the recipe's `lora` step."""
+    chosen = build(LoraOptions, options, "lora")
+    return attach(
+        model,
+        r=chosen.r,
+        lora_alpha=chosen.lora_alpha,
+        lora_dropout=chosen.lora_dropout,
+        target_modules=chosen.target_modules,
+        use_rslora=chosen.use_rslora,
+        init_lora_weights=INITS[chosen.init],
+        base_name=base_name,
+        seed=seed,
+    )
+
+
+def finetune(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    train: DataSource,
+    *,
+    eval: DataSource | None = None,
+    seed: int = 0,
+    facts: Callable[[TrainFacts], None] = lambda _: None,
+    **options: Any,
+) -> nn.Module:
+    """`model` trained in place on `train`; `options` are the fields of the recipe's `train` step."""
+    chosen = build(TrainOptions, options, "train")
+    render = tokenize_seq2seq if cast(Any, base_of(model)).config.is_encoder_decoder else tokenize
+
+    def examples(source: DataSource | None) -> Sequence[Any]:
+        if source is None:
+            return ()
+        return render(normalise(read_rows(source), where=str(source)), tokenizer, chosen.max_length)[0]
+
+    collator = Collator(padding_id(tokenizer))
+    facts(train_model(model, examples(train), collator, chosen, held_out=examples(eval), seed=seed))
+    return model
+
+
+def merge(model: nn.Module, dtype: str = "") -> nn.Module:
+    """The dense model with its adapter folded in. `model` is consumed."""
+    return merge_adapter(model, DTYPES[dtype] if dtype else None)
+
+
+def evaluate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[dict[str, Any]]:
+    """Metrics of `model`; `options` are the fields of the recipe's `evaluate` step."""
+    step = build(Evaluate, options, "evaluate")
+    loaded = Loaded(cast(PreTrainedModel, base_of(model)), tokenizer, "model")
+    session = Session(Recipe(model="model", steps=(step,)), loaded, model, lambda _: None)
+    run_step(session, step, 0)
+    return session.metrics
+
+
+def export(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    format: str,
+    output: str | Path,
+    *,
+    name: str = "",
+    dtype: str = "float32",
+) -> Manifest:
+    """Write `model` as `format` into the folder `output`, read it back and compare."""
+    public = name or str(cast(Any, base_of(model)).name_or_path)
+    return write_export(Source(model, tokenizer, public, DTYPES[dtype]), format, Path(output))
+
+
+def plan(recipe: Recipe | dict[str, Any] | str | Path, *, memory: int | None = None) -> Plan:
+    """What a recipe (an object, plain values, or a file) will do and take."""
+    return make_plan(_recipe(recipe), memory=memory)
+
+
+def run(
+    recipe: Recipe | dict[str, Any] | str | Path,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Run a recipe into the folder `output`; returns the report."""
+    return run_recipe(_recipe(recipe), Path(output), resume=resume, overwrite=overwrite, say=say)
+
+
+def _recipe(recipe: Recipe | dict[str, Any] | str | Path) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    return recipe_from(recipe) if isinstance(recipe, dict) else read_recipe(Path(recipe))

@@ -1,0 +1,64 @@
+"""Finished blocks of a quantize step on disk, so that hours of calibration survive an interruption."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from slimtune.arch import Block
+from slimtune.errors import FormatError
+from slimtune.files import whole_file
+from slimtune.quant.apply import QuantizedLayer
+from slimtune.quant.base import QTensor
+from slimtune.quant.layouts import layout_from_dict, layout_to_dict
+
+META = "layers"
+
+
+class FolderStore:
+    """One safetensors file per block, written whole; its metadata says how each layer is stored and what it lost."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, block: Block, layers: list[QuantizedLayer]) -> None:
+        """Keep a finished block."""
+        facts = {
+            layer.name: {
+                "layout": layout_to_dict(layer.weight.layout),
+                "shape": [layer.weight.layout.out_features, layer.weight.layout.in_features],
+                "error": layer.error,
+            }
+            for layer in layers
+        }
+        tensors = {f"{layer.name}:{key}": t.cpu() for layer in layers for key, t in layer.weight.tensors.items()}
+        with whole_file(self._path(block)) as partial:
+            save_file(tensors, partial, metadata={META: json.dumps(facts)})
+
+    def load(self, block: Block) -> list[QuantizedLayer] | None:
+        """The layers of a block that was finished before, `None` where it was not."""
+        path = self._path(block)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = json.loads((file.metadata() or {})[META])
+                return [
+                    QuantizedLayer(
+                        name,
+                        QTensor(
+                            {k.rpartition(":")[2]: file.get_tensor(k) for k in file.keys() if k.startswith(f"{name}:")},
+                            layout_from_dict(fact["layout"], *fact["shape"]),
+                        ),
+                        fact["error"],
+                    )
+                    for name, fact in facts.items()
+                ]
+        except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+            raise FormatError("a kept block is damaged", where=str(path), remedy="delete it and resume") from error
+
+    def _path(self, block: Block) -> Path:
+        return self.folder / f"{block.name}.safetensors"

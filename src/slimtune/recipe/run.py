@@ -1,0 +1,224 @@
+"""Running a recipe into a run folder, so that it can be killed at any moment and continued.
+
+After each step the changed part of the model is written under `checkpoints/`, then `checkpoints/state.json` says that the
+step is done, then the part moves to its public place. Whatever is half done when a run dies is done again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+import torch
+import transformers
+from peft import PeftModel
+
+from slimtune import __version__
+from slimtune.errors import FormatError, RecipeError
+from slimtune.export.load import load
+from slimtune.export.native import write_model
+from slimtune.files import whole_folder, write_json, write_text
+from slimtune.kernels.memory import PeakMemory, release
+from slimtune.lora.attach import base_of, load_adapter
+from slimtune.recipe.document import write_recipe
+from slimtune.recipe.plan import Plan, plan
+from slimtune.recipe.report import write_html
+from slimtune.recipe.schema import Lora, Merge, Quantize, Recipe, Step, Train, to_dict
+from slimtune.recipe.steps import Session, run_step, size_of
+
+Say = Callable[[str], None]
+
+
+def run(
+    recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool = False, say: Say = lambda _: None
+) -> dict[str, Any]:
+    """Run `recipe` into the folder `output`; returns the report (`report.json`).
+
+    Raises `RecipeError` when the folder holds another recipe's run, or this one's and neither `resume` nor `overwrite`
+    is given; nothing in it is touched then.
+    """
+    planned = plan(recipe)
+    recipe = planned.recipe
+    state = _open_folder(recipe, output, resume=resume, overwrite=overwrite)
+    for warning in planned.warnings:
+        say(f"warning: {warning}")
+    if len(state["steps"]) == len(recipe.steps):
+        say("every step of this run is done")
+        return _write_report(planned, output, state)
+    say(f"model {recipe.model}")
+    session = _session(recipe, output, state, say, resume=resume)
+    memory = PeakMemory()
+    for number in range(len(state["steps"]), len(recipe.steps)):
+        step = recipe.steps[number]
+        say(f"[{number + 1}/{len(recipe.steps)}] {step.name}")
+        memory.restart()
+        start = time.perf_counter()
+        facts = run_step(session, step, number)
+        fact = {
+            "step": step.name,
+            "seconds": time.perf_counter() - start,
+            "peak_rss_bytes": memory.resident,
+            "peak_device_bytes": memory.device,
+            "facts": facts,
+        }
+        say(f"  done in {fact['seconds']:.1f} s, peak memory {fact['peak_rss_bytes'] / 1e9:.2f} GB")
+        _keep(session, step, number, output)
+        state["steps"].append(fact)
+        state["metrics"] = session.metrics
+        state["model"] = size_of(session.whole()).to_dict()
+        write_json(output / "checkpoints" / "state.json", state)
+        _publish(output, number)
+        session.resume = False
+        _write_report(planned, output, state)
+        release()
+    if not (output / "model" / "config.json").is_file():
+        _write_base(session, output / "model")
+    _tidy(output)
+    say(f"report: {output / 'report.html'}")
+    return _write_report(planned, output, state)
+
+
+def _open_folder(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> dict[str, Any]:
+    text = write_recipe(recipe)
+    held = output / "recipe.yaml"
+    if output.exists() and any(output.iterdir()):
+        if not held.is_file():
+            raise RecipeError(
+                "the output folder is not empty and not a run", where=str(output), remedy="choose another --output"
+            )
+        same = held.read_text(encoding="utf-8") == text
+        if not overwrite and not (resume and same):
+            raise RecipeError(
+                "the output folder holds a run of this recipe" if same else "the output folder holds another recipe's run",
+                where=str(output),
+                remedy=("--resume continues it, --overwrite starts again" if same else "choose another --output")
+                + ("" if same else ", or --overwrite it"),
+            )
+        if overwrite and not resume:
+            shutil.rmtree(output)
+    path = output / "checkpoints" / "state.json"
+    if resume and path.is_file():
+        try:
+            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise FormatError("the run's state is damaged", where=str(path), remedy="--overwrite the run") from error
+        return state
+    (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+    write_text(held, text)
+    return {"steps": [], "metrics": []}
+
+
+def _session(recipe: Recipe, output: Path, state: dict[str, Any], say: Say, *, resume: bool) -> Session:
+    """The model as the last finished step left it."""
+    done = list(enumerate(recipe.steps[: len(state["steps"])]))
+    dense = [n for n, step in done if _changes_base(step, recipe, n)]
+    adapted = [n for n, step in done if isinstance(step, Lora | Train)]
+    merged = max((n for n, step in done if isinstance(step, Merge)), default=-1)
+    for number, _ in done:
+        _publish(output, number)
+    first = next(iter(recipe.steps[len(done) :]), None)
+    loaded = load(
+        str(output / "model") if dense else recipe.model, dtype=recipe.dtype, lazy=isinstance(first, Quantize)
+    )
+    if dense:
+        loaded = replace(loaded, name=state["name"])
+    state["name"] = loaded.name
+    model: torch.nn.Module = loaded.model
+    adapters = [n for n in adapted if n > merged and (output / "checkpoints" / f"step-{n}-adapter").is_dir()]
+    if adapters:
+        model = load_adapter(model, output / "checkpoints" / f"step-{max(adapters)}-adapter", trainable=True)
+    return Session(recipe, loaded, model, say, folder=output, resume=resume, metrics=list(state["metrics"]))
+
+
+def _changes_base(step: Step, recipe: Recipe, number: int) -> bool:
+    """Whether a step changes weights other than an adapter's."""
+    if not isinstance(step, Train):
+        return isinstance(step, Quantize | Merge)
+    before = recipe.steps[:number]
+    loras = [n for n, s in enumerate(before) if isinstance(s, Lora)]
+    merges = [n for n, s in enumerate(before) if isinstance(s, Merge)]
+    return max(loras, default=-1) <= max(merges, default=-1)
+
+
+def _keep(session: Session, step: Step, number: int, output: Path) -> None:
+    """Write what a step changed under `checkpoints/`."""
+    if _changes_base(step, session.recipe, number):
+        _write_base(session, output / "checkpoints" / f"step-{number}-model")
+    elif isinstance(step, Lora | Train):
+        with whole_folder(output / "checkpoints" / f"step-{number}-adapter") as partial:
+            cast(PeftModel, session.model).save_pretrained(str(partial))
+            (partial / "README.md").unlink(missing_ok=True)
+
+
+def _publish(output: Path, number: int) -> None:
+    """Move what a finished step changed to where a user looks for it."""
+    model = output / "checkpoints" / f"step-{number}-model"
+    if model.is_dir():
+        shutil.rmtree(output / "model", ignore_errors=True)
+        model.rename(output / "model")
+        shutil.rmtree(output / "adapter", ignore_errors=True)  # of the model before this one
+    adapter = output / "checkpoints" / f"step-{number}-adapter"
+    if adapter.is_dir():
+        with whole_folder(output / "adapter") as partial:
+            shutil.copytree(adapter, partial, dirs_exist_ok=True)
+
+
+def _write_base(session: Session, folder: Path) -> None:
+    """Write the model without its adapter as a Hugging Face folder."""
+    session.whole()
+    with whole_folder(folder) as partial:
+        write_model(cast(transformers.PreTrainedModel, base_of(session.model)), session.loaded.tokenizer, partial)
+
+
+def _tidy(output: Path) -> None:
+    """Remove what only a resumption of this run would have needed; `state.json` stays and says that it is done."""
+    for path in (output / "checkpoints").iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+
+
+def _write_report(planned: Plan, output: Path, state: dict[str, Any]) -> dict[str, Any]:
+    report = {
+        "slimtune": __version__,
+        "recipe": to_dict(planned.recipe),
+        "environment": environment(),
+        "steps": state["steps"],
+        "metrics": state["metrics"],
+        "model": state.get("model", {}),
+        "plan": {"steps": planned.to_dict()["steps"]},
+    }
+    write_json(output / "report.json", report)
+    write_html(output)
+    return report
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions that results depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,165 @@
+"""Verbs that are not a whole recipe: one step from the shell, and looking at a finished model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from slimtune.arch import bind
+from slimtune.calib.formats import normalise, render_messages, uses_template
+from slimtune.errors import FormatError, RecipeError, nearest
+from slimtune.evaluate.generate import stream
+from slimtune.export import Manifest, Source, export
+from slimtune.export.load import DTYPES, Loaded, load
+from slimtune.lora.attach import load_adapter
+from slimtune.recipe.document import parse
+from slimtune.recipe.plan import quantizer_of
+from slimtune.recipe.schema import STEPS, Data, Evaluate, Quantize, Recipe, recipe_from, step_from
+from slimtune.recipe.steps import Session, run_step
+
+TOP = ("seed", "dtype")
+
+
+def recipe_of(model: str, steps: Sequence[str], arguments: Sequence[str], name: str) -> Recipe:
+    """The recipe of a verb: its steps with `--key value` arguments, each given to the step that has the key.
+
+    `--train`, `--eval` and `--calibration` name data, `--seed` and `--dtype` are the recipe's own.
+    """
+    facts: dict[str, Any] = {"model": model, "name": name, "data": {}, "steps": [{step: {}} for step in steps]}
+    sources = [f.name for f in fields(Data)]
+    for key, value in _pairs(arguments).items():
+        owners = [step for step in steps if key in _keys(step)]
+        if key in TOP:
+            facts[key] = value
+        elif key in sources and not owners:
+            facts["data"][key] = value
+        elif owners:
+            facts["steps"][list(steps).index(owners[0])][owners[0]][key] = value
+        elif "quantize" in steps:  # a field of the method: checked when the method is known
+            facts["steps"][list(steps).index("quantize")]["quantize"][key] = value
+        else:
+            valid = [*TOP, *sources, *(k for step in steps for k in _keys(step))]
+            raise RecipeError("unknown option", got=f"--{key.replace('_', '-')}", remedy=nearest(key, valid))
+    recipe = recipe_from(facts, name=name)
+    for step in recipe.steps:
+        if isinstance(step, Quantize):
+            quantizer_of(step)
+    return recipe
+
+
+def open_model(name: str, *, dtype: str = "float32", adapter: Path | None = None) -> tuple[Loaded, nn.Module]:
+    """A model by name, or the model and adapter of a run folder."""
+    run = Path(name)
+    loaded = load(str(run / "model") if _is_run(run) else name, dtype=dtype)
+    if _is_run(run):
+        loaded.name = _base_name(run, loaded.name)
+        adapter = adapter or (run / "adapter" if (run / "adapter").is_dir() else None)
+    return loaded, load_adapter(loaded.model, adapter) if adapter else loaded.model
+
+
+def evaluate_model(
+    model: str,
+    *,
+    perplexity: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    length: int = 512,
+    max_tokens: int = -1,
+    limit: int = -1,
+    speed: bool = False,
+    dtype: str = "float32",
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """The metrics of a model, as `report.json` has them. A text is `file` or `name=file`."""
+    texts = dict(text.split("=", 1) if "=" in text else (Path(text).name.split(".")[0], text) for text in perplexity)
+    step = cast(
+        Evaluate,
+        step_from(
+            "evaluate",
+            {
+                "perplexity": texts,
+                "tasks": list(tasks),
+                "length": length,
+                "max_tokens": max_tokens,
+                "limit": limit,
+                "speed": speed,
+            },
+            "evaluate",
+        ),
+    )
+    loaded, opened = open_model(model, dtype=dtype)
+    recipe = Recipe(model=model, steps=(step,), dtype=cast(Any, dtype))
+    session = Session(recipe, loaded, opened, say)
+    run_step(session, step, 0)
+    return {"model": model, "metrics": session.metrics}
+
+
+def export_model(source: str, format: str, output: Path, *, dtype: str = "float32", overwrite: bool = False) -> Manifest:
+    """Export a model or a run's model and adapter."""
+    if output.exists() and any(output.iterdir()) and not overwrite:
+        raise RecipeError("the output folder is not empty", where=str(output), remedy="--overwrite replaces it")
+    loaded, model = open_model(source, dtype=dtype)
+    return export(Source(model, loaded.tokenizer, loaded.name, DTYPES[dtype]), format, output)
+
+
+def generate_text(
+    model: str,
+    prompt: str,
+    *,
+    adapter: Path | None = None,
+    max_new_tokens: int = 128,
+    dtype: str = "float32",
+    write: Callable[[str], None],
+) -> float:
+    """Answer `prompt` greedily, piece by piece to `write`; returns tokens per second."""
+    loaded, opened = open_model(model, dtype=dtype, adapter=adapter)
+    bind(opened)  # refuses what slimtune does not know, before generating
+    [conversation] = normalise([{"prompt": prompt, "completion": ""}])
+    text = prompt
+    if uses_template(conversation, loaded.tokenizer):
+        text = render_messages([{"role": "user", "content": prompt}], loaded.tokenizer, open_reply=True)
+    tokens = loaded.tokenizer(text, return_tensors="pt", add_special_tokens=text == prompt)
+    start, count = time.perf_counter(), 0
+    with torch.no_grad():
+        for piece in stream(cast(Any, opened), loaded.tokenizer, cast(Mapping[str, torch.Tensor], tokens), max_new_tokens):
+            write(piece)
+            count += 1
+    return count / max(time.perf_counter() - start, 1e-9)
+
+
+def _keys(step: str) -> list[str]:
+    return [f.name for f in fields(STEPS[step]) if f.name != "options"]
+
+
+def _pairs(arguments: Sequence[str]) -> dict[str, Any]:
+    pairs: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        key = rest.pop(0)
+        if not key.startswith("--"):
+            raise RecipeError("an option begins with --", got=key)
+        name, sign, value = key[2:].partition("=")
+        if not sign:
+            if not rest or rest[0].startswith("--"):
+                value = "true"  # a flag
+            else:
+                value = rest.pop(0)
+        pairs[name.replace("-", "_")] = parse(value, key)
+    return pairs
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "recipe.yaml").is_file() and (folder / "model").is_dir()
+
+
+def _base_name(run: Path, otherwise: str) -> str:
+    try:
+        facts = parse((run / "recipe.yaml").read_text(encoding="utf-8"))
+        return str(facts["model"])
+    except (KeyError, TypeError) as error:
+        raise FormatError("the run's recipe is damaged", where=str(run / "recipe.yaml")) from error

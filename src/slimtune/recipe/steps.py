@@ -1,0 +1,246 @@
+"""What each step does to a model: the methods, given data and told where to report. Nothing here decides an order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from slimtune.arch import bind
+from slimtune.calib.data import calibration_tokens, text_tokens
+from slimtune.calib.formats import normalise, render
+from slimtune.calib.rows import DataSource, Row, read_rows, read_text
+from slimtune.evaluate.perplexity import perplexity
+from slimtune.evaluate.speed import speed
+from slimtune.evaluate.tasks import tasks
+from slimtune.export import Source, export
+from slimtune.export.load import DTYPES, Loaded
+from slimtune.lora.attach import add_lora, base_of, plain
+from slimtune.lora.merge import merge
+from slimtune.lora.options import INITS
+from slimtune.quant.apply import all_linear, quantize_
+from slimtune.quant.size import Size, model_size
+from slimtune.recipe.blocks import FolderStore
+from slimtune.recipe.plan import CALIBRATION_BATCH, DEFAULT_SAMPLES, quantizer_of
+from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Quantize, Recipe, Step, Train
+from slimtune.train.data import Collator, Example, pack, padding_id, tokenize, tokenize_seq2seq
+from slimtune.train.loop import finetune
+
+Facts = dict[str, Any]
+
+
+@dataclass
+class Session:
+    """A recipe on its way: the model as it is, where things are kept, and whom to tell."""
+
+    recipe: Recipe
+    loaded: Loaded
+    model: nn.Module
+    say: Callable[[str], None]
+    folder: Path | None = None
+    resume: bool = False
+    metrics: list[Facts] = field(default_factory=list)
+
+    def whole(self) -> nn.Module:
+        """The model with all its weights in memory."""
+        self.loaded.materialise_()
+        return self.model
+
+    def place(self, name: str) -> Path | None:
+        """A folder under `checkpoints/`, where the run has a folder."""
+        return self.folder / "checkpoints" / name if self.folder else None
+
+    def rows(self, source: DataSource) -> list[Row]:
+        """Rows of a data source."""
+        return read_rows(source)
+
+
+def run_step(session: Session, step: Step, number: int) -> Facts:
+    """Do one step; `session.model` is the result. Returns the facts for the report."""
+    match step:
+        case Quantize():
+            return _quantize(session, step, number)
+        case Lora():
+            return _lora(session, step)
+        case Train():
+            return _train(session, step, number)
+        case Merge():
+            session.model = merge(session.whole(), DTYPES[step.dtype or session.recipe.dtype])
+            return {"dtype": step.dtype or session.recipe.dtype}
+        case Evaluate():
+            return _evaluate(session, step, number)
+        case Export():
+            return _export(session, step)
+
+
+def size_of(model: nn.Module) -> Size:
+    """The size of a model as it is, adapter aside."""
+    return model_size(plain(model), frozenset(port.name for port in bind(model).linears))
+
+
+def _quantize(session: Session, step: Quantize, number: int) -> Facts:
+    method = quantizer_of(step)
+    modelmap = bind(session.model)
+    tokens: Tensor | None = None
+    facts: Facts = {"method": step.method, **step.options}
+    if method.needs:
+        source = session.recipe.data.calibration or session.recipe.data.train
+        assert source is not None, "the plan has checked it"
+        session.say(f"  calibrating on {source}")
+        tokens = calibration_tokens(
+            session.rows(source),
+            session.loaded.tokenizer,
+            samples=source.samples or DEFAULT_SAMPLES,
+            length=source.length,
+            seed=session.recipe.seed,
+            where=str(source),
+        )
+        facts["calibration"] = {"source": str(source), "samples": tokens.shape[0], "length": tokens.shape[1]}
+    place = session.place(f"step-{number}-blocks")
+    result = quantize_(
+        session.model,
+        modelmap,
+        all_linear(method, step.ignore),
+        tokens=tokens,
+        batch_size=CALIBRATION_BATCH,
+        materialise=session.loaded.materialise,
+        store=FolderStore(place) if place is not None else None,
+        progress=_blocks_done(session),
+    )
+    session.loaded.materialise_()
+    return {**facts, **result.to_dict()}
+
+
+def _blocks_done(session: Session) -> Callable[[int, int], None]:
+    def progress(done: int, blocks: int) -> None:
+        if done == blocks or done % max(blocks // 6, 1) == 0:
+            session.say(f"  block {done}/{blocks}")
+
+    return progress
+
+
+def _lora(session: Session, step: Lora) -> Facts:
+    model = add_lora(
+        session.whole(),
+        r=step.r,
+        lora_alpha=step.lora_alpha,
+        lora_dropout=step.lora_dropout,
+        target_modules=step.target_modules,
+        use_rslora=step.use_rslora,
+        init_lora_weights=INITS[step.init],
+        base_name=session.loaded.name,
+        seed=session.recipe.seed,
+    )
+    session.model = model
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    targets = sorted(cast(Any, model).peft_config["default"].target_modules)
+    session.say(f"  {trainable:,} trainable parameters on {', '.join(targets[:8])}{' ...' if len(targets) > 8 else ''}")
+    return {"r": step.r, "lora_alpha": step.lora_alpha, "targets": targets, "trainable_parameters": trainable}
+
+
+def _train(session: Session, step: Train, number: int) -> Facts:
+    data = session.recipe.data
+    assert data.train is not None, "the plan has checked it"
+    model = session.whole()
+    examples, facts = _examples(session, data.train, step)
+    held_out = _examples(session, data.eval, step)[0] if data.eval is not None else []
+    session.say(f"  {facts['examples']:,} examples from {data.train}, {facts['tokens']:,} tokens; the first, «not learnt»:")
+    session.say("  | " + str(facts["sample"]).replace("\n", "\n  | "))
+    if not any(p.requires_grad for p in model.parameters()):
+        model.requires_grad_(True)
+    limit = session.recipe.data.eval.samples if session.recipe.data.eval else None
+    result = finetune(
+        model,
+        examples,
+        Collator(padding_id(session.loaded.tokenizer)),
+        step,
+        held_out=held_out[:limit] if limit else held_out,
+        seed=session.recipe.seed,
+        log=session.folder / "train_log.jsonl" if session.folder else None,
+        checkpoints=session.place(f"step-{number}-train"),
+        resume=session.resume,
+        number=number,
+        progress=lambda line: session.say("  " + _log_line(line)),
+    )
+    return {**result.to_dict(), "sample": facts.pop("sample"), "data": {"source": str(data.train), **facts}}
+
+
+def _examples(session: Session, source: DataSource, step: Train) -> tuple[Sequence[Example], Facts]:
+    conversations = normalise(session.rows(source), where=str(source))
+    tokenizer = session.loaded.tokenizer
+    if cast(Any, base_of(session.model)).config.is_encoder_decoder:
+        examples, facts = tokenize_seq2seq(conversations, tokenizer, step.max_length, where=str(source))
+        return examples, dict(facts)
+    examples, facts = tokenize(
+        conversations, tokenizer, step.max_length, completion_only_loss=step.completion_only_loss, where=str(source)
+    )
+    return (pack(examples, step.max_length) if step.packing else examples), dict(facts)
+
+
+def _log_line(line: Facts) -> str:
+    if "eval_loss" in line:
+        return f"step {line['step']}: held-out loss {line['eval_loss']:.4f}"
+    minutes, seconds = divmod(int(line["seconds_left"]), 60)
+    return (
+        f"step {line['step']}/{line['steps']}: loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s, "
+        f"peak {line['peak_rss_bytes'] / 1e9:.2f} GB, {minutes}:{seconds:02d} left"
+    )
+
+
+def _evaluate(session: Session, step: Evaluate, number: int) -> Facts:
+    model = cast(Any, session.whole())
+    found: list[Facts] = []
+    for name, source in step.perplexity.items():
+        tokens = text_tokens(_text(session, source), session.loaded.tokenizer)
+        result = perplexity(model, tokens[: step.max_tokens] if step.max_tokens > 0 else tokens, length=step.length)
+        found.append(
+            {"name": f"{name}_perplexity", "value": result.value, "tokens": result.tokens, "length": result.length}
+        )
+    if step.tasks:
+        limit = step.limit if step.limit > 0 else None
+        for item in tasks(model, session.loaded.tokenizer, step.tasks, limit=limit):
+            found.append(
+                {
+                    "name": f"{item.task}_{item.metric}",
+                    "value": item.value,
+                    "stderr": item.stderr,
+                    "samples": item.samples,
+                }
+            )
+    if step.speed:
+        measured = speed(model)
+        found.append({"name": "prefill_tokens_per_second", "value": measured.prefill_tokens_per_second})
+        found.append({"name": "decode_tokens_per_second", "value": measured.decode_tokens_per_second})
+    size = size_of(session.model)
+    found.append({"name": "bytes", "value": size.bytes})
+    found.append({"name": "bits_per_weight", "value": size.bits_per_weight})
+    for fact in found:
+        session.metrics.append({"after_step": number, **fact})
+        session.say(f"  {fact['name'].replace('_', ' ')}: {fact['value']:,.4g}")
+    return {}
+
+
+def _text(session: Session, source: str | DataSource) -> str:
+    """A text file as it is; rows of anything else rendered one after the other."""
+    if isinstance(source, str):
+        source = DataSource(path=source)
+    if source.path and not source.path.removesuffix(".gz").removesuffix(".zst").endswith(
+        (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+    ):
+        return read_text(source.path)
+    conversations = normalise(session.rows(source), where=str(source))[: source.samples]
+    return "".join(render(c, session.loaded.tokenizer, str(source)) for c in conversations)
+
+
+def _export(session: Session, step: Export) -> Facts:
+    assert session.folder is not None, "a run has a folder"
+    source = Source(
+        session.whole(), session.loaded.tokenizer, session.loaded.name, DTYPES[session.recipe.dtype]
+    )
+    manifest = export(source, step.format, session.folder / "export" / step.format)
+    session.say(f"  {manifest.path}: {manifest.bytes / 1e6:,.1f} MB, read back and compared")
+    return manifest.to_dict() | {"path": f"export/{step.format}"}
+
