@@ -8,7 +8,8 @@ quantizes every decoder-block linear of the float32 model DIR and writes OUT as 
 holds the *dequantized* weights, so that one evaluator scores every arm, beside OUT/result.json with what it cost.
 The weights are read back from GPTQModel's own checkpoint through its own TorchLinear, so they are what it would serve.
 
-`Meter`, `write_folder`, `share_unquantized_` and `largest_difference` know nothing of GPTQModel; hqq_arm.py uses them too.
+`Meter`, `write_folder`, `share_unquantized_` and `largest_difference` know nothing of GPTQModel; hqq_arm.py uses them
+too.
 """
 
 from __future__ import annotations

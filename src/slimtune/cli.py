@@ -38,7 +38,9 @@ def say(text: str) -> None:
 @app.command(name="run")
 def run_recipe(
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. quantize.bits=3")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. quantize.bits=3")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: runs/<recipe name>.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
@@ -147,7 +149,12 @@ def generate(
     from slimtune.recipe.shell import generate_text
 
     rate = generate_text(
-        model, prompt, adapter=adapter, max_new_tokens=max_new_tokens, dtype=dtype, write=lambda t: print(t, end="", flush=True)
+        model,
+        prompt,
+        adapter=adapter,
+        max_new_tokens=max_new_tokens,
+        dtype=dtype,
+        write=lambda t: print(t, end="", flush=True),
     )
     print()
     say(f"{rate:.1f} tokens/s")
@@ -192,7 +199,8 @@ def report(
 
 @app.command(name="list")
 def list_table(
-    what: Annotated[str, typer.Argument(help="models, quantizers, inits, families or exporters.")], as_json: Json = False
+    what: Annotated[str, typer.Argument(help="models, quantizers, inits, families or exporters.")],
+    as_json: Json = False,
 ) -> None:
     """Print what there is to choose from."""
     from slimtune.recipe.terminal import listing, listing_text

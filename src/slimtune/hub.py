@@ -22,7 +22,7 @@ METHOD = "slimtune"
 FORMAT_VERSION = 1
 
 
-class SlimtuneConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call]
+class SlimtuneConfig(QuantizationConfigMixin):
     """The `quantization_config` of a slimtune folder: groups of layers that share a layout.
 
     Each group is `{"layout": "affine", "bits": 4, ..., "modules": [names]}`.

@@ -147,6 +147,8 @@ def test_checkpointing_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
+# Dynamo itself makes an instance of an autograd function while it traces one.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_as_one_graph() -> None:
     stack = Stack()
     wanted = of_stack(stack, stack)
@@ -248,7 +250,8 @@ class Signs:
     in_features: int
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return {"sign": ((self.out_features, self.in_features), torch.int8), "size": ((self.out_features, 1), torch.float64)}
+        return {"sign": ((self.out_features, self.in_features), torch.int8), "size": ((self.out_features, 1),
+        torch.float64)}
 
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         return tensors["sign"].to(dtype) * tensors["size"].to(dtype)

@@ -116,5 +116,7 @@ def _names(path: Path) -> list[str]:
             return list(shard.keys())
     except (SafetensorError, struct.error, OSError, ValueError) as error:
         raise FormatError(
-            "a weight file is truncated or not safetensors", where=str(path), got=f"{path.stat().st_size} bytes: {error}"
+            "a weight file is truncated or not safetensors",
+            where=str(path),
+            got=f"{path.stat().st_size} bytes: {error}",
         ) from error

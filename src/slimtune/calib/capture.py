@@ -3,8 +3,8 @@
 The model's own forward is what runs, so masks, rotary embeddings, position biases and per-layer attention types are the
 model's own. Blocks that were already passed are replaced, for the time of the pass, by a `_Replay` that hands out
 the cached output; blocks still to come are never reached. A block is run in stages: once per group of layers that
-share an input, stopping just before it, so that every layer is calibrated on what the already quantized layers before it
-really produce (GPTQ's "true sequential" order) at the cost of about two forwards.
+share an input, stopping just before it, so that every layer is calibrated on what the already quantized layers before
+it really produce (GPTQ's "true sequential" order) at the cost of about two forwards.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class _Replay(nn.Module):
 class CalibrationStream:
     """The calibration tokens on their way through the blocks of a model.
 
-    Use `calibration_stream`, then for every block in order: `collect` each of its stages, and `advance` past it. Memory:
-    one output `[samples, length, hidden]` per stack, and what one micro-batch needs inside one block.
+    Use `calibration_stream`, then for every block in order: `collect` each of its stages, and `advance` past it.
+    Memory: one output `[samples, length, hidden]` per stack, and what one micro-batch needs inside one block.
     """
 
     def __init__(self, model: nn.Module, tokens: Tensor, batch_size: int) -> None:
@@ -107,7 +107,8 @@ class CalibrationStream:
         blocks[int(index)] = _Replay(self, block, rest)
 
     def _run_all(self) -> None:
-        for self.batch, tokens in enumerate(self._batches):
+        for number, tokens in enumerate(self._batches):
+            self.batch = number
             try:
                 self._model(**model_inputs(self._model, tokens), use_cache=False)
             except _Stop:
@@ -139,22 +140,24 @@ def calibration_stream(
 ) -> Iterator[CalibrationStream]:
     """A `CalibrationStream` of `tokens` (`[samples, length]`, no padding) at the door of the model's first block.
 
-    The model is in evaluation mode inside, without gradients, and all its blocks are back in their places at the end,
-    whatever happens. Raises `CalibrationError` when a token is not in the vocabulary.
+    The model is in evaluation mode inside, without gradients; all its blocks are back in their places at the end, and
+    every module is in the mode it was in, whatever happens. Raises `CalibrationError` when a token is not in the vocabulary.
     """
     vocabulary = modelmap.sizes[Space.VOCAB]
-    if int(tokens.max()) >= vocabulary:
+    least, greatest = int(tokens.min()), int(tokens.max())
+    if least < 0 or greatest >= vocabulary:
         raise CalibrationError(
             "a calibration token is not in the model's vocabulary",
-            got=int(tokens.max()),
-            wanted=f"below {vocabulary}",
+            got=least if least < 0 else greatest,
+            wanted=f"0 to {vocabulary - 1}",
             remedy="tokenise with the model's own tokenizer",
         )
-    training = model.training
+    modes = {name: module.training for name, module in model.named_modules()}
     stream = CalibrationStream(model.eval(), tokens, batch_size)
     try:
-        with torch.no_grad(), fast_matmul():
+        with torch.no_grad():
             yield stream
     finally:
         stream.restore()
-        model.train(training)
+        for name, module in model.named_modules():  # by name: a linear may have been replaced meanwhile
+            module.training = modes.get(name, module.training)

@@ -21,8 +21,8 @@ def stream(
     cache = None
     new: list[int] = []
     shown = ""
-    ends = model.generation_config.eos_token_id if model.generation_config is not None else tokenizer.eos_token_id
-    stops = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
+    ends = model.generation_config.eos_token_id
+    stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     for _ in range(max_new_tokens):
         output = model(input_ids=ids, past_key_values=cache, use_cache=True)
         cache = output.past_key_values

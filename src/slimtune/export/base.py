@@ -77,7 +77,8 @@ def write_folder(
     quantization: Any = None,
     shard: str = "5GB",
 ) -> None:
-    """Write config and `state`, without what `model` ties, as a Hugging Face folder: the one way slimtune writes models.
+    """Write config and `state`, without what `model` ties, as a Hugging Face folder: the one way slimtune writes
+    models.
 
     `config.json` says `dtype`, and `quantization` as its `quantization_config` (none by default). `model` lends
     transformers' writer its class and its config, and is afterwards as it was: an adapter on it is not written.

@@ -157,7 +157,10 @@ def auto_class(config: PretrainedConfig) -> Any:
     """The class of transformers that loads a model of this configuration."""
     if config.is_encoder_decoder:
         return AutoModelForSeq2SeqLM
-    if type(config) in AutoModelForImageTextToText._model_mapping and type(config) not in AutoModelForCausalLM._model_mapping:
+    if (
+        type(config) in AutoModelForImageTextToText._model_mapping
+        and type(config) not in AutoModelForCausalLM._model_mapping
+    ):
         return AutoModelForImageTextToText
     return AutoModelForCausalLM
 
@@ -195,7 +198,9 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FormatError("the model folder has no usable tokenizer", where=str(folder), got=str(error)[:300]) from error
+        raise FormatError(
+            "the model folder has no usable tokenizer", where=str(folder), got=str(error)[:300]
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return cast(PreTrainedTokenizerBase, tokenizer)

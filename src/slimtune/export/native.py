@@ -1,27 +1,25 @@
 """slimtune's own model folder: a Hugging Face folder whose quantized linears are stored as packed tensors.
 
 `config.json` carries `quantization_config: {"quant_method": "slimtune", ...}` with the layout of every quantized layer.
-After `import slimtune`, `AutoModelForCausalLM.from_pretrained` loads such a folder: transformers is told about the method
-through its quantizer registry. See `docs/formats.md`.
+After `import slimtune`, `AutoModelForCausalLM.from_pretrained` loads such a folder: transformers is told about the
+method through its quantizer registry. See `docs/formats.md`.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from slimtune.errors import FormatError
 from slimtune.export.base import own_state, write_folder
+from slimtune.hub import METHOD, SlimtuneConfig, SlimtuneQuantizer
 from slimtune.lora.attach import plain
-from slimtune.quant.layouts import layout_from_dict, layout_to_dict
+from slimtune.quant.layouts import layout_to_dict
 from slimtune.quant.linear import QuantLinear
+
 
 def config_of(model: nn.Module) -> SlimtuneConfig:
     """What the `QuantLinear`s of `model` need to be made again."""

@@ -1,1 +1,2 @@
-"""The only place that knows devices. `reference` is plain torch, runs everywhere and is what every other kernel equals."""
+"""The only place that knows devices. `reference` is plain torch, runs everywhere and is what every other kernel
+equals."""

@@ -9,7 +9,14 @@ from slimtune.linalg.packing import unpack
 
 
 def dequantize_affine(
-    codes: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int, group_size: int, in_features: int, dtype: torch.dtype
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    *,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """`W[o, i] = (q[o, i] - zero[o, g]) * scale[o, g]` with `g = i // group_size`, as `dtype [out, in_features]`.
 

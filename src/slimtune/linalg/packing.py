@@ -81,4 +81,5 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
     for j in range(1, bits):
         words = words | (octets[..., j].to(wide) << (8 * j))
     shifts = torch.arange(8, device=packed.device, dtype=wide) * bits
-    return ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).to(torch.uint8).view(rows, groups * 8)[:, :length]
+    codes: Tensor = ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).to(torch.uint8).view(rows, groups * 8)[:, :length]
+    return codes

@@ -1,7 +1,7 @@
 """LoRA through PEFT, on dense and quantized linears alike (LoRA: arXiv 2106.09685).
 
-PEFT learns about `QuantLinear` by its own extension point, so the adapter that is trained is PEFT's, and so is the file:
-`PeftModel.from_pretrained` loads it on the original 16-bit model without slimtune.
+PEFT learns about `QuantLinear` by its own extension point, so the adapter that is trained is PEFT's, and so is the
+file: `PeftModel.from_pretrained` loads it on the original 16-bit model without slimtune.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from slimtune.quant.linear import QuantLinear
 
 
 class LoraQuantLinear(PeftLoraLinear):
-    """PEFT's LoRA layer around a `QuantLinear`. It trains and saves as PEFT's own; it cannot merge into packed codes."""
+    """PEFT's LoRA layer around a `QuantLinear`. It trains and saves as PEFT's own; it cannot merge into packed
+    codes."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Packed codes cannot take a low-rank update: merge with `slimtune.merge`, which makes the base dense first."""
@@ -130,7 +131,9 @@ def resolve_targets(modelmap: ModelMap, model: nn.Module, targets: str | Sequenc
             matched = [name for name in linears if name == target or name.endswith(f".{target}")]
             if not matched:
                 words = {name.rsplit(".", 1)[-1] for name in linears}
-                raise RecipeError("no linear has this name", where="target_modules", got=target, remedy=nearest(target, words))
+                raise RecipeError(
+                    "no linear has this name", where="target_modules", got=target, remedy=nearest(target, words)
+                )
             chosen.extend(matched)
     last = sorted({name.rsplit(".", 1)[-1] for name in chosen})
     named = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in last}
@@ -157,7 +160,7 @@ def has_adapter(model: nn.Module) -> bool:
 
 def base_of(model: nn.Module) -> nn.Module:
     """The Hugging Face model inside a `PeftModel`, or `model` itself where there is no adapter."""
-    return cast(nn.Module, model.get_base_model()) if isinstance(model, PeftModel) else model
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def plain(model: nn.Module) -> dict[str, nn.Module]:
@@ -172,7 +175,7 @@ def plain(model: nn.Module) -> dict[str, nn.Module]:
             continue
         if isinstance(module, BaseTunerLayer):
             hidden.append(f"{name}.")
-            modules[name] = cast(nn.Module, module.get_base_layer())
+            modules[name] = module.get_base_layer()
         else:
             modules[name] = module
     return modules

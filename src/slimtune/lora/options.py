@@ -8,7 +8,8 @@ from typing import Literal
 from slimtune.errors import RecipeError
 
 INITS: dict[str, bool | str] = {"default": True, "gaussian": "gaussian"}
-"""Ways to start the factors, by recipe name, as PEFT's `init_lora_weights`: A is Kaiming uniform, or Gaussian; B zero."""
+"""Ways to start the factors, by recipe name, as PEFT's `init_lora_weights`: A is Kaiming uniform, or Gaussian; B
+zero."""
 
 
 @dataclass(frozen=True)

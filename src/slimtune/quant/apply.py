@@ -1,7 +1,7 @@
 """Quantizing the linears of a model in place, block by block.
 
-The only mutation in `quant`: a chosen linear becomes a `QuantLinear`. Which ones, and with what, is one predicate; every
-linear and embedding that is left alone is reported with the reason.
+The only mutation in `quant`: a chosen linear becomes a `QuantLinear`. Which ones, and with what, is one predicate;
+every linear and embedding that is left alone is reported with the reason.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from slimtune.arch import Block, ModelMap, Port
 from slimtune.calib.capture import CalibrationStream, calibration_stream
-from slimtune.errors import CalibrationError, RecipeError, ShapeError
+from slimtune.errors import CalibrationError, FormatError, RecipeError, ShapeError
 from slimtune.kernels.memory import release
 from slimtune.quant.base import QTensor, Quantizer
 from slimtune.quant.linear import QuantLinear
@@ -121,14 +121,18 @@ def quantize_(
         store: where finished blocks are kept and looked for.
         progress: called with (finished blocks, all blocks).
 
-    Raises `CalibrationError` when a method needs statistics and there are no tokens, `RecipeError` when nothing is
-    chosen.
+    Raises `CalibrationError` when a method needs statistics and there are no tokens or they are not finite,
+    `RecipeError` when nothing is chosen, `ShapeError` when a chosen layer is not a plain linear (any more) and
+    `FormatError` when a weight is not finite.
     """
     start = time.perf_counter()
     chosen = {port.name: choose(port) for port in modelmap.ports}
     methods = {name: method for name, method in chosen.items() if not isinstance(method, str)}
     if not methods:
         raise RecipeError("there is nothing to quantize", got=", ".join(sorted({str(v) for v in chosen.values()})))
+    for name in methods:
+        if not isinstance(linear := model.get_submodule(name), nn.Linear):
+            raise ShapeError("only a plain linear can be quantized", where=name, got=type(linear).__name__)
     needs = frozenset[str]().union(*(method.needs for method in methods.values()))
     if needs and tokens is None:
         raise CalibrationError("the quantizer needs calibration data", wanted=", ".join(sorted(needs)))
@@ -145,13 +149,15 @@ def quantize_(
                 materialise(module, block.name)
             layers = store.load(block) if store is not None else None
             if layers is None:
-                layers = [layer for stage in block.stages for layer in _quantize_stage(module, block, stage, methods, stream)]
+                layers = [
+                    layer for stage in block.stages for layer in _quantize_stage(module, block, stage, methods, stream)
+                ]
                 if store is not None:
                     store.save(block, layers)
             else:
                 for layer in layers:
-                    linear = module.get_submodule(_within(block, layer.name))
-                    linear.weight.copy_(layer.weight.dequantize(linear.weight.dtype))  # type: ignore[operator, union-attr]
+                    dense = module.get_parameter(_within(block, layer.name) + ".weight")
+                    dense.copy_(layer.weight.dequantize(dense.dtype))
             if stream is not None:
                 stream.advance(block, last=number == len(modelmap.blocks))
             for layer in layers:
@@ -175,11 +181,21 @@ def _quantize_stage(
     ports = [port for port in stage if port.name in methods]
     needs = frozenset[str]().union(*(methods[port.name].needs for port in ports))
     stats = stream.collect(ports[0].name, needs) if needs and stream is not None else {}
+    for name, statistic in stats.items():
+        if not bool(torch.isfinite(statistic).all()):
+            raise CalibrationError(
+                "the calibration statistics of a layer are not finite",
+                where=ports[0].name,
+                got=name,
+                remedy="use dtype: float32, or check the calibration data and the model for NaN",
+            )
     layers = []
     for port in ports:
         weight = module.get_parameter(_within(block, port.name) + ".weight")
+        if not bool(torch.isfinite(weight).all()):
+            raise FormatError("a weight is not finite", where=port.name, remedy="get the model's files again")
         quantized = methods[port.name](weight, stats)
-        dense = quantized.dequantize(torch.float32)
+        dense = quantized.dequantize()
         error = _relative_error(weight.to(torch.float32), dense, stats.get("hessian"))
         weight.copy_(dense)
         layers.append(QuantizedLayer(port.name, quantized, error))
@@ -200,8 +216,7 @@ def _replace_(block: nn.Module, path: str, weight: QTensor) -> None:
     parent, _, leaf = path.rpartition(".")
     owner = block.get_submodule(parent)
     linear = owner.get_submodule(leaf)
-    if not isinstance(linear, nn.Linear):
-        raise ShapeError("only a plain linear can be quantized", where=path, got=type(linear).__name__)
+    assert isinstance(linear, nn.Linear)  # as quantize_ found
     setattr(owner, leaf, QuantLinear.from_linear(linear, weight))
 
 
@@ -220,7 +235,8 @@ def _facts(layers: list[QuantizedLayer], skipped: tuple[Skipped, ...], seconds: 
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype) -> int:
-    """Turn every `QuantLinear` of `model` into a dense, frozen linear of `dtype`, in place; returns how many there were."""
+    """Turn every `QuantLinear` of `model` into a dense, frozen linear of `dtype`, in place; returns how many there
+    were."""
     quantized = [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
     for name in quantized:
         parent, _, leaf = name.rpartition(".")

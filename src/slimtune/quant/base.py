@@ -30,7 +30,9 @@ class QTensor:
     def __post_init__(self) -> None:
         wanted = self.layout.tensors()
         if set(self.tensors) != set(wanted):
-            raise FormatError("a quantized weight has the wrong tensors", got=sorted(self.tensors), wanted=sorted(wanted))
+            raise FormatError(
+                "a quantized weight has the wrong tensors", got=sorted(self.tensors), wanted=sorted(wanted)
+            )
         for name, (shape, dtype) in wanted.items():
             tensor = self.tensors[name]
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:

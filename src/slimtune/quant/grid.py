@@ -17,7 +17,8 @@ SHRINKS = tuple(1.0 - 0.0125 * i for i in range(56))
 
 @dataclass(frozen=True)
 class Grid:
-    """Scale and zero point per row: `scale` bfloat16-representable and positive, `zero` whole numbers; both `[rows, 1]`."""
+    """Scale and zero point per row: `scale` bfloat16-representable and positive, `zero` whole numbers; both `[rows,
+    1]`."""
 
     scale: Tensor
     zero: Tensor

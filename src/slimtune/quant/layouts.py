@@ -8,7 +8,7 @@ needed to allocate the tensors before loading them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -105,6 +105,7 @@ def layout_from_dict(facts: Mapping[str, Any], out_features: int, in_features: i
     """The layout that `layout_to_dict` described, for a weight of this shape. Raises `FormatError` on anything else."""
     fields = dict(facts)
     try:
-        return LAYOUTS[fields.pop("layout", "")](out_features=out_features, in_features=in_features, **fields)
+        make: Callable[..., Layout] = LAYOUTS[fields.pop("layout", "")]
+        return make(out_features=out_features, in_features=in_features, **fields)
     except (TypeError, RecipeError) as error:
         raise FormatError("a quantized layer has an unknown layout", got=dict(facts), wanted=sorted(LAYOUTS)) from error

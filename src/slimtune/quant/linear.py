@@ -1,4 +1,5 @@
-"""`QuantLinear`: a linear layer whose frozen weight is a `QTensor`, trainable through its input (and so through LoRA)."""
+"""`QuantLinear`: a linear layer whose frozen weight is a `QTensor`, trainable through its input (and so through
+LoRA)."""
 
 from __future__ import annotations
 
@@ -59,15 +60,15 @@ class QuantLinear(nn.Module):
         """`x` is `[..., in_features]`; returns `[..., out_features]` in the dtype of `x`, or of autocast."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = DequantizingMatmul.apply(x, self.layout, self.names, *(getattr(self, name) for name in self.names))
+        y: Tensor = DequantizingMatmul.apply(x, self.layout, self.names, *(getattr(self, name) for name in self.names))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @property
     def weight(self) -> Tensor:
         """The first packed tensor seen as int8: for code that asks a linear for its weight's device or dtype.
 
-        PEFT places new adapters by it and leaves their dtype alone, since int8 is not a float; transformers' T5 does not
-        cast its activations to it. It is not the weight: that is `dequantize()`.
+        PEFT places new adapters by it and leaves their dtype alone, since int8 is not a float; transformers' T5 does
+        not cast its activations to it. It is not the weight: that is `dequantize()`.
         """
         first: Tensor = getattr(self, self.names[0]).detach()
         return first.view(torch.int8)

@@ -58,7 +58,7 @@ class Optq:
     def __call__(self, weight: Tensor, stats: Stats) -> QTensor:
         """Quantize `weight` (float `[out, in]`) given `stats["hessian"]` (`[in, in]`). Float64 weights stay float64."""
         h = stats["hessian"]
-        rows, columns = weight.shape
+        columns = weight.shape[1]
         if tuple(h.shape) != (columns, columns):
             raise ShapeError("the Hessian does not fit the weight", got=list(h.shape), wanted=[columns, columns])
         size = group_width(self.group_size, columns)

@@ -58,7 +58,10 @@ def check_affine(bits: int, group_size: int) -> None:
         raise RecipeError("bits out of range", where="bits", got=bits, wanted=f"one of {AFFINE_BITS}")
     if group_size != -1 and group_size < 1:
         raise RecipeError(
-            "group_size out of range", where="group_size", got=group_size, wanted="a positive number, or -1 for whole rows"
+            "group_size out of range",
+            where="group_size",
+            got=group_size,
+            wanted="a positive number, or -1 for whole rows",
         )
 
 

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from slimtune.arch import Block
 from slimtune.errors import FormatError
@@ -46,17 +47,14 @@ class FolderStore:
         try:
             with safe_open(path, framework="pt") as file:
                 facts = json.loads((file.metadata() or {})[META])
-                return [
-                    QuantizedLayer(
-                        name,
-                        QTensor(
-                            {k.rpartition(":")[2]: file.get_tensor(k) for k in file.keys() if k.startswith(f"{name}:")},
-                            layout_from_dict(fact["layout"], *fact["shape"]),
-                        ),
-                        fact["error"],
-                    )
-                    for name, fact in facts.items()
-                ]
+            tensors: dict[str, dict[str, Tensor]] = {}
+            for key, tensor in load_file(path).items():
+                layer, _, name = key.rpartition(":")
+                tensors.setdefault(layer, {})[name] = tensor
+            return [
+                QuantizedLayer(name, QTensor(tensors[name], layout_from_dict(f["layout"], *f["shape"])), f["error"])
+                for name, f in facts.items()
+            ]
         except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
             raise FormatError("a kept block is damaged", where=str(path), remedy="delete it and resume") from error
 

@@ -31,7 +31,7 @@ def parse(text: str, where: str = "") -> Any:
     {'learning_rate': 0.0001, 'bits': 3, 'path': 'a.b'}
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with one more number format
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader with one more number format
     except yaml.YAMLError as error:
         raise RecipeError("not valid YAML", where=where, got=str(error).replace("\n", " ")[:300]) from error
 

@@ -250,6 +250,6 @@ def _too_much(recipe: Recipe, steps: list[StepPlan], available: int) -> str:
     if worst.step == "train" and any(isinstance(s, Train) and s.gradient_checkpointing for s in recipe.steps):
         knobs["train"] = "lower per_device_train_batch_size or max_length"
     return (
-        f"the {worst.step} step needs about {worst.memory_bytes / 1e9:.1f} GB and {available / 1e9:.1f} GB are available: "
+        f"the {worst.step} step needs about {worst.memory_bytes / 1e9:.1f} GB, of {available / 1e9:.1f} GB available: "
         + knobs.get(worst.step, "use dtype: bfloat16, or a smaller model")
     )

@@ -1,7 +1,7 @@
 """Running a recipe into a run folder, so that it can be killed at any moment and continued.
 
-After each step the changed part of the model is written under `checkpoints/`, then `checkpoints/state.json` says that the
-step is done, then the part moves to its public place. Whatever is half done when a run dies is done again.
+After each step the changed part of the model is written under `checkpoints/`, then `checkpoints/state.json` says that
+the step is done, then the part moves to its public place. Whatever is half done when a run dies is done again.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def run(
         memory.restart()
         start = time.perf_counter()
         facts = run_step(session, step, number)
-        fact = {
+        fact: dict[str, Any] = {
             "step": step.name,
             "seconds": time.perf_counter() - start,
             "peak_rss_bytes": memory.resident,
@@ -97,7 +97,9 @@ def _open_folder(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool)
         same = held.read_text(encoding="utf-8") == text
         if not overwrite and not (resume and same):
             raise RecipeError(
-                "the output folder holds a run of this recipe" if same else "the output folder holds another recipe's run",
+                "the output folder holds a run of this recipe"
+                if same
+                else "the output folder holds another recipe's run",
                 where=str(output),
                 remedy=("--resume continues it, --overwrite starts again" if same else "choose another --output")
                 + ("" if same else ", or --overwrite it"),

@@ -1,4 +1,5 @@
-"""What a recipe may say. Every value is a frozen dataclass; its fields are the YAML keys and the command line's options.
+"""What a recipe may say. Every value is a frozen dataclass; its fields are the YAML keys and the command line's
+options.
 
 No torch is imported here. The fields of a quantizer are those of its own dataclass and are checked when the recipe is
 resolved, see `resolve_quantizer`.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -74,7 +75,9 @@ class Evaluate:
     )
     length: int = field(default=512, metadata={"help": "tokens of a perplexity window"})
     max_tokens: int = field(default=-1, metadata={"help": "tokens of a text to use; -1: all of it"})
-    tasks: tuple[str, ...] = field(default=(), metadata={"help": "lm-eval task names, or files of multiple-choice rows"})
+    tasks: tuple[str, ...] = field(
+        default=(), metadata={"help": "lm-eval task names, or files of multiple-choice rows"}
+    )
     limit: int = field(default=-1, metadata={"help": "items of a task; -1: all"})
     speed: bool = field(default=False, metadata={"help": "measure prefill and decode tokens per second"})
 
@@ -82,7 +85,9 @@ class Evaluate:
         if self.length < 2:
             raise RecipeError("length out of range", where="evaluate", got=self.length, wanted="at least 2")
         if self.max_tokens != -1 and self.max_tokens < 2:
-            raise RecipeError("max_tokens out of range", where="evaluate", got=self.max_tokens, wanted="at least 2, or -1")
+            raise RecipeError(
+                "max_tokens out of range", where="evaluate", got=self.max_tokens, wanted="at least 2, or -1"
+            )
         if self.limit != -1 and self.limit < 1:
             raise RecipeError("limit out of range", where="evaluate", got=self.limit, wanted="at least 1, or -1")
 
@@ -114,7 +119,8 @@ class Recipe:
 
 
 def recipe_from(facts: object, *, name: str = "recipe") -> Recipe:
-    """The recipe that plain YAML values describe. Raises `RecipeError` naming the key, the value and what was wanted."""
+    """The recipe that plain YAML values describe. Raises `RecipeError` naming the key, the value and what was
+    wanted."""
     top = dict(_mapping(facts, "the recipe"))
     steps = top.get("steps")
     if not isinstance(steps, list) or not steps:
@@ -173,7 +179,7 @@ def to_dict(value: Any) -> Any:
     if isinstance(value, Quantize):
         return {value.name: {"method": value.method, **to_dict(value.options), "ignore": list(value.ignore)}}
     if isinstance(value, tuple(STEPS.values())):
-        return {value.name: {f.name: to_dict(getattr(value, f.name)) for f in fields(value)}}
+        return {cast(Step, value).name: {f.name: to_dict(getattr(value, f.name)) for f in fields(cast(Step, value))}}
     if is_dataclass(value) and not isinstance(value, type):
         pairs = {f.name: to_dict(getattr(value, f.name)) for f in fields(value)}
         return {k: v for k, v in pairs.items() if v not in (None, "")}

@@ -76,7 +76,7 @@ def evaluate_model(
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """The metrics of a model, as `report.json` has them. A text is `file` or `name=file`."""
-    texts = dict(text.split("=", 1) if "=" in text else (Path(text).name.split(".")[0], text) for text in perplexity)
+    texts = dict(_named(text) for text in perplexity)
     step = cast(
         Evaluate,
         step_from(
@@ -99,7 +99,9 @@ def evaluate_model(
     return {"model": model, "metrics": session.metrics}
 
 
-def export_model(source: str, format: str, output: Path, *, dtype: str = "float32", overwrite: bool = False) -> Manifest:
+def export_model(
+    source: str, format: str, output: Path, *, dtype: str = "float32", overwrite: bool = False
+) -> Manifest:
     """Export a model or a run's model and adapter."""
     if output.exists() and any(output.iterdir()) and not overwrite:
         raise RecipeError("the output folder is not empty", where=str(output), remedy="--overwrite replaces it")
@@ -126,7 +128,9 @@ def generate_text(
     tokens = loaded.tokenizer(text, return_tensors="pt", add_special_tokens=text == prompt)
     start, count = time.perf_counter(), 0
     with torch.no_grad():
-        for piece in stream(cast(Any, opened), loaded.tokenizer, cast(Mapping[str, torch.Tensor], tokens), max_new_tokens):
+        for piece in stream(
+            cast(Any, opened), loaded.tokenizer, cast(Mapping[str, torch.Tensor], tokens), max_new_tokens
+        ):
             write(piece)
             count += 1
     return count / max(time.perf_counter() - start, 1e-9)
@@ -145,12 +149,14 @@ def _pairs(arguments: Sequence[str]) -> dict[str, Any]:
             raise RecipeError("an option begins with --", got=key)
         name, sign, value = key[2:].partition("=")
         if not sign:
-            if not rest or rest[0].startswith("--"):
-                value = "true"  # a flag
-            else:
-                value = rest.pop(0)
+            value = "true" if not rest or rest[0].startswith("--") else rest.pop(0)
         pairs[name.replace("-", "_")] = parse(value, key)
     return pairs
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, sign, path = text.partition("=")
+    return (name, path) if sign else (Path(text).name.split(".")[0], text)
 
 
 def _is_run(folder: Path) -> bool:

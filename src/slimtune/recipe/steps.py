@@ -147,7 +147,9 @@ def _train(session: Session, step: Train, number: int) -> Facts:
     model = session.whole()
     examples, facts = _examples(session, data.train, step)
     held_out = _examples(session, data.eval, step)[0] if data.eval is not None else []
-    session.say(f"  {facts['examples']:,} examples from {data.train}, {facts['tokens']:,} tokens; the first, «not learnt»:")
+    session.say(
+        f"  {facts['examples']:,} examples from {data.train}, {facts['tokens']:,} tokens; the first, «not learnt»:"
+    )
     session.say("  | " + str(facts["sample"]).replace("\n", "\n  | "))
     if not any(p.requires_grad for p in model.parameters()):
         model.requires_grad_(True)
@@ -237,10 +239,7 @@ def _text(session: Session, source: str | DataSource) -> str:
 
 def _export(session: Session, step: Export) -> Facts:
     assert session.folder is not None, "a run has a folder"
-    source = Source(
-        session.whole(), session.loaded.tokenizer, session.loaded.name, DTYPES[session.recipe.dtype]
-    )
+    source = Source(session.whole(), session.loaded.tokenizer, session.loaded.name, DTYPES[session.recipe.dtype])
     manifest = export(source, step.format, session.folder / "export" / step.format)
     session.say(f"  {manifest.path}: {manifest.bytes / 1e6:,.1f} MB, read back and compared")
     return manifest.to_dict() | {"path": f"export/{step.format}"}
-

@@ -57,9 +57,7 @@ def _method(name: str, method: Any) -> Row:
     return {
         "name": name,
         "what": _first_line(method),
-        "fields": [
-            {"name": f.name, "default": f.default, "help": f.metadata.get("help", "")} for f in fields(method)
-        ],
+        "fields": [{"name": f.name, "default": f.default, "help": f.metadata.get("help", "")} for f in fields(method)],
     }
 
 

@@ -21,8 +21,8 @@ class StepLog(TrainerCallback):
     """Appends every logged step to a JSONL file, and tells `progress` about it.
 
     A line is `{"train", "step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_rss_bytes",
-    "seconds_left"}`; held-out losses are lines with `eval_loss`. `train` numbers the train steps of a recipe. On resuming,
-    lines of steps that will be run again are dropped first.
+    "seconds_left"}`; held-out losses are lines with `eval_loss`. `train` numbers the train steps of a recipe. On
+    resuming, lines of steps that will be run again are dropped first.
     """
 
     def __init__(self, path: Path, train: int = 0, progress: Progress | None = None) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -58,8 +58,9 @@ def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
         return np.array(value["array"], dtype=value["dtype"])
     if "items" in value:
         return {k: decode(v, tensors) for k, v in value["items"]}
-    parts = [decode(v, tensors) for v in value.get("tuple", value.get("list"))]
-    return tuple(parts) if "tuple" in value else parts
+    if "tuple" in value:
+        return tuple(decode(v, tensors) for v in value["tuple"])
+    return [decode(v, tensors) for v in value["list"]]
 
 
 class CheckpointingTrainer(Trainer):
@@ -71,16 +72,17 @@ class CheckpointingTrainer(Trainer):
             return
         if not self.args.should_save:
             return
+        assert self.optimizer is not None and self.lr_scheduler is not None, "training has begun"
         tensors: dict[str, Tensor] = {}
         state = {
             "optimizer": encode(self.optimizer.state_dict(), tensors, "optimizer"),
             "scheduler": encode(self.lr_scheduler.state_dict(), tensors, "scheduler"),
             "random": encode(_random_state(), tensors, "random"),
         }
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 tensors[f"model.{name}"] = parameter.detach().contiguous()
-        output = Path(self.args.output_dir)
+        output = Path(str(self.args.output_dir))
         with whole_folder(output / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}") as folder:
             save_file(tensors, folder / TENSORS)
             (folder / STATE).write_text(json.dumps(state))
@@ -92,7 +94,7 @@ class CheckpointingTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         tensors = _tensors(Path(resume_from_checkpoint))
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in (model or cast(nn.Module, self.model)).named_parameters():
             if parameter.requires_grad:
                 saved = tensors.get(f"model.{name}")
                 if saved is None or saved.shape != parameter.shape:
@@ -105,6 +107,7 @@ class CheckpointingTrainer(Trainer):
         if checkpoint is None or not (Path(checkpoint) / TENSORS).is_file():
             super()._load_optimizer_and_scheduler(checkpoint)
             return
+        assert self.optimizer is not None and self.lr_scheduler is not None, "training has begun"
         state, tensors = _state(Path(checkpoint)), _tensors(Path(checkpoint))
         self.optimizer.load_state_dict(decode(state["optimizer"], tensors))
         self.lr_scheduler.load_state_dict(decode(state["scheduler"], tensors))
@@ -138,7 +141,8 @@ def _tensors(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def _random_state() -> dict[str, Any]:
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    state["numpy"] = np.random.get_state()  # noqa: NPY002 - whatever uses the legacy generator must resume too
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
@@ -146,7 +150,7 @@ def _random_state() -> dict[str, Any]:
 
 def _restore_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -187,7 +187,10 @@ def _trainer(
     )
     cast(Any, model).config.use_cache = False
     trainer = _CountingTrainer(
-        model=cast(Any, model), args=arguments, train_dataset=cast(Any, _Examples(examples)), data_collator=cast(Any, collator)
+        model=cast(Any, model),
+        args=arguments,
+        train_dataset=cast(Any, _Examples(examples)),
+        data_collator=cast(Any, collator),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
