@@ -100,8 +100,10 @@ def test_result_is_a_valid_weight_of_its_layout(name: str, columns: int, setting
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         dense = q.dequantize(dtype)
         assert dense.dtype == dtype and dense.shape == w.shape
-        torch.testing.assert_close(dense.double(), q.dequantize(torch.float64), rtol=2 * torch.finfo(dtype).eps,
-        atol=1e-5) stored = sum(t.numel() * t.element_size() for t in q.tensors.values())
+        torch.testing.assert_close(
+            dense.double(), q.dequantize(torch.float64), rtol=2 * torch.finfo(dtype).eps, atol=1e-5
+        )
+    stored = sum(t.numel() * t.element_size() for t in q.tensors.values())
     assert q.bytes == stored and q.bits_per_weight == 8 * stored / w.numel()
 
 

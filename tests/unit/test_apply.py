@@ -139,7 +139,7 @@ def test_every_layer_sees_what_the_quantized_layers_before_it_produce(family: st
     assert names == [port.name for port in modelmap.linears] == list(wanted)
     for name, got in zip(names, recorder.seen, strict=True):
         scale = float(wanted[name].abs().max())
-        torch.testing.assert_close(got.double(), wanted[name], rtol=1e-4, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(got.double(), wanted[name], rtol=1e-4, atol=1e-5 * scale)
     inputs = pico_inputs(model)
     torch.testing.assert_close(logits(model, inputs), logits(dense, inputs), rtol=1e-5, atol=1e-5)
 
@@ -150,10 +150,10 @@ def test_the_order_matters_to_the_oracle() -> None:
     modelmap = bind(model)
     plain = {port.name: input_moment(model, port.name) for port in modelmap.linears}
     wanted = truly_sequential(model, modelmap)
-    first, *later = wanted
-    assert torch.equal(plain[first], wanted[first])
-    assert min(float((plain[n] - wanted[n]).norm() / wanted[n].norm()) for n in later if plain[n].shape != (32, 32)) >
-    0.01
+    for name in list(wanted)[:3]:  # nothing stands before these
+        assert torch.equal(plain[name], wanted[name])
+    far = [float((plain[name] - wanted[name]).norm() / wanted[name].norm()) for name in list(wanted)[3:]]
+    assert min(far) > 0.01
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -200,8 +200,10 @@ def test_quantized_model_is_the_dense_one_with_decoded_weights(family: str, dtyp
     torch.testing.assert_close(logits(model, inputs), logits(dense, inputs))
 
 
-@pytest.mark.parametrize("method", [Rtn(bits=3, group_size=12), Optq(bits=3, group_size=12, grid="minmax")],
-ids=["rtn", "optq"]) def test_facts_say_what_was_done(method: Quantizer) -> None:
+@pytest.mark.parametrize(
+    "method", [Rtn(bits=3, group_size=12), Optq(bits=3, group_size=12, grid="minmax")], ids=["rtn", "optq"]
+)
+def test_facts_say_what_was_done(method: Quantizer) -> None:
     model = pico_model("llama")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     modelmap = bind(model)
@@ -257,8 +259,9 @@ def test_reasons_are_told_apart() -> None:
     assert ignored["model.layers.1.mlp.down_proj"] == "ignored by 'down_proj'"
     assert ignored["model.layers.0.self_attn.q_proj"] == "ignored by '*.0.*.q_proj'"
     assert len(ignored) == 2 + 3
-    assert not any("language_model" in name and "embed" not in name for name in reasons(quantize(pico_model("llava"),
-    ROUND)))
+    assert not any(
+        "language_model" in name and "embed" not in name for name in reasons(quantize(pico_model("llava"), ROUND))
+    )
 
 
 def test_a_predicate_gives_layers_different_methods() -> None:
@@ -270,8 +273,8 @@ def test_a_predicate_gives_layers_different_methods() -> None:
         return Rtn(bits=8) if port.stage == 3 else Optq(bits=2, group_size=12, grid="minmax")
 
     facts = quantize_(model, bind(model), choose, tokens=windows())
-    bits = {layer.name.rsplit(".", 1)[-1]: getattr(model.get_submodule(layer.name).layout, "bits") for layer in
-    facts.layers} assert set(bits.values()) == {2, 8} and bits["down_proj"] == 8
+    bits = {layer.name.rsplit(".", 1)[-1]: model.get_submodule(layer.name).layout.bits for layer in facts.layers}
+    assert set(bits.values()) == {2, 8} and bits["down_proj"] == 8
 
 
 def mixed_modes(model: nn.Module) -> nn.Module:
@@ -292,8 +295,12 @@ def modes(model: nn.Module) -> dict[str, bool]:
 def test_everything_else_stays_as_it_was(family: str, method: Quantizer) -> None:
     model = mixed_modes(pico_model(family))
     names = [name for name, _ in model.named_modules()]
-    before, modules, flags = modes(model), dict(model.named_modules()), {n: p.requires_grad for n, p in
-    model.named_parameters()} tensors = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
+    before, modules, flags = (
+        modes(model),
+        dict(model.named_modules()),
+        {n: p.requires_grad for n, p in model.named_parameters()},
+    )
+    tensors = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
     rng, precision = torch.get_rng_state(), torch.get_float32_matmul_precision()
     facts = quantize(model, method)
     assert [name for name, _ in model.named_modules()] == names

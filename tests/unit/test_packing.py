@@ -71,8 +71,13 @@ def test_a_width_that_does_not_exist_is_refused(bits: int) -> None:
 
 @pytest.mark.parametrize(
     "codes",
-    [torch.zeros(8, dtype=torch.uint8), torch.zeros(1, 2, 8, dtype=torch.uint8), torch.zeros(1, 8), torch.zeros(1,
-    8).int()], ids=["1-D", "3-D", "float", "int32"],
+    [
+        torch.zeros(8, dtype=torch.uint8),
+        torch.zeros(1, 2, 8, dtype=torch.uint8),
+        torch.zeros(1, 8),
+        torch.zeros(1, 8).int(),
+    ],
+    ids=["1-D", "3-D", "float", "int32"],
 )
 def test_what_is_not_a_matrix_of_bytes_is_refused(codes: Tensor) -> None:
     with pytest.raises(ShapeError, match="cannot be packed"):

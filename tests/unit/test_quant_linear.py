@@ -250,8 +250,10 @@ class Signs:
     in_features: int
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return {"sign": ((self.out_features, self.in_features), torch.int8), "size": ((self.out_features, 1),
-        torch.float64)}
+        return {
+            "sign": ((self.out_features, self.in_features), torch.int8),
+            "size": ((self.out_features, 1), torch.float64),
+        }
 
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         return tensors["sign"].to(dtype) * tensors["size"].to(dtype)

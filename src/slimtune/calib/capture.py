@@ -110,7 +110,8 @@ class CalibrationStream:
         for number, tokens in enumerate(self._batches):
             self.batch = number
             try:
-                self._model(**model_inputs(self._model, tokens), use_cache=False)
+                with fast_matmul():  # here alone: what is done with the statistics is done in full precision
+                    self._model(**model_inputs(self._model, tokens), use_cache=False)
             except _Stop:
                 continue
             raise CalibrationError("a calibrated layer was never run by the model's forward pass")
@@ -141,7 +142,8 @@ def calibration_stream(
     """A `CalibrationStream` of `tokens` (`[samples, length]`, no padding) at the door of the model's first block.
 
     The model is in evaluation mode inside, without gradients; all its blocks are back in their places at the end, and
-    every module is in the mode it was in, whatever happens. Raises `CalibrationError` when a token is not in the vocabulary.
+    every module is in the mode it was in, whatever happens. Raises `CalibrationError` when a token is not in the
+    vocabulary.
     """
     vocabulary = modelmap.sizes[Space.VOCAB]
     least, greatest = int(tokens.min()), int(tokens.max())

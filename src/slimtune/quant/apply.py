@@ -157,7 +157,7 @@ def quantize_(
             else:
                 for layer in layers:
                     dense = module.get_parameter(_within(block, layer.name) + ".weight")
-                    dense.copy_(layer.weight.dequantize(dense.dtype))
+                    dense.copy_(layer.weight.dequantize())
             if stream is not None:
                 stream.advance(block, last=number == len(modelmap.blocks))
             for layer in layers:

@@ -168,7 +168,9 @@ def _training(i: int, facts: dict[str, Any], curve: Curve | None) -> Section:
         ]
         figure = loss_plot(f"loss-{i}", series)
         note = f"The smoothed loss is a running mean over about {number(curve.span)} training steps. "
-    note += "Below: a training sample as the model sees it." if facts.get("sample") else ""
+    note += (
+        "Below: a training sample as the model sees it; what « » enclose is not learnt." if facts.get("sample") else ""
+    )
     return Section(f"Training (step {i + 1})", note.strip(), figure, text=facts.get("sample") or "")
 
 
