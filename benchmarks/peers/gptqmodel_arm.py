@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # one worker deadlocks: a layer's finalizer waits for a second one
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its default on two cores is 1, which its own loader refuses
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling 210 dequantizers costs minutes and changes no number
 
 import torch
@@ -90,7 +90,7 @@ def write_folder(source: Path, weights: Weights, target: Path) -> torch.nn.Modul
         raise ValueError(f"quantized and decoder-block linears differ: {sorted(linears.keys() ^ weights.keys())}")
     with torch.no_grad():
         for name, weight in weights.items():
-            linears[name].weight.copy_(weight.reshape(linears[name].weight.shape))
+            linears[name].weight.copy_(weight)
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(source).save_pretrained(target)
     return AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
@@ -152,7 +152,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--act-order", action="store_true", help="full act-order in place of the group-aware one")
     parser.add_argument("--mse", type=float, default=0.0, help="exponent of the clipping search; 0 is off")
     parser.add_argument("--damp", type=float, default=None, help="dampening; GPTQModel's default if left out")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model calibrated")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of the model calibrated")
+    parser.add_argument("--offload", action="store_true", help="keep the model on disk while quantizing")
     return parser.parse_args()
 
 
@@ -169,7 +170,7 @@ def _quantize(args: argparse.Namespace, tokens: torch.Tensor, folder: Path) -> t
         mse=args.mse,
         damp_percent=args.damp,
         device="cpu",
-        offload_to_disk=False,
+        offload_to_disk=args.offload,
     )
     model = GPTQModel.load(str(args.model), config, dtype=getattr(torch, args.dtype))
     calibration = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in tokens]
@@ -184,6 +185,7 @@ def _quantize(args: argparse.Namespace, tokens: torch.Tensor, folder: Path) -> t
         "mse": config.mse,
         "damp_percent": config.damp_percent,
         "calibration_dtype": args.dtype,
+        "offload_to_disk": args.offload,
     }
     return settings, meter.facts()
 

@@ -27,6 +27,7 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
+INTERRUPTED = 130  # as shells say it: 128 and the number of SIGINT
 FREE = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -220,7 +221,10 @@ def _bytes(text: str) -> int:
     number = text.strip().upper()
     unit = next((u for u in sorted(units, key=len, reverse=True) if number.endswith(u)), "")
     try:
-        return int(float(number.removesuffix(unit)) * units.get(unit, 1))
+        amount = float(number.removesuffix(unit)) * units.get(unit, 1)
+        if not 0 < amount < float("inf"):
+            raise ValueError(text)
+        return int(amount)
     except ValueError as error:
         raise RecipeError("not an amount of memory", where="--memory", got=text, wanted="like 24GB or 512MB") from error
 
@@ -232,9 +236,15 @@ def _guarded(command: Callable[[], Any]) -> int:
         say(f"slimtune: {error}")
         return error.exit_status
     except KeyboardInterrupt:
-        say("slimtune: interrupted; the same command with --resume continues")
-        return 130
+        return _interrupted()
+    except SystemExit as ended:  # how typer ends a command; it takes Ctrl-C for itself
+        return _interrupted() if ended.code == INTERRUPTED else int(ended.code or 0)
     return 0
+
+
+def _interrupted() -> int:
+    say("slimtune: interrupted; run, quantize and finetune continue with the same command and --resume")
+    return INTERRUPTED
 
 
 def main() -> NoReturn:

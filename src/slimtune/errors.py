@@ -17,6 +17,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any, TypeVar
+
+_Error = TypeVar("_Error", bound="SlimtuneError")
 
 
 class SlimtuneError(Exception):
@@ -25,8 +28,23 @@ class SlimtuneError(Exception):
     exit_status = 2
 
     def __init__(self, what: str, *, where: str = "", got: object = "", wanted: object = "", remedy: str = "") -> None:
-        facts = {"where": where, "got": str(got), "wanted": str(wanted), "remedy": remedy}
-        super().__init__("\n".join([what, *(f"  {k + ':':8}{v}" for k, v in facts.items() if v)]))
+        self.what = what
+        self.facts: dict[str, Any] = {"where": where, "got": got, "wanted": wanted, "remedy": remedy}
+        shown = {key: str(fact) for key, fact in self.facts.items()}
+        super().__init__("\n".join([what, *(f"  {k + ':':8}{v}" for k, v in shown.items() if v)]))
+
+    def within(self: _Error, place: str) -> _Error:
+        """The same error, told from further out: its `where` lies within `place`.
+
+        >>> print(RecipeError("bits out of range", where="bits", got=5).within("steps[0].quantize"))
+        bits out of range
+          where:  steps[0].quantize, bits
+          got:    5
+        """
+        where = self.facts["where"]
+        inside = where and where != place.rpartition(".")[2]
+        where = ", ".join(filter(None, (place, where))) if inside else place
+        return type(self)(self.what, **{**self.facts, "where": where})
 
 
 class RecipeError(SlimtuneError):

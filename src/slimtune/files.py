@@ -34,7 +34,7 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        with _disk_full_named(path):
+        with naming_full_disk(path):
             yield partial
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
@@ -52,7 +52,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with _disk_full_named(path):
+        with naming_full_disk(path):
             yield partial
         os.replace(partial, path)
     finally:
@@ -71,7 +71,8 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 @contextmanager
-def _disk_full_named(path: Path) -> Iterator[None]:
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Turn whatever a full disk raises while `path` is written into one `RecipeError`."""
     try:
         yield
     except OSError as error:

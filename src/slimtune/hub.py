@@ -34,6 +34,9 @@ class SlimtuneConfig(QuantizationConfigMixin):
         self.quant_method = cast(Any, METHOD)
         self.version = version
         self.groups = groups or []
+        read: list[Any] = self.groups  # from a file: anything
+        if not all(isinstance(group, dict) and isinstance(group.get("modules"), list) for group in read):
+            raise FormatError("the groups of quantized layers are malformed", where="config.json", got=str(read)[:200])
 
 
 class SlimtuneQuantizer(HfQuantizer):
@@ -44,7 +47,7 @@ class SlimtuneQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
         for group in cast(SlimtuneConfig, self.quantization_config).groups:
             facts = {key: value for key, value in group.items() if key != "modules"}
-            for name in group.get("modules", ()):
+            for name in group["modules"]:
                 _allocate_(model, name, facts)
         return model
 
@@ -85,5 +88,10 @@ def _allocate_(model: nn.Module, name: str, facts: dict[str, Any]) -> None:
     if not isinstance(linear, torch.nn.Linear):
         raise FormatError("a quantized layer is not a linear", where=name, got=type(linear).__name__)
     layout = layout_from_dict(facts, linear.out_features, linear.in_features)
-    quantized = QuantLinear(layout, linear.bias is not None, device="meta", dtype=linear.weight.dtype)
+    try:
+        quantized = QuantLinear(layout, linear.bias is not None, device="meta", dtype=linear.weight.dtype)
+    except (TypeError, ArithmeticError, RuntimeError) as error:
+        raise FormatError("a quantized layer has an impossible layout", where=name, got=facts) from error
     setattr(owner, leaf, quantized)
+    # Where a module draws the weights of its linears itself (T5), transformers would draw packed codes anew.
+    cast(Any, owner)._is_hf_initialized = True

@@ -24,6 +24,10 @@ def failure(rows, **options):
     return str(caught.value)
 
 
+def test_detection_needs_every_column():
+    assert detect_format([{"prompt": "p", "output": "o", "text": "t"}]) == "text"
+
+
 def test_every_format_has_an_example():
     assert set(EXAMPLES) == set(FORMATS)
 

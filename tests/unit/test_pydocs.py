@@ -40,7 +40,6 @@ def test_this_pythons_library_is_enough():
     answers = [conversation.messages[1]["content"] for conversation in normalise(rows)]
     assert len(set(answers)) == len(answers)
     assert all(pydocs.SHORTEST <= len(answer) <= pydocs.LONGEST for answer in answers)
-    assert rows == pydocs.pydocs_rows("test")
 
 
 def test_question_has_the_signature_and_the_class(library):
@@ -93,14 +92,15 @@ def test_odd_files_are_passed_over(library):
     library("escape.py", f'"""{doc("Escape")}"""\nx = "\\d"\n')
     library("danger.py", f'"""{doc("Danger")}"""\nraise SystemExit\n')
     assert [answer for _, answer in asked()] == [doc("Danger"), doc("Escape")]
+    assert asked() == asked()
     assert "danger" not in sys.modules
 
 
 def test_answer_ends_with_a_sentence_or_paragraph():
     sentence = "This sentence has forty-nine characters, no more. "
     assert pydocs._answer(sentence * 20) == (sentence * 8).strip()
-    paragraphs = "\n\n".join([sentence.strip() * 2] * 9)
-    assert pydocs._answer(paragraphs) == "\n\n".join([sentence.strip() * 2] * 4)
+    assert pydocs._answer(f"{sentence * 2}\n\n{sentence * 5}") == f"{sentence * 2}\n\n{sentence * 5}".strip()
+    assert pydocs._answer(f"{sentence * 2}\n\n{sentence * 7}") == (sentence * 2).strip()
     assert pydocs._answer("word " * 100) == ""
 
 

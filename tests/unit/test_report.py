@@ -180,6 +180,7 @@ def test_two_trainings_give_two_plots(tmp_path: Path) -> None:
     tags = page_of(run)
     assert tags.tags.count("svg") == 2
     assert "Training (step 1)" in tags.text and "Training (step 3)" in tags.text
+    assert read_curves(run) == {train: Curve({1: 3.0, 2: 3.0}, {}) for train in (0, 2)}
 
 
 def test_two_measurements_after_the_same_step_are_told_apart(tmp_path: Path) -> None:

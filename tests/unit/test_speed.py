@@ -92,9 +92,12 @@ def test_rates_are_tokens_over_the_median_time(monkeypatch: pytest.MonkeyPatch) 
     assert (result.prefill_tokens_per_second, result.decode_tokens_per_second) == (4.0, 2.0)
 
 
-def test_the_model_stays_in_its_mode() -> None:
+def test_the_model_is_run_for_inference_and_put_back() -> None:
     model = llama().train()
+    seen: list[tuple[bool, bool]] = []
+    model.register_forward_pre_hook(lambda *_: seen.append((model.training, torch.is_grad_enabled())))
     speed(model, prompt_tokens=4, new_tokens=1, repeats=1)
+    assert set(seen) == {(False, False)}
     assert all(part.training for part in model.modules())
 
 

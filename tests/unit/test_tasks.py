@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from slimtune.errors import BackendMissing, CalibrationError, FormatError, RecipeError
@@ -187,6 +187,7 @@ def pico() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     vocabulary = {character: number for number, character in enumerate([*alphabet, "<end>"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -289,8 +290,18 @@ def test_a_folder_is_the_sets_in_it_and_limit_takes_the_first_rows(tmp_path: Pat
     }
     first = tasks(model, tokenizer, [str(tmp_path / "blanks.json.gz")], limit=1)
     assert first == [TaskResult("blanks", "acc", 1.0, None, 1)], "one sample has no standard error"
-    shots = tasks(model, tokenizer, [str(tmp_path / "sums.json")], num_fewshot=5)
-    assert [result.samples for result in shots] == [6, 6]
+
+
+def test_examples_stand_before_each_question(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason=WITHOUT)
+    model, tokenizer = pico()
+    (tmp_path / "sums.json").write_text(json.dumps([{**row, "answer": 0} for row in QUESTIONS]))
+    read: list[str] = []
+    model.register_forward_pre_hook(lambda _, given: read.extend(map(tokenizer.decode, given[0])))
+    results = tasks(model, tokenizer, [str(tmp_path / "sums.json")], num_fewshot=5)
+    assert [result.samples for result in results] == [6, 6]
+    assert all(text.count("Question: ") == 6 for text in read)
+    assert all(text.count(row["question"]) == 1 for text in read for row in QUESTIONS), "an example is the row asked"
 
 
 @pytest.fixture

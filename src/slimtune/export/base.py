@@ -86,7 +86,8 @@ def write_folder(
     base = cast(PreTrainedModel, base_of(model))
     config = base.config
     # With its quantizer in place, transformers would write the tensors in memory, adapter and all, instead of `state`.
-    facts = {key: base.__dict__.pop(key) for key in ("hf_quantizer", "is_quantized") if key in base.__dict__}
+    flags: tuple[str, ...] = ("hf_quantizer", "is_quantized", "quantization_method")
+    facts = {key: base.__dict__.pop(key) for key in flags if key in base.__dict__}
     base.config = deepcopy(config)
     base.config.__dict__.pop("quantization_config", None)
     if quantization is not None:

@@ -13,15 +13,14 @@ from typing import Any, ClassVar, cast
 
 import torch
 from packaging.version import Version
-from peft import PeftModel
 from torch import Tensor, nn
 
 from slimtune.errors import BackendMissing, FormatError, RecipeError
-from slimtune.export.base import Source, own_state, write_folder
-from slimtune.export.load import auto_class, read_config
+from slimtune.export.base import Source, own_state, probe_logits, write_folder
+from slimtune.export.load import read_model
 from slimtune.export.peft import PeftExporter
 from slimtune.linalg.packing import pack
-from slimtune.lora.attach import has_adapter, plain
+from slimtune.lora.attach import has_adapter, load_adapter, plain
 from slimtune.quant.layouts import Affine
 from slimtune.quant.linear import QuantLinear
 
@@ -44,7 +43,7 @@ class CompressedTensorsExporter:
         "- `adapter/`, where there is one, is a stock PEFT adapter trained on these packed weights and not merged into"
         " them; load it on this model:\n"
         "  - transformers + PEFT: `PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(FOLDER),"
-        " 'FOLDER/adapter')`\n"
+        " 'FOLDER/adapter')` (run the model once before where its layers differ in bits)\n"
         "  - vLLM: `vllm serve FOLDER --enable-lora --lora-modules mine=FOLDER/adapter`\n"
     )
 
@@ -67,10 +66,11 @@ class CompressedTensorsExporter:
 
     def read_back(self, source: Source, folder: Path) -> nn.Module:
         """The model that plain transformers, and PEFT where there is an adapter, load."""
-        model = cast(nn.Module, auto_class(read_config(folder)).from_pretrained(folder, dtype=source.dtype))
-        if (folder / ADAPTER).is_dir():
-            return PeftModel.from_pretrained(cast(Any, model), str(folder / ADAPTER))
-        return model
+        model = read_model(folder, source.dtype)
+        if not (folder / ADAPTER).is_dir():
+            return model
+        probe_logits(model)  # several schemes are decoded by the first forward pass only, and PEFT wants weights
+        return load_adapter(model, folder / ADAPTER)
 
     def restore_(self, source: Source) -> None:
         """Nothing was done to the source."""
@@ -115,7 +115,7 @@ def schemes_of(layers: dict[str, QuantLinear]) -> dict[Scheme, list[str]]:
     if len(schemes) > 1 and not all(symmetric for _, _, symmetric in schemes):
         raise FormatError(
             "transformers reads compressed-tensors with zero points only where all layers share bits and group size",
-            got="\n          ".join(f"{_words(scheme)}: {', '.join(names)}" for scheme, names in schemes.items()),
+            got="\n          ".join(f"{_spoken(scheme)}: {', '.join(names)}" for scheme, names in schemes.items()),
             remedy="quantize with sym: true, or with the same bits and group_size everywhere, or export safetensors",
         )
     return schemes
@@ -145,8 +145,9 @@ def quantization_config(schemes: dict[Scheme, list[str]], dense: list[str]) -> d
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": dense,
-        # transformers (5.23) can unpack zero points while it loads, but not afterwards; other engines ignore the key.
-        "dequantize": not all(symmetric for _, _, symmetric in schemes),
+        # transformers (5.23) decodes while it loads, with the first group's scheme for all; or afterwards, but then not
+        # with zero points, and not T5. Other engines ignore the key.
+        "dequantize": len(schemes) == 1,
     }
 
 
@@ -170,13 +171,12 @@ def packed_layer(layer: QuantLinear, dtype: torch.dtype) -> dict[str, Tensor]:
     """
     layout, tensors = cast(Affine, layer.layout), layer.qtensor.tensors
     packed = {
-        "weight_packed": tensors["codes"].view(torch.int32),
+        "weight_packed": _words(tensors["codes"]),
         "weight_scale": tensors["scale"].to(dtype),
         "weight_shape": torch.tensor([layout.out_features, layout.in_features]),
     }
     if not layout.symmetric:
-        zero = pack(tensors["zero"].T.contiguous(), layout.bits).view(torch.int32)
-        packed["weight_zero_point"] = zero.T.contiguous()
+        packed["weight_zero_point"] = _words(pack(tensors["zero"].T, layout.bits)).T.contiguous()
     return packed
 
 
@@ -193,6 +193,11 @@ def _scheme(layout: Affine) -> Scheme:
     return layout.bits, layout.group_size, layout.symmetric
 
 
-def _words(scheme: Scheme) -> str:
+def _words(octets: Tensor) -> Tensor:
+    """Packed rows seen as int32 (not by `view` alone: a single row may have any stride)."""
+    return octets.flatten().view(torch.int32).view(len(octets), -1)
+
+
+def _spoken(scheme: Scheme) -> str:
     bits, group_size, symmetric = scheme
     return f"{bits} bits, group_size {group_size}, {'symmetric' if symmetric else 'zero points'}"

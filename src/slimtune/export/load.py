@@ -84,11 +84,22 @@ def load(model: str, *, dtype: str = "float32", lazy: bool = False) -> Loaded:
         loaded = _load_lazily(folder, config, tokenizer, name, DTYPES[dtype])
         if loaded is not None:
             return loaded
+    return Loaded(read_model(folder, DTYPES[dtype]), tokenizer, name)
+
+
+def read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in `folder`, as transformers loads it, in evaluation mode.
+
+    Raises `FormatError` when it cannot, or when a weight is missing: transformers alone would draw it at random.
+    """
+    config = read_config(folder)
     try:
-        result = auto_class(config).from_pretrained(folder, config=config, dtype=DTYPES[dtype])
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        model, facts = auto_class(config).from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise FormatError("the model folder cannot be loaded", where=str(folder), got=str(error)[:400]) from error
-    return Loaded(cast(PreTrainedModel, result).eval(), tokenizer, name)
+    if facts["missing_keys"]:
+        raise FormatError("the model folder lacks weights", where=str(folder), wanted=sorted(facts["missing_keys"])[:5])
+    return cast(PreTrainedModel, model).eval()
 
 
 def locate(model: str) -> tuple[Path, str]:

@@ -29,7 +29,8 @@ class PeftExporter:
         """Write the active adapter."""
         if not isinstance(source.model, PeftModel):
             raise RecipeError("there is no adapter to export", remedy="export safetensors instead, or add a lora step")
-        source.model.save_pretrained(str(folder))
+        # Only linears are adapted. Left to itself, PEFT asks the hub whether the vocabulary has grown.
+        source.model.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)
 
     def read_back(self, source: Source, folder: Path) -> nn.Module:

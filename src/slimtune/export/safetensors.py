@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from slimtune.export.base import Source, own_state, write_folder
-from slimtune.export.load import auto_class, read_config
+from slimtune.export.load import read_model
 from slimtune.lora.attach import base_of, plain
 from slimtune.quant.linear import QuantLinear
 
@@ -32,7 +32,7 @@ class SafetensorsExporter:
 
     def read_back(self, source: Source, folder: Path) -> nn.Module:
         """The model that plain transformers loads."""
-        return cast(nn.Module, auto_class(read_config(folder)).from_pretrained(folder, dtype=source.dtype))
+        return read_model(folder, source.dtype)
 
     def restore_(self, source: Source) -> None:
         """Nothing was done to the source."""

@@ -62,14 +62,18 @@ def inverse_cholesky(hessian: Tensor, damp: float = 0.01, attempts: int = 6) -> 
             "the calibration statistics of a layer are not finite",
             remedy="use dtype: float32, or check the calibration data and the model for NaN",
         )
-    h = hessian.to(torch.float64)
+    h = hessian.to(torch.float64, copy=True)
     mean = float(h.diagonal().mean())
-    eye = torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
+    added = 0.0
     for attempt in range(attempts):
         d = damp * 10.0**attempt
-        lower, failed = torch.linalg.cholesky_ex(h + d * mean * eye)
+        h.diagonal().add_((d - added) * mean)
+        added = d
+        lower, failed = torch.linalg.cholesky_ex(h)
         if int(failed) == 0:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            inverse = torch.cholesky_inverse(lower)
+            del lower
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if int(failed) == 0 and bool(torch.isfinite(upper).all()):
                 return upper, d
     raise CalibrationError(

@@ -79,15 +79,14 @@ def add_lora(
         init_lora_weights=cast(Any, init_lora_weights),
         task_type="SEQ_2_SEQ_LM" if cast(Any, model).config.is_encoder_decoder else "CAUSAL_LM",
     )
-    config.base_model_name_or_path = base_name or cast(Any, model).name_or_path
     _know_quantized(config)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    name = config.base_model_name_or_path
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
         wrapped = cast(PeftModel, get_peft_model(cast(Any, model), config))
-    wrapped.peft_config["default"].base_model_name_or_path = name  # PEFT puts the folder it was loaded from
+    if base_name:  # PEFT puts the folder that the model was loaded from
+        wrapped.peft_config["default"].base_model_name_or_path = base_name
     return wrapped
 
 
@@ -135,6 +134,8 @@ def resolve_targets(modelmap: ModelMap, model: nn.Module, targets: str | Sequenc
                     "no linear has this name", where="target_modules", got=target, remedy=nearest(target, words)
                 )
             chosen.extend(matched)
+    if not chosen:
+        raise RecipeError("there is nothing to adapt", where="target_modules", got=targets, wanted="a name or more")
     last = sorted({name.rsplit(".", 1)[-1] for name in chosen})
     named = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in last}
     return last if named == set(chosen) else sorted(set(chosen))

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimtune.arch import bind
 from slimtune.calib.data import calibration_tokens
-from slimtune.calib.formats import normalise
 from slimtune.calib.rows import DataSource, read_rows
 from slimtune.errors import RecipeError
 from slimtune.export import Manifest, Source
@@ -28,9 +27,9 @@ from slimtune.recipe.document import read_recipe
 from slimtune.recipe.plan import Plan
 from slimtune.recipe.plan import plan as make_plan
 from slimtune.recipe.run import run as run_recipe
-from slimtune.recipe.schema import Evaluate, Recipe, build, recipe_from
-from slimtune.recipe.steps import Session, run_step
-from slimtune.train.data import Collator, padding_id, tokenize, tokenize_seq2seq
+from slimtune.recipe.schema import Recipe, build, recipe_from, step_from
+from slimtune.recipe.steps import Session, examples_of, run_step
+from slimtune.train.data import Collator, padding_id
 from slimtune.train.loop import TrainFacts
 from slimtune.train.loop import finetune as train_model
 from slimtune.train.options import TrainOptions
@@ -98,15 +97,9 @@ def finetune(
 ) -> nn.Module:
     """`model` trained in place on `train`; `options` are the fields of the recipe's `train` step."""
     chosen = build(TrainOptions, options, "train")
-    render = tokenize_seq2seq if cast(Any, base_of(model)).config.is_encoder_decoder else tokenize
-
-    def examples(source: DataSource | None) -> Sequence[Any]:
-        if source is None:
-            return ()
-        return render(normalise(read_rows(source), where=str(source)), tokenizer, chosen.max_length)[0]
-
-    collator = Collator(padding_id(tokenizer))
-    facts(train_model(model, examples(train), collator, chosen, held_out=examples(eval), seed=seed))
+    examples = examples_of(model, tokenizer, train, chosen)[0]
+    held_out = examples_of(model, tokenizer, eval, chosen)[0] if eval is not None else ()
+    facts(train_model(model, examples, Collator(padding_id(tokenizer)), chosen, held_out=held_out, seed=seed))
     return model
 
 
@@ -117,7 +110,7 @@ def merge(model: nn.Module, dtype: str = "") -> nn.Module:
 
 def evaluate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[dict[str, Any]]:
     """Metrics of `model`; `options` are the fields of the recipe's `evaluate` step."""
-    step = build(Evaluate, options, "evaluate")
+    step = step_from("evaluate", options, "")
     loaded = Loaded(cast(PreTrainedModel, base_of(model)), tokenizer, "model")
     session = Session(Recipe(model="model", steps=(step,)), loaded, model, lambda _: None)
     run_step(session, step, 0)

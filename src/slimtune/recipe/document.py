@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from slimtune.errors import RecipeError
+from slimtune.errors import RecipeError, nearest
 from slimtune.recipe.schema import Recipe, recipe_from, to_dict
 
 
@@ -32,8 +33,12 @@ def parse(text: str, where: str = "") -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader with one more number format
+    except yaml.MarkedYAMLError as error:
+        mark, problem = error.problem_mark, ", ".join(filter(None, (error.context, error.problem)))
+        place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise RecipeError("not valid YAML", where=", ".join(filter(None, (where, place))), got=problem) from error
     except yaml.YAMLError as error:
-        raise RecipeError("not valid YAML", where=where, got=str(error).replace("\n", " ")[:300]) from error
+        raise RecipeError("not valid YAML", where=where, got=" ".join(str(error).split())) from error
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -44,18 +49,32 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     if not path.is_file():
         raise RecipeError("there is no such recipe", where=str(path))
-    facts = parse(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError("a recipe is a text file in UTF-8", where=f"{path}, byte {error.start}") from error
+    facts = parse(text, str(path))
     if not isinstance(facts, dict):
         raise RecipeError("a recipe is a mapping of keys to values", where=str(path), got=type(facts).__name__)
     for override in overrides:
         key, sign, value = override.partition("=")
         if not sign or not key:
             raise RecipeError("an override is key=value", got=override)
+        valid = [f.name for f in fields(Recipe)] + [str(name) for step in _steps(facts) for name in step]
+        first = key.split(".")[0]
+        if first not in valid:
+            raise RecipeError("an unknown key or step", where=override, got=first, remedy=nearest(first, set(valid)))
         _set(facts, key.split("."), parse(value, override), override)
-    _anchor(facts.get("data"), path.parent)
-    for step in facts.get("steps") or ():
-        if isinstance(step, dict) and isinstance(step.get("evaluate"), dict):
-            _anchor(step["evaluate"].get("perplexity"), path.parent)
+    _anchor(facts, "model", path.parent)
+    for key in _mapping(facts.get("data")):
+        _anchor(facts["data"], key, path.parent)
+    for step in _steps(facts):
+        evaluate = _mapping(step.get("evaluate"))
+        texts, tasks = _mapping(evaluate.get("perplexity")), evaluate.get("tasks")
+        for key in texts:
+            _anchor(texts, key, path.parent)
+        for number in range(len(tasks) if isinstance(tasks, list) else 0):
+            _anchor(tasks, number, path.parent)
     return recipe_from(facts, name=path.stem)
 
 
@@ -65,8 +84,7 @@ def write_recipe(recipe: Recipe) -> str:
 
 
 def _set(facts: Any, keys: list[str], value: Any, override: str) -> None:
-    steps = facts.get("steps") or [] if isinstance(facts, dict) else []
-    named = [step for step in steps if isinstance(step, dict) and keys[0] in step]
+    named = [step for step in _steps(facts) if keys[0] in step]
     if named and len(keys) > 1:
         for step in named:
             step[keys[0]] = step[keys[0]] or {}
@@ -88,14 +106,20 @@ def _set(facts: Any, keys: list[str], value: Any, override: str) -> None:
     facts[keys[-1]] = value
 
 
-def _anchor(sources: object, folder: Path) -> None:
-    """Make paths that exist beside the recipe, but not in the current folder, say so."""
-    if not isinstance(sources, dict):
-        return
-    for key, source in sources.items():
-        if isinstance(source, str) and not Path(source).exists() and (folder / source).exists():
-            sources[key] = str(folder / source)
-        elif isinstance(source, dict) and isinstance(source.get("path"), str):
-            path = source["path"]
-            if not Path(path).exists() and (folder / path).exists():
-                source["path"] = str(folder / path)
+def _steps(facts: object) -> list[dict[str, Any]]:
+    """The steps that are mappings already; what else stands there is refused later, where it can be named."""
+    steps = _mapping(facts).get("steps")
+    return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _anchor(owner: Any, key: Any, folder: Path) -> None:
+    """Make `owner[key]`, or its `path`, say where it is if it lies beside the recipe and not in the current folder."""
+    source = owner[key] if isinstance(owner, list) else owner.get(key)
+    if isinstance(source, dict) and "path" in source:
+        _anchor(source, "path", folder)
+    elif isinstance(source, str) and not Path(source).expanduser().exists() and (folder / source).exists():
+        owner[key] = str(folder / source)

@@ -7,20 +7,22 @@ term by term; `docs/LOG.md` has the measurements behind its constants.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
 from slimtune.arch import ModelMap, Space, bind
-from slimtune.errors import RecipeError
+from slimtune.calib.rows import FILES, read_rows
+from slimtune.errors import RecipeError, nearest
 from slimtune.export import EXPORTERS
 from slimtune.export.load import DTYPES, empty_model, model_config
 from slimtune.lora.attach import resolve_targets
 from slimtune.quant import QUANTIZERS, Quantizer
 from slimtune.quant.apply import all_linear
 from slimtune.recipe.legality import State, check_order
-from slimtune.recipe.schema import Evaluate, Export, Lora, Quantize, Recipe, Train, build, to_dict
+from slimtune.recipe.schema import Evaluate, Export, Lora, Quantize, Recipe, Step, Train, build, to_dict
 
 RUNTIME_BYTES = 90_000_000
 """What the matrix libraries set up at the first product, beyond what the imports take (measured)."""
@@ -68,13 +70,17 @@ class Plan:
 
 def quantizer_of(step: Quantize, where: str = "quantize") -> Quantizer:
     """The method a quantize step asks for, with its fields. Raises `RecipeError` on an unknown name, key or value."""
+    if step.method not in QUANTIZERS:
+        raise RecipeError(
+            "unknown method", where=f"{where}.method", got=step.method, remedy=nearest(step.method, QUANTIZERS)
+        )
     return build(QUANTIZERS[step.method], step.options, where)
 
 
 def resolve(recipe: Recipe) -> Recipe:
-    """The same recipe with every field of every method written out, methods and formats known, order legal."""
-    check_order(recipe)
-    steps = []
+    """The same recipe with every field of every method written out; its methods, formats and files exist."""
+    _check_data(recipe)
+    steps: list[Step] = []
     for number, step in enumerate(recipe.steps):
         if isinstance(step, Quantize):
             method = quantizer_of(step, f"steps[{number}].quantize")
@@ -86,10 +92,26 @@ def resolve(recipe: Recipe) -> Recipe:
                     remedy="add data: {calibration: {builtin: pydocs}} or a file, or use method: rtn",
                 )
             step = replace(step, options=options)
-        if isinstance(step, Export):
-            EXPORTERS[step.format]
+        if isinstance(step, Export) and step.format not in EXPORTERS:
+            raise RecipeError(
+                "unknown format",
+                where=f"steps[{number}].export.format",
+                got=step.format,
+                remedy=nearest(step.format, EXPORTERS),
+            )
         steps.append(step)
     return replace(recipe, steps=tuple(steps))
+
+
+def _check_data(recipe: Recipe) -> None:
+    """Raise `CalibrationError` for a local file that is not there: now, and not hours into the run."""
+    data = recipe.data
+    texts = [text for step in recipe.steps if isinstance(step, Evaluate) for text in step.perplexity.values()]
+    for source in filter(None, (data.train, data.eval, data.calibration, *texts)):
+        kind = Path(source.path.removesuffix(".gz").removesuffix(".zst")).suffix.lower()
+        hub = source.path.count("/") == 1 and kind not in FILES
+        if source.path and not hub and not Path(source.path).expanduser().exists():
+            read_rows(source)  # its error says what is there instead
 
 
 def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
@@ -100,12 +122,13 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
     a LoRA target that names nothing.
     """
     recipe = resolve(recipe)
-    model = empty_model(model_config(recipe.model), DTYPES[recipe.dtype])
+    config = model_config(recipe.model)
+    states = check_order(recipe, State(quantized="quantization_config" in config.__dict__))
+    model = empty_model(config, DTYPES[recipe.dtype])
     modelmap = bind(model)
     shape = _Shape.of(model, modelmap, recipe)
     baseline = psutil.Process().memory_info().rss + RUNTIME_BYTES
-    state, steps = State(), []
-    states = check_order(recipe)
+    steps = []
     for number, (step, state) in enumerate(zip(recipe.steps, states, strict=True)):
         where = f"steps[{number}].{step.name}"
         if isinstance(step, Quantize):
@@ -118,10 +141,15 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
             raise RecipeError(
                 "perplexity is a measure of decoders", where=where, got=f"{modelmap.family} is an encoder-decoder"
             )
+        if isinstance(step, Train) and step.packing and model.config.is_encoder_decoder:
+            raise RecipeError(
+                "an encoder-decoder does not train on packed rows", where=where, remedy="leave out packing: true"
+            )
         held, flops = shape.demand(step, state, recipe)
         steps.append(StepPlan(step.name, baseline + held, flops))
     peak = max(step.memory_bytes for step in steps)
-    available = memory or psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    available = free if memory is None else memory
     warnings = (_too_much(recipe, steps, available),) if peak > available else ()
     return Plan(recipe, shape.parameters, tuple(steps), peak, available, warnings)
 

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,19 +23,21 @@ import transformers
 from peft import PeftModel
 
 from slimtune import __version__
+from slimtune.arch.weights import Checkpoint
 from slimtune.errors import FormatError, RecipeError
-from slimtune.export.load import load
+from slimtune.export.load import load, locate
 from slimtune.export.native import write_model
 from slimtune.files import whole_folder, write_json, write_text
-from slimtune.kernels.memory import PeakMemory, release
+from slimtune.kernels.memory import PeakMemory
 from slimtune.lora.attach import base_of, load_adapter
 from slimtune.recipe.document import write_recipe
 from slimtune.recipe.plan import Plan, plan
-from slimtune.recipe.report import write_html
-from slimtune.recipe.schema import Lora, Merge, Quantize, Recipe, Step, Train, to_dict
+from slimtune.recipe.report import read_report, write_html
+from slimtune.recipe.schema import Evaluate, Lora, Merge, Quantize, Recipe, Step, Train, to_dict
 from slimtune.recipe.steps import Session, run_step, size_of
 
 Say = Callable[[str], None]
+RECIPE = "recipe.yaml"
 
 
 def run(
@@ -47,12 +50,15 @@ def run(
     """
     planned = plan(recipe)
     recipe = planned.recipe
+    if not resume:
+        Checkpoint(locate(recipe.model)[0])  # damaged weights are found before anything in `output` is replaced
     state = _open_folder(recipe, output, resume=resume, overwrite=overwrite)
     for warning in planned.warnings:
         say(f"warning: {warning}")
-    if len(state["steps"]) == len(recipe.steps):
+    if state.get("finished"):
         say("every step of this run is done")
-        return _write_report(planned, output, state)
+        _tidy(output)
+        return read_report(output) if (output / "report.json").is_file() else _write_report(planned, output, state)
     say(f"model {recipe.model}")
     session = _session(recipe, output, state, say, resume=resume)
     memory = PeakMemory()
@@ -75,47 +81,89 @@ def run(
         state["metrics"] = session.metrics
         state["model"] = size_of(session.whole()).to_dict()
         write_json(output / "checkpoints" / "state.json", state)
-        _publish(output, number)
+        _publish(recipe, output, number)
         session.resume = False
         _write_report(planned, output, state)
-        release()
     if not (output / "model" / "config.json").is_file():
         _write_base(session, output / "model")
+    report = _write_report(planned, output, state)
+    write_json(output / "checkpoints" / "state.json", {**state, "finished": True})
     _tidy(output)
     say(f"report: {output / 'report.html'}")
-    return _write_report(planned, output, state)
+    return report
 
 
 def _open_folder(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> dict[str, Any]:
-    text = write_recipe(recipe)
-    held = output / "recipe.yaml"
-    if output.exists() and any(output.iterdir()):
-        if not held.is_file():
-            raise RecipeError(
-                "the output folder is not empty and not a run", where=str(output), remedy="choose another --output"
-            )
-        same = held.read_text(encoding="utf-8") == text
-        if not overwrite and not (resume and same):
-            raise RecipeError(
-                "the output folder holds a run of this recipe"
-                if same
-                else "the output folder holds another recipe's run",
-                where=str(output),
-                remedy=("--resume continues it, --overwrite starts again" if same else "choose another --output")
-                + ("" if same else ", or --overwrite it"),
-            )
-        if overwrite and not resume:
-            shutil.rmtree(output)
-    path = output / "checkpoints" / "state.json"
-    if resume and path.is_file():
+    """The state of the run in `output`, which is made, emptied or left as it is; refuses what is not to be replaced."""
+    text, path = write_recipe(recipe), output / "checkpoints" / "state.json"
+    held = _held(output)
+    if held is not None and not (resume and held == text):
+        if not overwrite:
+            raise _occupied(output, held, text)
+        _empty(recipe, output)
+    elif resume and path.is_file():
         try:
             state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise FormatError("the run's state is damaged", where=str(path), remedy="--overwrite the run") from error
         return state
-    (output / "checkpoints").mkdir(parents=True, exist_ok=True)
-    write_text(held, text)
+    try:
+        write_text(output / RECIPE, text)
+        path.parent.mkdir(exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise RecipeError("the output folder cannot be made", where=str(output), got=error.strerror) from error
     return {"steps": [], "metrics": []}
+
+
+def _held(output: Path) -> str | None:
+    """The recipe of the run that `output` holds, `None` where nothing would be lost."""
+    if not output.is_dir():
+        return None
+    names = {path.name for path in output.iterdir()} - {f".{RECIPE}.partial"}
+    if RECIPE in names:
+        begun = names - {RECIPE, "checkpoints"} or any((output / "checkpoints").glob("*"))
+        return (output / RECIPE).read_text(encoding="utf-8", errors="replace") if begun else None
+    if names:
+        raise RecipeError(
+            "the output folder is not empty and not a run", where=str(output), remedy="choose another --output"
+        )
+    return None
+
+
+def _occupied(output: Path, held: str, text: str) -> RecipeError:
+    if held == text:
+        return RecipeError(
+            "the output folder holds a run of this recipe",
+            where=str(output),
+            remedy="--resume continues it, --overwrite starts again",
+        )
+    theirs, ours = next((a, b) for a, b in zip_longest(held.split("\n"), text.split("\n"), fillvalue="") if a != b)
+    return RecipeError(
+        "the output folder holds another recipe's run",
+        where=str(output),
+        got=f"{theirs.strip()!r} in {output / RECIPE}",
+        wanted=repr(ours.strip()),
+        remedy="choose another --output, or --overwrite it",
+    )
+
+
+def _empty(recipe: Recipe, output: Path) -> None:
+    """Remove a run, its `recipe.yaml` aside: by that a folder half removed is still known as a run."""
+    texts = [text for step in recipe.steps if isinstance(step, Evaluate) for text in step.perplexity.values()]
+    sources = filter(None, (recipe.data.train, recipe.data.eval, recipe.data.calibration, *texts))
+    for name in (recipe.model, *(source.path for source in sources if source.path)):
+        if Path(name).expanduser().resolve().is_relative_to(output.resolve()):
+            raise RecipeError(
+                "the recipe reads from the run it would overwrite",
+                where=str(output),
+                got=name,
+                remedy="choose another --output",
+            )
+    for path in output.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != RECIPE:
+            path.unlink()
 
 
 def _session(recipe: Recipe, output: Path, state: dict[str, Any], say: Say, *, resume: bool) -> Session:
@@ -124,11 +172,13 @@ def _session(recipe: Recipe, output: Path, state: dict[str, Any], say: Say, *, r
     dense = [n for n, step in done if _changes_base(step, recipe, n)]
     adapted = [n for n, step in done if isinstance(step, Lora | Train)]
     merged = max((n for n, step in done if isinstance(step, Merge)), default=-1)
-    for number, _ in done:
-        _publish(output, number)
+    if done:
+        _publish(recipe, output, len(done) - 1)  # those before it were published before it began
     first = next(iter(recipe.steps[len(done) :]), None)
     loaded = load(
-        str(output / "model") if dense else recipe.model, dtype=recipe.dtype, lazy=isinstance(first, Quantize)
+        str(output / "model") if dense else recipe.model,
+        dtype=cast(Merge, recipe.steps[merged]).dtype or recipe.dtype if merged >= 0 else recipe.dtype,
+        lazy=isinstance(first, Quantize),
     )
     if dense:
         loaded = replace(loaded, name=state["name"])
@@ -160,12 +210,13 @@ def _keep(session: Session, step: Step, number: int, output: Path) -> None:
             (partial / "README.md").unlink(missing_ok=True)
 
 
-def _publish(output: Path, number: int) -> None:
-    """Move what a finished step changed to where a user looks for it."""
+def _publish(recipe: Recipe, output: Path, number: int) -> None:
+    """Move what a finished step changed to where a user looks for it. May be done again when it was cut short."""
     model = output / "checkpoints" / f"step-{number}-model"
     if model.is_dir():
         shutil.rmtree(output / "model", ignore_errors=True)
         model.rename(output / "model")
+    if _changes_base(recipe.steps[number], recipe, number):
         shutil.rmtree(output / "adapter", ignore_errors=True)  # of the model before this one
     adapter = output / "checkpoints" / f"step-{number}-adapter"
     if adapter.is_dir():
@@ -181,7 +232,7 @@ def _write_base(session: Session, folder: Path) -> None:
 
 
 def _tidy(output: Path) -> None:
-    """Remove what only a resumption of this run would have needed; `state.json` stays and says that it is done."""
+    """Remove what only a resumption of this run would have needed; `state.json` stays and says that it is finished."""
     for path in (output / "checkpoints").iterdir():
         if path.is_dir():
             shutil.rmtree(path)

@@ -2,19 +2,19 @@
 options.
 
 No torch is imported here. The fields of a quantizer are those of its own dataclass and are checked when the recipe is
-resolved, see `resolve_quantizer`.
+resolved, see `slimtune.recipe.plan.quantizer_of`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from slimtune.calib.rows import DataSource
-from slimtune.errors import RecipeError, nearest
+from slimtune.errors import RecipeError, SlimtuneError, nearest
 from slimtune.lora.options import LoraOptions
 from slimtune.train.options import TrainOptions
 
@@ -70,7 +70,7 @@ class Evaluate:
 
     name: ClassVar[str] = "evaluate"
 
-    perplexity: dict[str, str | DataSource] = field(
+    perplexity: dict[str, DataSource] = field(
         default_factory=dict, metadata={"help": "a name for each text file, or {builtin: pydocs}"}
     )
     length: int = field(default=512, metadata={"help": "tokens of a perplexity window"})
@@ -83,13 +83,11 @@ class Evaluate:
 
     def __post_init__(self) -> None:
         if self.length < 2:
-            raise RecipeError("length out of range", where="evaluate", got=self.length, wanted="at least 2")
+            raise RecipeError("length out of range", got=self.length, wanted="at least 2")
         if self.max_tokens != -1 and self.max_tokens < 2:
-            raise RecipeError(
-                "max_tokens out of range", where="evaluate", got=self.max_tokens, wanted="at least 2, or -1"
-            )
+            raise RecipeError("max_tokens out of range", got=self.max_tokens, wanted="at least 2, or -1")
         if self.limit != -1 and self.limit < 1:
-            raise RecipeError("limit out of range", where="evaluate", got=self.limit, wanted="at least 1, or -1")
+            raise RecipeError("limit out of range", got=self.limit, wanted="at least 1, or -1")
 
 
 @dataclass(frozen=True)
@@ -117,6 +115,10 @@ class Recipe:
     dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "of dense weights"})
     data: Data = field(default_factory=Data, metadata={"help": "train, eval and calibration"})
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise RecipeError("seed out of range", got=self.seed, wanted="0 to 4294967295")
+
 
 def recipe_from(facts: object, *, name: str = "recipe") -> Recipe:
     """The recipe that plain YAML values describe. Raises `RecipeError` naming the key, the value and what was
@@ -139,7 +141,10 @@ def step_from(name: str, facts: Mapping[str, Any], where: str) -> Step:
     """One step from its plain values."""
     if name not in STEPS:
         raise RecipeError("unknown step", where=where, got=name, remedy=nearest(name, STEPS))
-    where = f"{where}.{name}"
+    where = f"{where}.{name}" if where else name
+    texts = facts.get("perplexity") if name == Evaluate.name else None
+    if isinstance(texts, Mapping):
+        facts = {**facts, "perplexity": {k: _source(v, f"{where}.perplexity.{k}") for k, v in texts.items()}}
     if name != Quantize.name:
         return build(STEPS[name], facts, where)
     own = {f.name for f in fields(Quantize)} - {"options"}
@@ -159,17 +164,13 @@ def build(cls: type[T], facts: object, where: str) -> T:
     ]
     if missing:
         raise RecipeError("a key is missing", where=where or "the recipe", wanted=", ".join(missing))
+    hints = get_type_hints(cls)
     try:
-        return TypeAdapter(cls, config=_config(cls)).validate_python(dict(values))
+        return TypeAdapter(cls).validate_python({k: _literal(v, hints[k]) for k, v in values.items()})
+    except SlimtuneError as error:  # raised by the dataclass itself, which does not know where it stands
+        raise error.within(where) from error
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(
-            "a value is not what it should be",
-            where=".".join(p for p in (where, place) if p),
-            got=repr(first.get("input")),
-            wanted=first["msg"].removeprefix("Input should be ").removeprefix("Value error, "),
-        ) from error
+        raise _misfit(error, values, where) from error
 
 
 def to_dict(value: Any) -> Any:
@@ -202,6 +203,8 @@ def _step(facts: object, number: int) -> Step:
 
 
 def _source(value: object, where: str) -> DataSource:
+    if isinstance(value, DataSource):
+        return value
     return build(DataSource, {"path": value} if isinstance(value, str) else value, where)
 
 
@@ -217,8 +220,24 @@ def _mapping(value: object, where: str) -> Mapping[str, Any]:
     return value
 
 
-def _config(cls: type) -> ConfigDict | None:
-    return ConfigDict(extra="forbid", strict=False) if not is_dataclass(cls) else None
+def _literal(value: object, wanted: Any) -> object:
+    """`value` with what pydantic would misread set right: one name is a list of one, and `true` is no number."""
+    if wanted == tuple[str, ...] and isinstance(value, str):
+        return [value]
+    return str(value).lower() if isinstance(value, bool) and wanted in (int, float) else value
+
+
+def _misfit(error: ValidationError, values: Mapping[str, Any], where: str) -> RecipeError:
+    """What pydantic says of the first value that does not fit; of a union, everything that would."""
+    key = str(error.errors()[0]["loc"][0])
+    facts = [fact for fact in error.errors() if str(fact["loc"][0]) == key]
+    wanted = [fact["msg"].removeprefix("Input should be ").replace("valid tuple", "list") for fact in facts]
+    return RecipeError(
+        "a value is not what it should be",
+        where=".".join(part for part in (where, key) if part),
+        got=f"{values[key]!r:.200}",
+        wanted=" or ".join(dict.fromkeys(wanted)),
+    )
 
 
 def _replaced(recipe: Recipe, **changes: Any) -> Recipe:

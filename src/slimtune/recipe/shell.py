@@ -15,11 +15,11 @@ from slimtune.arch import bind
 from slimtune.calib.formats import normalise, render_messages, uses_template
 from slimtune.errors import FormatError, RecipeError, nearest
 from slimtune.evaluate.generate import stream
-from slimtune.export import Manifest, Source, export
+from slimtune.export import EXPORTERS, Manifest, Source, export
 from slimtune.export.load import DTYPES, Loaded, load
 from slimtune.lora.attach import load_adapter
+from slimtune.quant import QUANTIZERS
 from slimtune.recipe.document import parse
-from slimtune.recipe.plan import quantizer_of
 from slimtune.recipe.schema import STEPS, Data, Evaluate, Quantize, Recipe, recipe_from, step_from
 from slimtune.recipe.steps import Session, run_step
 
@@ -33,7 +33,9 @@ def recipe_of(model: str, steps: Sequence[str], arguments: Sequence[str], name: 
     """
     facts: dict[str, Any] = {"model": model, "name": name, "data": {}, "steps": [{step: {}} for step in steps]}
     sources = [f.name for f in fields(Data)]
-    for key, value in _pairs(arguments).items():
+    pairs = _pairs(arguments)
+    own = _method_keys(pairs.get("method", Quantize.method)) if "quantize" in steps else []
+    for key, value in pairs.items():
         owners = [step for step in steps if key in _keys(step)]
         if key in TOP:
             facts[key] = value
@@ -41,16 +43,13 @@ def recipe_of(model: str, steps: Sequence[str], arguments: Sequence[str], name: 
             facts["data"][key] = value
         elif owners:
             facts["steps"][list(steps).index(owners[0])][owners[0]][key] = value
-        elif "quantize" in steps:  # a field of the method: checked when the method is known
+        elif key in own:
             facts["steps"][list(steps).index("quantize")]["quantize"][key] = value
         else:
-            valid = [*TOP, *sources, *(k for step in steps for k in _keys(step))]
-            raise RecipeError("unknown option", got=f"--{key.replace('_', '-')}", remedy=nearest(key, valid))
-    recipe = recipe_from(facts, name=name)
-    for step in recipe.steps:
-        if isinstance(step, Quantize):
-            quantizer_of(step)
-    return recipe
+            names = [k.replace("_", "-") for k in (*TOP, *sources, *(k for step in steps for k in _keys(step)), *own)]
+            wrong = key.replace("_", "-")
+            raise RecipeError("unknown option", got=f"--{wrong}", remedy=nearest(wrong, names).replace("'", "'--", 1))
+    return recipe_from(facts, name=name)
 
 
 def open_model(name: str, *, dtype: str = "float32", adapter: Path | None = None) -> tuple[Loaded, nn.Module]:
@@ -89,7 +88,7 @@ def evaluate_model(
                 "limit": limit,
                 "speed": speed,
             },
-            "evaluate",
+            "",
         ),
     )
     loaded, opened = open_model(model, dtype=dtype)
@@ -103,10 +102,27 @@ def export_model(
     source: str, format: str, output: Path, *, dtype: str = "float32", overwrite: bool = False
 ) -> Manifest:
     """Export a model or a run's model and adapter."""
-    if output.exists() and any(output.iterdir()) and not overwrite:
-        raise RecipeError("the output folder is not empty", where=str(output), remedy="--overwrite replaces it")
+    EXPORTERS[format]  # an unknown format is refused before anything is loaded
+    _check_export_folder(source, output, overwrite)
     loaded, model = open_model(source, dtype=dtype)
     return export(Source(model, loaded.tokenizer, loaded.name, DTYPES[dtype]), format, output)
+
+
+def _check_export_folder(source: str, output: Path, overwrite: bool) -> None:
+    """Refuse a folder that an export must not replace: what is there is lost with it."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    ours = (output / "README.md").is_file() and any(
+        (output / name).is_file() for name in ("config.json", "adapter_config.json")
+    )
+    if not ours:
+        raise RecipeError(
+            "the output is not empty and not an export", where=str(output), remedy="choose another --output"
+        )
+    if Path(source).expanduser().resolve().is_relative_to(output.resolve()):
+        raise RecipeError("an export cannot replace its source", where=str(output), remedy="choose another --output")
+    if not overwrite:
+        raise RecipeError("the output folder is not empty", where=str(output), remedy="--overwrite replaces it")
 
 
 def generate_text(
@@ -138,6 +154,11 @@ def generate_text(
 
 def _keys(step: str) -> list[str]:
     return [f.name for f in fields(STEPS[step]) if f.name != "options"]
+
+
+def _method_keys(method: object) -> list[str]:
+    """The fields of a quantizer, which are options of `quantize` too."""
+    return [f.name for f in fields(cast(Any, QUANTIZERS[str(method)]))]
 
 
 def _pairs(arguments: Sequence[str]) -> dict[str, Any]:

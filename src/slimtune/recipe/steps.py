@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slimtune.arch import bind
 from slimtune.calib.data import calibration_tokens, text_tokens
 from slimtune.calib.formats import normalise, render
-from slimtune.calib.rows import DataSource, Row, read_rows, read_text
+from slimtune.calib.rows import DataSource, read_rows, read_text
 from slimtune.evaluate.perplexity import perplexity
 from slimtune.evaluate.speed import speed
 from slimtune.evaluate.tasks import tasks
@@ -28,6 +28,7 @@ from slimtune.recipe.plan import CALIBRATION_BATCH, DEFAULT_SAMPLES, quantizer_o
 from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Quantize, Recipe, Step, Train
 from slimtune.train.data import Collator, Example, pack, padding_id, tokenize, tokenize_seq2seq
 from slimtune.train.loop import finetune
+from slimtune.train.options import TrainOptions
 
 Facts = dict[str, Any]
 
@@ -52,10 +53,6 @@ class Session:
     def place(self, name: str) -> Path | None:
         """A folder under `checkpoints/`, where the run has a folder."""
         return self.folder / "checkpoints" / name if self.folder else None
-
-    def rows(self, source: DataSource) -> list[Row]:
-        """Rows of a data source."""
-        return read_rows(source)
 
 
 def run_step(session: Session, step: Step, number: int) -> Facts:
@@ -91,7 +88,7 @@ def _quantize(session: Session, step: Quantize, number: int) -> Facts:
         assert source is not None, "the plan has checked it"
         session.say(f"  calibrating on {source}")
         tokens = calibration_tokens(
-            session.rows(source),
+            read_rows(source),
             session.loaded.tokenizer,
             samples=source.samples or DEFAULT_SAMPLES,
             length=source.length,
@@ -145,8 +142,9 @@ def _train(session: Session, step: Train, number: int) -> Facts:
     data = session.recipe.data
     assert data.train is not None, "the plan has checked it"
     model = session.whole()
-    examples, facts = _examples(session, data.train, step)
-    held_out = _examples(session, data.eval, step)[0] if data.eval is not None else []
+    tokenizer = session.loaded.tokenizer
+    examples, facts = examples_of(model, tokenizer, data.train, step)
+    held_out = examples_of(model, tokenizer, data.eval, step)[0] if data.eval is not None else []
     session.say(
         f"  {facts['examples']:,} examples from {data.train}, {facts['tokens']:,} tokens; the first, «not learnt»:"
     )
@@ -157,7 +155,7 @@ def _train(session: Session, step: Train, number: int) -> Facts:
     result = finetune(
         model,
         examples,
-        Collator(padding_id(session.loaded.tokenizer)),
+        Collator(padding_id(tokenizer)),
         step,
         held_out=held_out[:limit] if limit else held_out,
         seed=session.recipe.seed,
@@ -170,16 +168,18 @@ def _train(session: Session, step: Train, number: int) -> Facts:
     return {**result.to_dict(), "sample": facts.pop("sample"), "data": {"source": str(data.train), **facts}}
 
 
-def _examples(session: Session, source: DataSource, step: Train) -> tuple[Sequence[Example], Facts]:
-    conversations = normalise(session.rows(source), where=str(source))
-    tokenizer = session.loaded.tokenizer
-    if cast(Any, base_of(session.model)).config.is_encoder_decoder:
-        examples, facts = tokenize_seq2seq(conversations, tokenizer, step.max_length, where=str(source))
+def examples_of(
+    model: nn.Module, tokenizer: Any, source: DataSource, options: TrainOptions
+) -> tuple[Sequence[Example], Facts]:
+    """The examples that `model` learns from `source`, and the facts of how they were made."""
+    conversations, length, where = normalise(read_rows(source), where=str(source)), options.max_length, str(source)
+    if cast(Any, base_of(model)).config.is_encoder_decoder:
+        examples, facts = tokenize_seq2seq(conversations, tokenizer, length, where=where)
         return examples, dict(facts)
     examples, facts = tokenize(
-        conversations, tokenizer, step.max_length, completion_only_loss=step.completion_only_loss, where=str(source)
+        conversations, tokenizer, length, completion_only_loss=options.completion_only_loss, where=where
     )
-    return (pack(examples, step.max_length) if step.packing else examples), dict(facts)
+    return (pack(examples, length) if options.packing else examples), dict(facts)
 
 
 def _log_line(line: Facts) -> str:
@@ -225,21 +225,21 @@ def _evaluate(session: Session, step: Evaluate, number: int) -> Facts:
     return {}
 
 
-def _text(session: Session, source: str | DataSource) -> str:
+def _text(session: Session, source: DataSource) -> str:
     """A text file as it is; rows of anything else rendered one after the other."""
-    if isinstance(source, str):
-        source = DataSource(path=source)
     if source.path and not source.path.removesuffix(".gz").removesuffix(".zst").endswith(
         (".json", ".jsonl", ".csv", ".tsv", ".parquet")
     ):
         return read_text(source.path)
-    conversations = normalise(session.rows(source), where=str(source))[: source.samples]
+    conversations = normalise(read_rows(source), where=str(source))[: source.samples]
     return "".join(render(c, session.loaded.tokenizer, str(source)) for c in conversations)
 
 
 def _export(session: Session, step: Export) -> Facts:
     assert session.folder is not None, "a run has a folder"
-    source = Source(session.whole(), session.loaded.tokenizer, session.loaded.name, DTYPES[session.recipe.dtype])
+    model = session.whole()
+    dtype = cast(Any, base_of(model)).dtype  # the recipe's, or the last merge's
+    source = Source(model, session.loaded.tokenizer, session.loaded.name, dtype)
     manifest = export(source, step.format, session.folder / "export" / step.format)
     session.say(f"  {manifest.path}: {manifest.bytes / 1e6:,.1f} MB, read back and compared")
     return manifest.to_dict() | {"path": f"export/{step.format}"}

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from slimtune.errors import TrainingDiverged
+from slimtune.files import naming_full_disk, write_text
 from slimtune.kernels.memory import PeakMemory
 
 Progress = Callable[[dict[str, Any]], None]
@@ -36,19 +37,27 @@ class StepLog(TrainerCallback):
     def resume_at(self, step: int) -> None:
         """Forget lines beyond `step`, which will be written again."""
         if self._path.exists():
-            lines = [json.loads(line) for line in self._path.read_text().splitlines() if line.strip()]
+            whole, _, _ = self._path.read_text(encoding="utf-8").rpartition("\n")  # what follows was cut short
+            lines = [json.loads(line) for line in whole.splitlines()]
             kept = [line for line in lines if line["train"] != self._train or line["step"] <= step]
             own = [line for line in kept if line["train"] == self._train]
             self.losses = {line["step"]: line["loss"] for line in own if "loss" in line}
             self.eval_losses = {line["step"]: line["eval_loss"] for line in own if "eval_loss" in line}
             self.tokens = max((line.get("tokens", 0) for line in own), default=0)
-            self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Start the clock."""
         self._mark = (time.perf_counter(), self.tokens, state.global_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Log what is saved and the last step too: so a resumed log is the uninterrupted one, and no NaN slips by."""
+        if control.should_save or state.global_step == state.max_steps:
+            control.should_log = True
 
     def on_log(
         self,
@@ -62,14 +71,8 @@ class StepLog(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         loss = float(logs["loss"])
-        if not math.isfinite(loss):
-            raise TrainingDiverged(
-                "the training loss is not a finite number",
-                where=f"step {state.global_step}",
-                got=loss,
-                remedy="lower learning_rate, set max_grad_norm: 1.0, or train with dtype: float32; the last checkpoint "
-                "and the model before training are kept",
-            )
+        _require_finite("training loss", loss, state.global_step)
+        _require_finite("norm of the gradient", float(logs.get("grad_norm") or 0), state.global_step)
         now, (then, tokens, step) = time.perf_counter(), self._mark
         done = max(state.global_step - step, 1)
         self._mark = (now, self.tokens, state.global_step)
@@ -92,9 +95,21 @@ class StepLog(TrainerCallback):
         """Append one line."""
         line = {"train": self._train, **facts}
         if "eval_loss" in facts:
+            _require_finite("held-out loss", facts["eval_loss"], facts["step"])
             self.eval_losses[facts["step"]] = facts["eval_loss"]
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
+        with naming_full_disk(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if self._progress is not None:
             self._progress(line)
+
+
+def _require_finite(what: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise TrainingDiverged(
+            f"the {what} is not a finite number",
+            where=f"step {step}",
+            got=value,
+            remedy="lower learning_rate, set max_grad_norm: 1.0, or train with dtype: float32; the last checkpoint and "
+            "the model before training are kept",
+        )

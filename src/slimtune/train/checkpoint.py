@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from slimtune.errors import FormatError
@@ -36,6 +36,8 @@ def encode(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     (['optimizer.0.0'], (1.5, None))
     """
     if isinstance(value, Tensor):
+        while name in tensors:  # of keys that look alike, such as 0 and "0"
+            name += "'"
         tensors[name] = value.detach().contiguous().clone()
         return {TENSOR_KEY: name}
     if isinstance(value, np.ndarray):
@@ -65,6 +67,18 @@ def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 class CheckpointingTrainer(Trainer):
     """transformers' `Trainer` with the checkpoints described above (sharded runs keep transformers' own)."""
+
+    def train_from(self, checkpoint: Path | None) -> int:
+        """Train to the end, from `checkpoint` on if there is one; returns the number of steps of the whole.
+
+        transformers would do one more step from a checkpoint of the last.
+        """
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+            if state.global_step >= state.max_steps:
+                self._load_from_checkpoint(str(checkpoint))
+                return state.global_step
+        return self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).global_step
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

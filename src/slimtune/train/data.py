@@ -200,7 +200,7 @@ def _whole(
         name = row_name(where, number)
         text = render(conversation, tokenizer, name)
         texts.append(text)
-        spans.append(_learnt_spans(conversation, tokenizer, text, name) if masked else [(0, len(text))])
+        spans.append(_learnt_spans(conversation, tokenizer, text, name) if masked else [])
     encoded = tokenizer(
         texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=masked, verbose=False
     )

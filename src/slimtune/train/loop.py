@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,10 @@ from slimtune.train.options import TrainOptions
 
 @dataclass(frozen=True)
 class TrainFacts:
-    """What training did. Losses are nats per learnt token; the held-out ones are `None` without held-out examples."""
+    """What training did. Losses are nats per learnt token; the held-out ones are `None` without held-out examples.
+
+    After a resumption `seconds` and `tokens_per_second` are of what was left to do, everything else is of the whole.
+    """
 
     steps: int
     first_loss: float | None
@@ -31,11 +36,12 @@ class TrainFacts:
     eval_loss_after: float | None
     tokens: int
     seconds: float
+    tokens_per_second: float | None
     trainable_parameters: int
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for `report.json`."""
-        return {**asdict(self), "tokens_per_second": self.tokens / self.seconds if self.seconds else None}
+        return asdict(self)
 
 
 class _CountingTrainer(CheckpointingTrainer):
@@ -96,7 +102,7 @@ def finetune(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trainable:
         raise RecipeError("nothing in the model is trainable", remedy="put a lora step before train")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, _without_cache(model):
         folder = checkpoints or Path(scratch)
         start = last_checkpoint(folder) if resume else None
         lines = StepLog(log or Path(scratch) / "log.jsonl", number, progress)
@@ -110,21 +116,38 @@ def finetune(
         if held_out and options.eval_steps:
             trainer.add_callback(_HeldOut(lines, measure, options.eval_steps))
         set_seed(seed)
-        result = trainer.train(resume_from_checkpoint=str(start) if start else None)
-        if held_out and result.global_step not in lines.eval_losses:
-            lines.write({"step": result.global_step, "eval_loss": measure()})
+        before, clock = lines.tokens, time.perf_counter()
+        steps = trainer.train_from(start)
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # what follows is not in bfloat16 autocast
+        seconds = time.perf_counter() - clock
+        if held_out and steps not in lines.eval_losses:
+            lines.write({"step": steps, "eval_loss": measure()})
     model.eval()
     losses = [lines.losses[step] for step in sorted(lines.losses)]
     return TrainFacts(
-        steps=result.global_step,
+        steps=steps,
         first_loss=losses[0] if losses else None,
         last_loss=losses[-1] if losses else None,
         eval_loss_before=lines.eval_losses.get(0),
-        eval_loss_after=lines.eval_losses.get(result.global_step),
+        eval_loss_after=lines.eval_losses.get(steps),
         tokens=lines.tokens,
-        seconds=float(result.metrics["train_runtime"]),
+        seconds=seconds,
+        tokens_per_second=(lines.tokens - before) / seconds if lines.tokens > before else None,
         trainable_parameters=trainable,
     )
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """No key-value cache in the block, where packed rows could not be told apart; transformers' trainer would leave it
+    off in the model's config for good."""
+    config = cast(Any, model).config.get_text_config()
+    before = config.use_cache
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = before
 
 
 @torch.no_grad()
@@ -140,7 +163,7 @@ def heldout_loss(model: nn.Module, examples: Sequence[Example], collator: Collat
         shift = 0 if cast(Any, model).config.is_encoder_decoder else 1
         learnt = int((labels[:, shift:] != -100).sum())
         if learnt:
-            total += float(model(**batch).loss) * learnt
+            total += float(model(**batch, use_cache=False).loss) * learnt
             count += learnt
     model.train(training)
     return total / count if count else float("nan")
@@ -185,7 +208,6 @@ def _trainer(
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
     )
-    cast(Any, model).config.use_cache = False
     trainer = _CountingTrainer(
         model=cast(Any, model),
         args=arguments,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -44,13 +45,14 @@ class TrainOptions:
             "logging_steps",
             "save_steps",
         ):
-            if getattr(self, name) <= 0:
-                raise RecipeError(f"{name} out of range", where="train", got=getattr(self, name), wanted="above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise RecipeError(f"{name} out of range", got=getattr(self, name), wanted="above 0")
         if self.max_steps == 0 or self.max_steps < -1:
-            raise RecipeError("max_steps out of range", where="train", got=self.max_steps, wanted="above 0, or -1")
+            raise RecipeError("max_steps out of range", got=self.max_steps, wanted="above 0, or -1")
         if self.max_length < 2:
-            raise RecipeError("max_length out of range", where="train", got=self.max_length, wanted="at least 2")
+            raise RecipeError("max_length out of range", got=self.max_length, wanted="at least 2")
         if not 0 <= self.warmup_ratio < 1:
-            raise RecipeError("warmup_ratio out of range", where="train", got=self.warmup_ratio, wanted="0 to 1")
-        if self.eval_steps < 0 or self.max_grad_norm < 0 or self.weight_decay < 0:
-            raise RecipeError("eval_steps, max_grad_norm and weight_decay cannot be negative", where="train")
+            raise RecipeError("warmup_ratio out of range", got=self.warmup_ratio, wanted="0 to 1, 1 excluded")
+        for name in ("eval_steps", "max_grad_norm", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise RecipeError(f"{name} out of range", got=getattr(self, name), wanted="0 or above")

@@ -1,0 +1,175 @@
+"""Recipes as files: overrides, paths, numbers, broken YAML, and the way back."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimtune.calib.rows import DataSource
+from slimtune.errors import RecipeError
+from slimtune.recipe.document import parse, read_recipe, write_recipe
+from slimtune.recipe.schema import Evaluate, Lora, Merge, Quantize, Train
+
+SHORT = "model: m\nsteps:\n  - evaluate: {speed: true}\n"
+LONG = """\
+model: owner/name
+seed: 7
+dtype: bfloat16
+data:
+  train: {path: alpaca.jsonl.gz}
+  eval: {builtin: pydocs, split: test, samples: 64}
+  calibration: c4.jsonl.gz
+steps:
+  - quantize: {method: optq, bits: 3, group_size: 64, ignore: [lm_head, "*.down_proj"]}
+  - lora: {r: 8, lora_alpha: 16, target_modules: [q_proj, v_proj]}
+  - train: {max_steps: 200, learning_rate: 2e-4, max_grad_norm: .5}
+  - merge
+  - evaluate: {perplexity: {wikitext2: wiki.test.raw.gz}, tasks: [arc_easy]}
+  - quantize: {method: rtn, bits: 8}
+  - export: {format: compressed-tensors}
+"""
+
+
+def written(folder: Path, text: str, name: str = "r.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("text", [SHORT, LONG])
+def test_a_written_recipe_is_read_back_as_the_same(tmp_path: Path, text: str) -> None:
+    recipe = read_recipe(written(tmp_path, text))
+    again = read_recipe(written(tmp_path, write_recipe(recipe), "other.yaml"))
+    assert again == recipe
+    assert again.name == "r"
+    assert write_recipe(again) == write_recipe(recipe)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("2.0e-4", 2e-4),
+        ("-1E3", -1000.0),
+        ("1.", 1.0),
+        (".5", 0.5),
+        ("12", 12),
+        ("1e4x", "1e4x"),
+        ("1.2.3", "1.2.3"),
+        ("e-4", "e-4"),
+        ("true", True),
+        ("[a, 3]", ["a", 3]),
+    ],
+)
+def test_scalars_are_what_they_look_like(text: str, value: Any) -> None:
+    assert parse(text) == value
+    assert type(parse(text)) is type(value)
+
+
+def test_overrides_reach_every_kind_of_place(tmp_path: Path) -> None:
+    recipe = read_recipe(
+        written(tmp_path, LONG),
+        ["seed=1", "quantize.bits=4", "steps.0.quantize.bits=2", "data.train.path=x.jsonl", "train.learning_rate=1e-5",
+         "data.eval={path: held.jsonl}", "steps.4.evaluate.perplexity.more=y.txt", "name=mine"],
+    )  # fmt: skip
+    first, lora, train, merge, evaluate, second, _ = recipe.steps
+    assert (recipe.seed, recipe.name) == (1, "mine")
+    assert isinstance(first, Quantize) and first.options["bits"] == 2
+    assert isinstance(second, Quantize) and second.options["bits"] == 4
+    assert isinstance(lora, Lora) and isinstance(merge, Merge)
+    assert isinstance(train, Train) and train.learning_rate == 1e-5
+    assert recipe.data.train == DataSource(path="x.jsonl")
+    assert recipe.data.eval == DataSource(path="held.jsonl")
+    assert isinstance(evaluate, Evaluate) and set(evaluate.perplexity) == {"wikitext2", "more"}
+
+
+def test_an_override_gives_keys_to_a_step_without_any(tmp_path: Path) -> None:
+    recipe = read_recipe(written(tmp_path, "model: m\nsteps: [{quantize: }]\n"), ["quantize.bits=3"])
+    assert recipe.steps == (Quantize(options={"bits": 3}),)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed", "an override is key=value"),
+        ("=1", "an override is key=value"),
+        ("sed=1", "did you mean 'seed'"),
+        ("quantise.bits=3", "did you mean 'quantize'"),
+        ("prune.ratio=3", "an unknown key or step"),
+        ("steps.9.quantize.bits=3", "no such step"),
+        ("steps.x.quantize.bits=3", "no such step"),
+        ("steps.0=3", "has no keys"),
+        ("model.name=3", "has no keys"),
+        ("seed=[1", "not valid YAML"),
+    ],
+)
+def test_an_override_that_goes_nowhere_is_refused(tmp_path: Path, override: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        read_recipe(written(tmp_path, LONG), [override])
+
+
+def test_paths_lead_to_the_recipes_folder_where_the_current_one_lacks_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    for folder, names in ((there, ("a.jsonl", "b.txt", "c.jsonl", "q.jsonl")), (here, ("c.jsonl",))):
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+    (there / "base").mkdir()
+    text = """\
+model: base
+data: {train: a.jsonl, eval: {path: c.jsonl}, calibration: {path: nowhere.jsonl}}
+steps: [{evaluate: {perplexity: {b: b.txt}, tasks: [q.jsonl, arc_easy]}}]
+"""
+    monkeypatch.chdir(here)
+    recipe = read_recipe(written(there, text))
+    evaluate = recipe.steps[0]
+    assert recipe.model == str(there / "base")
+    assert recipe.data.train == DataSource(path=str(there / "a.jsonl"))
+    assert recipe.data.eval == DataSource(path="c.jsonl")
+    assert recipe.data.calibration == DataSource(path="nowhere.jsonl")
+    assert isinstance(evaluate, Evaluate)
+    assert evaluate.perplexity["b"].path == str(there / "b.txt")
+    assert evaluate.tasks == (str(there / "q.jsonl"), "arc_easy")
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("model: m\nsteps: [\nseed: {1\n", "line 4"),
+        ("model: m\n\tseed: 1\n", "line 2"),
+        ("model: m\nseed: !!python/object/apply:os.getcwd []\n", "line 2"),
+        ("model: 'm\n", "line 2"),
+    ],
+)
+def test_broken_yaml_names_the_file_and_the_line(tmp_path: Path, text: str, place: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(RecipeError, match="not valid YAML") as caught:
+        read_recipe(path)
+    assert caught.value.facts["where"].startswith(f"{path}, {place}")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00\x01", b"model: \x00\n", b"caf\xe9: 1\n"])
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=str(path)):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "just words\n", "3\n"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(RecipeError, match="a mapping of keys to values"):
+        read_recipe(written(tmp_path, text))
+
+
+@pytest.mark.parametrize("steps", ["3", "text", "{quantize: {}}", "[3]", "[[a]]"])
+def test_steps_of_any_shape_are_refused_and_not_tripped_over(tmp_path: Path, steps: str) -> None:
+    with pytest.raises(RecipeError, match="steps"):
+        read_recipe(written(tmp_path, f"model: m\ndata: []\nsteps: {steps}\n"), ["seed=1"])
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"there is no such recipe(.|\n)*nowhere\.yaml"):
+        read_recipe(tmp_path / "nowhere.yaml")

@@ -1,0 +1,77 @@
+"""Which orders of steps are accepted, and that every other one is refused with its reason."""
+
+from typing import Any
+
+import pytest
+
+from slimtune.errors import RecipeError
+from slimtune.recipe.legality import State, check_order
+from slimtune.recipe.schema import Recipe, recipe_from
+
+DATA = {"train": {"path": "a.jsonl"}}
+SPEED = {"evaluate": {"speed": True}}
+PEFT, PACKED, DENSE = ({"export": {"format": f}} for f in ("peft", "compressed-tensors", "safetensors"))
+
+
+def recipe(*steps: Any, data: dict[str, Any] = DATA) -> Recipe:
+    return recipe_from({"model": "m", "data": data, "steps": list(steps)})
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (SPEED,),
+        ("train",),
+        ("train", "quantize"),
+        ("quantize", "lora", "train", SPEED, PEFT),
+        ("lora", "train", "merge", "quantize", PACKED),
+        ("quantize", PACKED, "lora", "train", PEFT, "merge", DENSE),
+        ("quantize", "lora", "train", "merge", "quantize", "lora", "train", PEFT),
+        ("lora", "train", "train", PEFT),
+        ("lora", "train", "merge", "train"),
+        (DENSE,),
+    ],
+)
+def test_an_order_that_can_work_is_accepted(steps: tuple[Any, ...]) -> None:
+    assert len(check_order(recipe(*steps))) == len(steps)
+
+
+@pytest.mark.parametrize(
+    ("steps", "where", "what", "remedy"),
+    [
+        (("quantize", "quantize"), "steps[1].quantize", "quantized already", "merge"),
+        (("lora", "quantize"), "steps[1].quantize", "with an adapter cannot be quantized", "merge: {} before quantize"),
+        (("lora", SPEED, "lora"), "steps[2].lora", "has an adapter already", "merge"),
+        (("quantize", "train"), "steps[1].train", "packed weights do not train", "lora step before"),
+        (("merge",), "steps[0].merge", "no adapter to merge", "after lora"),
+        (("quantize", "lora", "train", "merge", "merge"), "steps[4].merge", "no adapter to merge", "after lora"),
+        ((PEFT,), "steps[0].export", "no adapter to export", "after lora"),
+        (("lora", "train", "merge", PEFT), "steps[3].export", "no adapter to export", "before merge"),
+        ((PACKED,), "steps[0].export", "no packed weights", "quantize step before"),
+        (("quantize", "lora", "train", "merge", PACKED), "steps[4].export", "no packed weights", "quantize"),
+        (("evaluate",), "steps[0].evaluate", "nothing to measure", "speed: true"),
+    ],
+)
+def test_an_order_that_cannot_work_is_refused_with_the_reason(
+    steps: tuple[Any, ...], where: str, what: str, remedy: str
+) -> None:
+    with pytest.raises(RecipeError, match=what) as caught:
+        check_order(recipe(*steps))
+    assert caught.value.facts["where"] == where
+    assert remedy in caught.value.facts["remedy"]
+
+
+def test_training_without_data_is_refused() -> None:
+    with pytest.raises(RecipeError, match="nothing to train on"):
+        check_order(recipe("lora", "train", data={}))
+
+
+def test_the_state_is_the_one_before_each_step() -> None:
+    states = check_order(recipe("quantize", "lora", "merge", SPEED))
+    assert states == [State(), State(quantized=True), State(quantized=True, adapter=True), State()]
+
+
+def test_a_model_that_is_quantized_to_begin_with_is_not_quantized_again() -> None:
+    assert check_order(recipe(PACKED), State(quantized=True)) == [State(quantized=True)]
+    with pytest.raises(RecipeError, match="quantized already"):
+        check_order(recipe("quantize"), State(quantized=True))

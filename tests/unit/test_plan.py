@@ -1,0 +1,185 @@
+"""Plans: pure, complete, and refusing by name what cannot work."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pico import pico_config, save_pico
+
+from slimtune import load, quantize
+from slimtune.arch.weights import Checkpoint
+from slimtune.errors import CalibrationError, FormatError, RecipeError, UnknownArchitecture
+from slimtune.export.native import write_model
+from slimtune.recipe.plan import Plan, plan
+from slimtune.recipe.schema import recipe_from
+from slimtune.recipe.terminal import plan_text
+
+PYDOCS = {"builtin": "pydocs"}
+QUANTIZE = {"quantize": {"bits": 4, "group_size": 8}}
+SPEED = {"evaluate": {"speed": True}}
+
+
+@pytest.fixture(scope="module")
+def config_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with nothing to load: the configuration alone."""
+    folder = tmp_path_factory.mktemp("llama")
+    pico_config("llama").save_pretrained(folder)
+    return folder
+
+
+def planned(model: Path | str, *steps: Any, memory: int | None = None, **top: Any) -> Plan:
+    facts = {"model": str(model), "data": {"train": PYDOCS}, "steps": list(steps), **top}
+    return plan(recipe_from(facts), memory=memory)
+
+
+def test_a_plan_needs_the_configuration_alone(config_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaded(*_: object, **__: object) -> None:
+        raise AssertionError("a plan loads no weights")
+
+    monkeypatch.setattr(Checkpoint, "__init__", loaded)
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", loaded)
+    state = torch.get_rng_state()
+    before = sorted(config_only.iterdir())
+    made = planned(config_only, SPEED, QUANTIZE, "lora", "train", "merge", {"export": {"format": "safetensors"}})
+    assert [step.step for step in made.steps] == ["evaluate", "quantize", "lora", "train", "merge", "export"]
+    assert all(step.memory_bytes > 0 for step in made.steps)
+    assert made.memory_bytes == max(step.memory_bytes for step in made.steps)
+    assert made.parameters > 10_000
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sorted(config_only.iterdir()) == before
+
+
+def test_the_resolved_recipe_has_every_field_of_the_method(config_only: Path) -> None:
+    made = planned(config_only, QUANTIZE)
+    assert made.to_dict()["recipe"]["steps"] == [
+        {
+            "quantize": {
+                "method": "optq", "bits": 4, "group_size": 8, "sym": False, "grid": "mse", "desc_act": True,
+                "damp_percent": 0.01, "ignore": [],
+            }
+        }
+    ]  # fmt: skip
+    json.dumps(made.to_dict(), allow_nan=False)
+    assert plan(made.recipe).recipe == made.recipe
+
+
+@pytest.mark.parametrize(
+    ("step", "where", "said"),
+    [
+        ({"quantize": {"method": "optk"}}, "steps[0].quantize.method", "did you mean 'optq'"),
+        ({"quantize": {"bit": 4}}, "steps[0].quantize", "did you mean 'bits'"),
+        ({"quantize": {"options": {"bits": 4}}}, "steps[0].quantize", "unknown key"),
+        ({"quantize": {"bits": 5}}, "steps[0].quantize, bits", "bits out of range"),
+        ({"quantize": {"bits": True}}, "steps[0].quantize.bits", "integer"),
+        ({"quantize": {"group_size": 0}}, "steps[0].quantize, group_size", "group_size out of range"),
+        ({"quantize": {"group_size": 28}}, "steps[0].quantize.group_size", "divides no layer's width"),
+        ({"quantize": {"grid": "mes"}}, "steps[0].quantize.grid", "'mse' or 'minmax'"),
+        ({"quantize": {"ignore": ["*"], "group_size": 8}}, "steps[0].quantize.ignore", "nothing left to quantize"),
+        ({"export": {"format": "pefd"}}, "steps[0].export.format", "did you mean 'peft'"),
+        ({"lora": {"target_modules": ["q_prj"]}}, "target_modules", "did you mean 'q_proj'"),
+        ({"lora": {"target_modules": "no_such.*"}}, "", "matches no linear"),
+    ],
+)
+def test_a_step_that_cannot_work_is_refused_by_name(
+    config_only: Path, step: dict[str, Any], where: str, said: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        planned(config_only, step)
+    assert said in str(caught.value)
+    assert caught.value.facts["where"].endswith(where)
+
+
+def test_a_group_size_is_refused_only_where_it_divides_nothing(config_only: Path) -> None:
+    planned(config_only, {"quantize": {"group_size": 40}})  # the widest rows of this model
+    planned(config_only, {"quantize": {"group_size": -1}})
+
+
+def test_calibration_text_is_asked_for_when_a_method_needs_it(config_only: Path) -> None:
+    with pytest.raises(RecipeError, match=r"optq needs calibration text(.|\n)*pydocs(.|\n)*rtn"):
+        planned(config_only, QUANTIZE, data={})
+    planned(config_only, {"quantize": {"method": "rtn", "group_size": 8}}, data={})
+
+
+@pytest.mark.parametrize("key", ["train", "eval", "calibration"])
+def test_a_missing_file_is_found_before_anything_runs(config_only: Path, tmp_path: Path, key: str) -> None:
+    (tmp_path / "alpaca.jsonl").touch()
+    with pytest.raises(CalibrationError, match="did you mean 'alpaca.jsonl'"):
+        planned(config_only, SPEED, data={key: str(tmp_path / "alpacca.jsonl")})
+
+
+def test_a_missing_text_of_an_evaluation_is_found_too(config_only: Path, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="no such data file"):
+        planned(config_only, {"evaluate": {"perplexity": {"w": str(tmp_path / "wiki.txt.gz")}}})
+
+
+def test_an_encoder_decoder_is_told_what_does_not_fit_it(tmp_path: Path) -> None:
+    pico_config("t5").save_pretrained(tmp_path)
+    planned(tmp_path, "lora", "train")
+    with pytest.raises(RecipeError, match=r"perplexity is a measure of decoders(.|\n)*steps\[0\]\.evaluate"):
+        planned(tmp_path, {"evaluate": {"perplexity": {"p": PYDOCS}}})
+    with pytest.raises(RecipeError, match="does not train on packed rows"):
+        planned(tmp_path, "lora", {"train": {"packing": True}})
+
+
+def test_a_quantized_model_is_known_as_one(tmp_path: Path) -> None:
+    model, tokenizer = load(str(save_pico(tmp_path / "dense")))
+    (tmp_path / "small").mkdir()
+    write_model(quantize(model, "rtn", group_size=8), tokenizer, tmp_path / "small")
+    planned(tmp_path / "small", {"export": {"format": "compressed-tensors"}}, "lora", "train")
+    with pytest.raises(RecipeError, match="quantized already"):
+        planned(tmp_path / "small", QUANTIZE)
+    with pytest.raises(RecipeError, match="packed weights do not train"):
+        planned(tmp_path / "small", "train")
+
+
+def test_a_folder_without_a_model_and_an_unknown_family(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"no config\.json"):
+        planned(tmp_path, SPEED)
+    (tmp_path / "config.json").write_text('{"model_type": "mamba", "num_hidden_layers": 2, "hidden_size": 16}')
+    with pytest.raises(UnknownArchitecture, match="mamba"):
+        planned(tmp_path, SPEED)
+    (tmp_path / "config.json").write_text('{"model_type": "perceptron-9000"}')
+    with pytest.raises(UnknownArchitecture, match="perceptron-9000"):
+        planned(tmp_path, SPEED)
+
+
+@pytest.mark.parametrize(
+    ("step", "data", "knob"),
+    [
+        ({"train": {"per_device_train_batch_size": 512, "max_length": 4096}}, {}, "gradient_checkpointing"),
+        (
+            {"train": {"per_device_train_batch_size": 512, "max_length": 4096, "gradient_checkpointing": True}},
+            {},
+            "per_device_train_batch_size or max_length",
+        ),
+        (QUANTIZE, {"calibration": {**PYDOCS, "samples": 2**20}}, "data.calibration.samples"),
+        ({"evaluate": {"perplexity": {"p": PYDOCS}, "length": 2**20}}, {}, "lower length"),
+        ("merge", {}, "bfloat16"),
+    ],
+)
+def test_too_little_memory_is_a_warning_that_names_the_knob(
+    config_only: Path, step: Any, data: dict[str, Any], knob: str
+) -> None:
+    steps = ["lora", step] if step == "merge" else [step]
+    made = planned(config_only, *steps, memory=10**6, data={"train": PYDOCS, **data})
+    assert len(made.warnings) == 1
+    assert knob in made.warnings[0]
+    assert made.available_bytes == 10**6
+    assert "warning" in plan_text(made)
+
+
+def test_enough_memory_is_no_warning(config_only: Path) -> None:
+    made = planned(config_only, QUANTIZE, memory=10**15)
+    assert made.warnings == ()
+    assert "warning" not in plan_text(made)
+
+
+def test_the_estimate_knows_what_costs_memory(config_only: Path) -> None:
+    def bytes_of(**train: Any) -> int:
+        return planned(config_only, "lora", {"train": {"max_length": 2048, **train}}).steps[-1].memory_bytes
+
+    large = bytes_of(per_device_train_batch_size=64)
+    assert large > bytes_of(per_device_train_batch_size=32)
+    assert large > bytes_of(per_device_train_batch_size=64, gradient_checkpointing=True)
