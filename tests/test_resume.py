@@ -44,7 +44,7 @@ steps:
   - export: {{format: peft}}
 """
 MERGING = """\
-model: {model}
+model: {other}
 data: {{train: {data}, calibration: {{path: {data}, samples: 6, length: 32}}}}
 steps:
   - lora: {{r: 4}}
@@ -79,11 +79,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     rows = [{"prompt": f"What is {a} and {b}?", "completion": f"It is {a + b}."} for a in range(5) for b in range(4)]
     data = folder / "sums.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model = save_pico(folder / "base")
+    model, other = save_pico(folder / "base"), save_pico(folder / "other", "opt")
 
     def write(text: str) -> Path:
         path = folder / f"{abs(hash(text))}.yaml"
-        path.write_text(text.format(model=model, data=data))
+        path.write_text(text.format(model=model, other=other, data=data))
         return path
 
     return write
@@ -99,7 +99,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         elif path.is_file() and path.name not in ("report.json", "report.html", "train_log.jsonl", "state.json"):
             found[name] = path.read_text()
             if path.name == "adapter_config.json":  # PEFT writes a set
-                found[name] = sorted(found[name].split())
+                found[name] = sorted(found[name].replace(",", "").split())
     timed = {"tokens_per_second", "seconds_left", "peak_rss_bytes"}
     if (folder / "train_log.jsonl").exists():
         lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]

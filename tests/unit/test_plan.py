@@ -78,6 +78,11 @@ def test_the_resolved_recipe_has_every_field_of_the_method(config_only: Path) ->
         ({"quantize": {"grid": "mes"}}, "steps[0].quantize.grid", "'mse' or 'minmax'"),
         ({"quantize": {"ignore": ["*"], "group_size": 8}}, "steps[0].quantize.ignore", "nothing left to quantize"),
         ({"export": {"format": "pefd"}}, "steps[0].export.format", "did you mean 'peft'"),
+        (
+            {"evaluate": {"perplexity": {"p": PYDOCS}, "length": 257}},
+            "steps[0].evaluate.length",
+            "more tokens than the model has positions",
+        ),
         ({"lora": {"target_modules": ["q_prj"]}}, "target_modules", "did you mean 'q_proj'"),
         ({"lora": {"target_modules": "no_such.*"}}, "", "matches no linear"),
     ],
@@ -118,7 +123,7 @@ def test_an_encoder_decoder_is_told_what_does_not_fit_it(tmp_path: Path) -> None
     pico_config("t5").save_pretrained(tmp_path)
     planned(tmp_path, "lora", "train")
     with pytest.raises(RecipeError, match=r"perplexity is a measure of decoders(.|\n)*steps\[0\]\.evaluate"):
-        planned(tmp_path, {"evaluate": {"perplexity": {"p": PYDOCS}}})
+        planned(tmp_path, {"evaluate": {"perplexity": {"p": PYDOCS}, "length": 64}})
     with pytest.raises(RecipeError, match="does not train on packed rows"):
         planned(tmp_path, "lora", {"train": {"packing": True}})
 
@@ -155,7 +160,7 @@ def test_a_folder_without_a_model_and_an_unknown_family(tmp_path: Path) -> None:
             "per_device_train_batch_size or max_length",
         ),
         (QUANTIZE, {"calibration": {**PYDOCS, "samples": 2**20}}, "data.calibration.samples"),
-        ({"evaluate": {"perplexity": {"p": PYDOCS}, "length": 2**20}}, {}, "lower length"),
+        ({"evaluate": {"perplexity": {"p": PYDOCS}, "length": 256}}, {}, "lower length"),
         ("merge", {}, "bfloat16"),
     ],
 )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from slimtune.arch import Block, ModelMap, Space
 from slimtune.calib.stats import STATISTICS
 from slimtune.errors import CalibrationError
-from slimtune.kernels.precision import fast_matmul
+from slimtune.kernels.precision import fast_forward
 
 
 class _Stop(BaseException):
@@ -109,9 +109,11 @@ class CalibrationStream:
     def _run_all(self) -> None:
         for number, tokens in enumerate(self._batches):
             self.batch = number
+            inputs = model_inputs(self._model, tokens)
             try:
-                with fast_matmul():  # here alone: what is done with the statistics is done in full precision
-                    self._model(**model_inputs(self._model, tokens), use_cache=False)
+                # Here alone: what is done with the statistics is done in full precision.
+                with fast_forward(inputs["input_ids"].device):
+                    self._model(**inputs, use_cache=False)
             except _Stop:
                 continue
             raise CalibrationError("a calibrated layer was never run by the model's forward pass")

@@ -16,7 +16,6 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 def release() -> None:
     """Return memory that is free inside the process to the system (glibc keeps it otherwise)."""
-    gc.collect()
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if trim := getattr(libc, "malloc_trim", None):  # absent in musl
@@ -31,6 +30,7 @@ class PeakMemory:
 
     def restart(self) -> None:
         """Forget the peak so far."""
+        gc.collect()
         release()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()

@@ -21,3 +21,22 @@ def fast_matmul() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def fast_forward(device: torch.device) -> Iterator[None]:
+    """Within the block, a forward pass may use bfloat16 products and attention, where the hardware has units for them.
+
+    Norms and the residual stream stay in the model's own dtype. For calibration: measured on SmolLM2-135M with AMX,
+    autocast makes the passes about twice as cheap, and perplexity after quantizing does not change (`docs/LOG.md`).
+    Where the hardware has no such unit, nothing changes.
+    """
+    with fast_matmul(), torch.autocast(device.type, torch.bfloat16, enabled=_has_bfloat16_units(device)):
+        yield
+
+
+def _has_bfloat16_units(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    # Without a native unit (and on other devices) bfloat16 is emulated and slower than float32.
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SHRINKS = tuple(1.0 - 0.0125 * i for i in range(56))
-"""Fractions of the min-max range that the `mse` grid tries: 1 down to 0.3125."""
+SHRINKS = tuple(1.0 - 0.025 * i for i in range(28))
+"""Fractions of the min-max range that the `mse` grid tries: 1 down to 0.325."""
 
 
 @dataclass(frozen=True)

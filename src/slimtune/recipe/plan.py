@@ -16,6 +16,7 @@ import torch
 from slimtune.arch import ModelMap, Space, bind
 from slimtune.calib.rows import FILES, read_rows
 from slimtune.errors import RecipeError, nearest
+from slimtune.evaluate.inference import require_positions
 from slimtune.export import EXPORTERS
 from slimtune.export.load import DTYPES, empty_model, model_config
 from slimtune.lora.attach import resolve_targets
@@ -141,6 +142,8 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
             raise RecipeError(
                 "perplexity is a measure of decoders", where=where, got=f"{modelmap.family} is an encoder-decoder"
             )
+        if isinstance(step, Evaluate) and step.perplexity:
+            require_positions(model, step.length, f"{where}.length")
         if isinstance(step, Train) and step.packing and model.config.is_encoder_decoder:
             raise RecipeError(
                 "an encoder-decoder does not train on packed rows", where=where, remedy="leave out packing: true"

@@ -250,7 +250,7 @@ def _write_report(planned: Plan, output: Path, state: dict[str, Any]) -> dict[st
     }
     write_json(output / "report.json", report)
     write_html(output)
-    return report
+    return read_report(output)
 
 
 def environment() -> dict[str, Any]:

@@ -213,7 +213,9 @@ def _evaluate(session: Session, step: Evaluate, number: int) -> Facts:
                 }
             )
     if step.speed:
-        measured = speed(model)
+        # As long a prompt as others use, where the model has the positions for it and the reply.
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
+        measured = speed(model, prompt_tokens=max(1, min(512, positions - 32)), new_tokens=32)
         found.append({"name": "prefill_tokens_per_second", "value": measured.prefill_tokens_per_second})
         found.append({"name": "decode_tokens_per_second", "value": measured.decode_tokens_per_second})
     size = size_of(session.model)

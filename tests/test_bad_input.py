@@ -1,0 +1,314 @@
+"""Wrong input, from the command line: exit status 2, one message that names the thing and the remedy, nothing lost."""
+
+import errno
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pico import save_pico
+
+import slimtune.recipe.blocks
+import slimtune.recipe.plan
+from slimtune.cli import _guarded, app
+
+Command = Callable[..., str]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a command that must be refused, and returns its one message."""
+
+    def command(*arguments: object, status: int = 2) -> str:
+        capsys.readouterr()
+        got = _guarded(lambda: app([str(argument) for argument in arguments], standalone_mode=True))
+        out, err = capsys.readouterr()
+        assert got == status, err
+        assert out == ""
+        assert err.count("slimtune: ") == 1
+        assert "Traceback" not in err
+        return err
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pico(tmp_path_factory.mktemp("model") / "base")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "sums.jsonl"
+    rows = [{"prompt": f"What is {a} and {b}?", "completion": f"It is {a + b}."} for a in range(4) for b in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, model: Path, data: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        f"model: {model}\ndata:\n  train: {data}\n  calibration: {{path: {data}, samples: 2, length: 32}}\nsteps:\n"
+        "  - quantize: {bits: 4, group_size: 8}\n  - lora: {r: 2}\n"
+        "  - train: {max_steps: 2, per_device_train_batch_size: 2, max_length: 48}\n"
+    )
+    return path
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("sed=1", ["got:    sed", "did you mean 'seed'"]),
+        ("quantize.bit=3", ["steps[0].quantize", "got:    bit", "did you mean 'bits'"]),
+        ("quantize.method=optk", ["steps[0].quantize.method", "got:    optk", "did you mean 'optq'"]),
+        ("train.learning_rat=1", ["steps[2].train", "did you mean 'learning_rate'"]),
+        ("quantize.bits=5", ["bits out of range", "steps[0].quantize", "got:    5", "(2, 3, 4, 8)"]),
+        ("quantize.group_size=28", ["divides no layer's width", "got:    28", "32, 40, 48", "remedy:"]),
+        ("dtype=float33", ["dtype", "'float33'", "'float32', 'bfloat16' or 'float16'"]),
+        ("data.train.path=nowhere.jsonl", ["no such data file", "nowhere.jsonl"]),
+        ("steps=[]", ["the recipe has no steps"]),
+        ("model=nowhere", ["there is no such model", "got:    nowhere", "smollm2-135m"]),
+        ("quantize", ["an override is key=value"]),
+    ],
+)
+@pytest.mark.parametrize("verb", ["run", "plan"])
+def test_a_recipe_that_says_something_wrong(
+    refused: Command, recipe: Path, tmp_path: Path, verb: str, override: str, parts: list[str]
+) -> None:
+    where = ["--output", tmp_path / "out"] if verb == "run" else []
+    if override.startswith("data.train."):
+        recipe.write_text(recipe.read_text().replace("train: " + str(tmp_path / "sums.jsonl"), "train: {path: x.txt}"))
+    message = refused(verb, recipe, override, *where)
+    for part in parts:
+        assert part in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", ["an empty data file", "sums.jsonl"]),
+        ("\n \n", ["an empty data file"]),
+        ("[]", ["row 1", "not an object"]),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', ["row 2", "completion"]),
+        ('{"prompt": "a", "completion": "b"}\n3\n', ["row 2", "not an object"]),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt: 3\n', ["malformed JSON", "line 2"]),
+        ('{"question": "a", "answer": "b"}\n', ["question", "rename the columns"]),
+        ('{"prompt": "a", "completion": 3}\n', ["row 1"]),
+    ],
+)
+def test_data_without_what_is_needed(refused: Command, recipe: Path, data: Path, text: str, parts: list[str]) -> None:
+    data.write_text(text)
+    message = refused("run", recipe, "--output", data.parent / "out")
+    assert str(data) in message
+    for part in parts:
+        assert part in message
+
+
+def test_a_model_folder_without_a_config(refused: Command, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    message = refused("run", recipe, f"model={tmp_path / 'empty'}", "--output", tmp_path / "out")
+    assert "it has no config.json" in message and str(tmp_path / "empty") in message
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def cut_in_the_header(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\x08\x00\x00")
+
+
+def leave_a_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": torch.ones(2)}, folder / "pytorch_model.bin")
+
+
+def remove_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def break_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def rename_family(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt_neox"}))
+
+
+def invent_family(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "perceptron-9000"}')
+
+
+@pytest.mark.parametrize(
+    ("damage", "parts"),
+    [
+        (truncate, ["truncated", "model.safetensors"]),
+        (cut_in_the_header, ["truncated", "model.safetensors"]),
+        (leave_a_pickle, ["no safetensors weights", "pytorch_model.bin", "pickles can run code"]),
+        (remove_weights, ["no safetensors weights", "no weight file"]),
+        (break_config, ["config.json is not JSON"]),
+        (rename_family, ["gpt_neox"]),
+        (invent_family, ["perceptron-9000", "slimtune list families"]),
+    ],
+)
+def test_a_damaged_or_unknown_model(
+    refused: Command,
+    recipe: Path,
+    model: Path,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    parts: list[str],
+) -> None:
+    broken = shutil.copytree(model, tmp_path / "broken")
+    damage(broken)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "recipe.yaml").write_text("model: another\n")
+    (tmp_path / "out" / "report.json").write_text("{}")
+    before = fingerprint(tmp_path)
+    for arguments in (
+        ("run", recipe, f"model={broken}", "--output", tmp_path / "out", "--overwrite"),
+        ("evaluate", broken, "--speed"),
+    ):
+        message = refused(*arguments)
+        for part in parts:
+            assert part in message
+    assert fingerprint(tmp_path) == before  # not even with --overwrite is anything removed for a run that cannot begin
+
+
+def test_an_output_folder_that_holds_something_else(refused: Command, recipe: Path, tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.txt").write_text("years of work")
+    before = fingerprint(full)
+    for flags in ((), ("--resume",), ("--overwrite",), ("--resume", "--overwrite")):
+        assert "not empty and not a run" in refused("run", recipe, "--output", full, *flags)
+        assert fingerprint(full) == before
+    for place in (full / "thesis.txt", full / "thesis.txt" / "run"):
+        assert "cannot be made" in refused("run", recipe, "--output", place)
+    assert fingerprint(full) == before
+
+
+def test_an_output_folder_that_holds_another_run(refused: Command, recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "other.jsonl" in refused("run", recipe, "data.train=other.jsonl", "--output", out)
+    assert _guarded(lambda: app(["run", str(recipe), "--output", str(out)], standalone_mode=True)) == 0
+    before = fingerprint(out)
+    message = refused("run", recipe, "quantize.bits=3", "--output", out)
+    assert "another recipe's run" in message
+    assert "bits: 4" in message and "bits: 3" in message
+    assert "another recipe's run" in refused("run", recipe, "quantize.bits=3", "--output", out, "--resume")
+    message = refused("run", recipe, "--output", out)
+    assert "holds a run of this recipe" in message and "--resume" in message and "--overwrite" in message
+    message = refused("run", recipe, f"model={out / 'model'}", "steps=[train]", "--output", out, "--overwrite")
+    assert "packed weights do not train" in message
+    message = refused("run", recipe, f"model={out / 'model'}", "steps=[lora]", "--output", out, "--overwrite")
+    assert "reads from the run it would overwrite" in message
+    assert fingerprint(out) == before
+
+
+def test_a_full_disk(
+    refused: Command, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(slimtune.recipe.blocks, "save_file", full)
+        message = refused("run", recipe, "--output", out)
+    assert "the disk is full" in message and "--resume" in message
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+        assert "the disk is full" in refused("run", recipe, "--output", out, "--resume")
+    assert not list(out.rglob("*.partial"))
+    arguments = ["run", str(recipe), "--output", str(out), "--resume"]
+    assert _guarded(lambda: app(arguments, standalone_mode=True)) == 0
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_too_little_memory_is_a_warning(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(slimtune.recipe.plan.psutil, "virtual_memory", lambda: SimpleNamespace(available=0, total=1))
+    arguments = ["run", str(recipe), "train.max_steps=1", "--output", str(tmp_path / "out")]
+    assert _guarded(lambda: app(arguments, standalone_mode=True)) == 0
+    err = capsys.readouterr().err
+    assert err.count("warning: ") == 1
+    assert "per_device_train_batch_size" in err or "samples" in err
+
+
+def test_a_diverging_training_exits_1_and_keeps_what_there_was(refused: Command, recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    overrides = ("train.learning_rate=1e30", "train.max_grad_norm=0", "train.max_steps=6", "train.logging_steps=1")
+    message = refused("run", recipe, *overrides, "--output", out, status=1)
+    assert "not a finite number" in message and "learning_rate" in message
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+    assert (out / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("list", "quantisers"), ["did you mean 'quantizers'"]),
+        (("plan", "{recipe}", "--memory", "plenty"), ["--memory", "plenty", "24GB"]),
+        (("plan", "{recipe}", "--memory", "-3GB"), ["not an amount of memory"]),
+        (("plan", "{recipe}", "--memory", "inf"), ["not an amount of memory"]),
+        (("plan", "{folder}/nowhere.yaml"), ["there is no such recipe", "nowhere.yaml"]),
+        (("run", "{folder}"), ["there is no such recipe"]),
+        (("quantize", "{model}", "--bitts", "4", "--output", "{folder}/out"), ["unknown option", "--bitts", "'--bits'"]),
+        (("quantize", "{model}", "--calibraton", "x", "--output", "{folder}/out"), ["'--calibration'"]),
+        (("quantize", "{model}", "--method", "optk", "--output", "{folder}/out"), ["optk", "did you mean 'optq'"]),
+        (("quantize", "{model}", "4", "--output", "{folder}/out"), ["an option begins with --", "got:    4"]),
+        (("quantize", "{model}", "--output", "{folder}/out"), ["needs calibration text"]),
+        (("finetune", "{model}", "--max-stepz", "1", "--output", "{folder}/out"), ["--max-stepz", "'--max-steps'"]),
+        (("finetune", "{model}", "--r", "--train", "x.jsonl", "--output", "{folder}/out"), ["lora.r", "integer"]),
+        (("finetune", "{model}", "--output", "{folder}/out"), ["nothing to train on"]),
+        (("evaluate", "{model}", "--speed", "--dtype", "int4"), ["unknown dtype", "int4"]),
+        (("evaluate", "{model}", "--perplexity", "nowhere.txt"), ["no such data file", "nowhere.txt"]),
+        (("evaluate", "{folder}/nowhere", "--speed"), ["there is no such model"]),
+        (("generate", "{model}", "--prompt", "a", "--adapter", "{folder}"), ["not an adapter folder"]),
+        (("export", "{model}", "--format", "ggml", "--output", "{folder}/out"), ["exporter", "ggml"]),
+        (("export", "{model}", "--format", "peft", "--output", "{folder}/out"), ["adapter"]),
+        (("export", "{model}", "--format", "safetensors", "--output", "{folder}"), ["not empty and not an export"]),
+        (("export", "{model}", "--format", "safetensors", "--output", "{recipe}"), ["not empty and not an export"]),
+        (("report", "{folder}"), ["no report here", "slimtune run"]),
+    ],
+)
+def test_a_command_that_asks_for_what_there_is_not(
+    refused: Command, recipe: Path, model: Path, tmp_path: Path, arguments: tuple[str, ...], parts: list[str]
+) -> None:
+    before = fingerprint(tmp_path)
+    message = refused(*(a.format(recipe=recipe, model=model, folder=tmp_path) for a in arguments))
+    for part in parts:
+        assert part in message
+    assert fingerprint(tmp_path) == before
+
+
+def test_broken_yaml_names_the_line(refused: Command, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("model: m\nsteps:\n  - quantize: {bits: 4]\n  - lora\n")
+    message = refused("plan", tmp_path / "r.yaml")
+    assert "not valid YAML" in message and "r.yaml, line 3" in message
+
+
+@pytest.mark.parametrize(
+    "arguments", [["quantise"], ["run"], ["plan", "x", "--jsn"], ["quantize", "m"], ["evaluate", "m", "--length", "x"]]
+)
+def test_a_command_line_that_is_not_one(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert _guarded(lambda: app(arguments, standalone_mode=True)) == 2
+    err = capsys.readouterr().err
+    assert "Usage: " in err and "Traceback" not in err
