@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from pico import save_pico
 
+from pico import save_pico
 from slimtune.calib.rows import BUILTINS
 from slimtune.recipe.document import read_recipe
 from slimtune.recipe.run import run
@@ -14,7 +14,7 @@ from slimtune.recipe.schema import STEPS, Evaluate
 RECIPES = sorted((Path(__file__).resolve().parent.parent / "recipes").glob("*.yaml"))
 SMALL = {
     "quantize": ["quantize.group_size=8"],
-    "train": ["train.max_steps=2", "train.max_length=64", "train.logging_steps=1", "train.save_steps=1"],
+    "train": ["train.max_steps=2", "train.max_length=192", "train.logging_steps=1", "train.save_steps=1"],
     "evaluate": ["evaluate.max_tokens=256", "evaluate.length=64"],
     "calibration": ["data.calibration.samples=2", "data.calibration.length=32"],
 }
@@ -26,8 +26,9 @@ def test_there_is_a_recipe_to_start_from() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_shipped_recipe_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Short rows, and few: this tokenizer makes a token of every letter.
     rows = BUILTINS["pydocs"]
-    monkeypatch.setitem(BUILTINS, "pydocs", lambda split: rows(split)[:150])  # tokenising all of it takes a while
+    monkeypatch.setitem(BUILTINS, "pydocs", lambda split: [row for row in rows(split) if len(str(row)) < 200][:150])
     model = save_pico(tmp_path / "pico", "llama-tied", max_position_embeddings=512)
     shipped = read_recipe(path)
     names = {step.name for step in shipped.steps}
@@ -52,7 +53,7 @@ def test_a_shipped_recipe_runs(path: Path, tmp_path: Path, monkeypatch: pytest.M
         if isinstance(step, Evaluate):
             assert {(number, f"{name}_perplexity") for name in step.perplexity} <= measured
     train = [step["facts"] for step in report["steps"] if step["step"] == "train"]
-    assert all(facts["steps"] == 2 and facts["data"]["rows"] > 100 for facts in train)
+    assert all(facts["steps"] == 2 and facts["data"]["rows"] > 20 for facts in train)
     assert not [line for line in said if "warning" in line]
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from pico import save_pico
 from safetensors.torch import load_file
 
 import slimtune.export
@@ -25,6 +24,7 @@ import slimtune.recipe.blocks
 import slimtune.recipe.run
 import slimtune.recipe.steps
 import slimtune.train.checkpoint
+from pico import save_pico
 from slimtune.recipe.document import read_recipe
 from slimtune.recipe.run import run
 from slimtune.train.loop import _CountingTrainer

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pico import save_pico
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import slimtune
+from pico import save_pico
 from slimtune.calib.rows import DataSource
 from slimtune.errors import RecipeError
 from slimtune.recipe.document import read_recipe
@@ -47,7 +47,8 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for step in steps:
         if "evaluate" in step:
             step["evaluate"]["perplexity"] = {"wiki": str(text)}
-    return {"model": str(save_pico(folder / "base", intermediate_size=64)), "name": "whole", "data": sources, "steps": steps}
+    model = save_pico(folder / "base", intermediate_size=64)
+    return {"model": str(model), "name": "whole", "data": sources, "steps": steps}
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,7 @@ def test_the_model_loads_with_transformers_and_takes_the_adapter(finished: tuple
     assert any(type(module).__name__ == "QuantLinear" for module in model.modules())
     assert model.config.use_cache is True
     assert load_file(folder / "adapter" / "adapter_model.safetensors").keys()
-    base = json.loads((folder / "recipe.yaml").read_text().splitlines()[0].removeprefix("model: ").join('""'))
+    base = read_recipe(folder / "recipe.yaml").model
     adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(folder / "export" / "peft"))
     assert adapter.peft_config["default"].base_model_name_or_path == base
 
@@ -232,7 +233,7 @@ def test_python_does_what_a_recipe_does(facts: dict[str, Any], finished: tuple[P
 
 
 def test_python_listens_to_every_option_of_training(facts: dict[str, Any]) -> None:
-    model, tokenizer = slimtune.load(facts["model"])
+    _, tokenizer = slimtune.load(facts["model"])
     said: list[Any] = []
     for options in ({}, {"packing": True}, {"completion_only_loss": False}):
         adapted = slimtune.add_lora(slimtune.load(facts["model"])[0], r=2)

@@ -7,6 +7,8 @@ makes transformers know slimtune's model folders: `AutoModelForCausalLM.from_pre
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from slimtune.registration import register_when_imported
@@ -38,6 +40,26 @@ __all__ = [
     "quantize",
     "run",
 ]
+
+
+class _Package(ModuleType):
+    """This module's class. Once a subpackage is imported, Python gives its name here to it, whatever stood there."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in __all__ and isinstance(value, ModuleType):
+            value.__class__ = _Callable
+        super().__setattr__(name, value)
+
+
+class _Callable(ModuleType):
+    """A subpackage that is also the function of its name: `slimtune.evaluate` and `slimtune.export` are both."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        function = getattr(importlib.import_module("slimtune.recipe.api"), self.__name__.rpartition(".")[2])
+        return function(*args, **options)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

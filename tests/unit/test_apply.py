@@ -41,7 +41,7 @@ def _small_heap() -> Iterator[None]:
 @pytest.fixture
 def exact_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibration in full float32, where the hardware would round the inputs of its products."""
-    monkeypatch.setattr(capture, "fast_forward", lambda _: nullcontext())
+    monkeypatch.setattr(capture, "fast_forward", lambda *_: nullcontext())
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pico import pico_model, pico_tokenizer
 from torch import Tensor, nn
 
+from pico import pico_model, pico_tokenizer
 from slimtune import add_lora
 from slimtune.calib.formats import normalise
 from slimtune.errors import FormatError, RecipeError

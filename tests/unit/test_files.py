@@ -17,6 +17,18 @@ def tree(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def half_written(folder: Path, error: BaseException) -> None:
+    with whole_folder(folder) as partial:
+        (partial / "a").write_text("half")
+        raise error
+
+
+def half_written_file(path: Path, error: BaseException) -> None:
+    with whole_file(path) as partial:
+        partial.write_text("half")
+        raise error
+
+
 def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "out"
     with whole_folder(target) as partial:
@@ -36,9 +48,8 @@ def test_a_folder_is_replaced_at_the_end_without_leftovers(tmp_path: Path) -> No
 @pytest.mark.parametrize("end", [Killed, ValueError, KeyboardInterrupt])
 def test_the_old_folder_stays_when_writing_stops(tmp_path: Path, end: type[BaseException]) -> None:
     write_text(tmp_path / "out" / "a", "old")
-    with pytest.raises(end), whole_folder(tmp_path / "out") as partial:
-        (partial / "a").write_text("half")
-        raise end
+    with pytest.raises(end):
+        half_written(tmp_path / "out", end())
     assert tree(tmp_path) == {"out/a": "old"}
 
 
@@ -61,9 +72,8 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
     write_text(tmp_path / "sub" / "f", "old")
-    with pytest.raises(Killed), whole_file(tmp_path / "sub" / "f") as partial:
-        partial.write_text("half")
-        raise Killed
+    with pytest.raises(Killed):
+        half_written_file(tmp_path / "sub" / "f", Killed())
     assert tree(tmp_path) == {"sub/f": "old"}
 
 
@@ -87,12 +97,8 @@ class SafetensorError(Exception):
 )
 def test_a_full_disk_is_one_message_and_leaves_no_half(tmp_path: Path, error: Exception) -> None:
     write_text(tmp_path / "out" / "a", "old")
-    with (
-        pytest.raises(RecipeError, match=r"the disk is full\n  where:  .*out\n  remedy: .*--resume"),
-        whole_folder(tmp_path / "out") as partial,
-    ):
-        (partial / "a").write_text("half")
-        raise error
+    with pytest.raises(RecipeError, match=r"the disk is full\n  where:  .*out\n  remedy: .*--resume"):
+        half_written(tmp_path / "out", error)
     assert tree(tmp_path) == {"out/a": "old"}
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from pico import pico_model, pico_tokenizer
 from torch import nn
 
+from pico import pico_model, pico_tokenizer
 from slimtune import add_lora, quantize
 from slimtune.calib.formats import normalise
 from slimtune.errors import RecipeError, TrainingDiverged
@@ -101,9 +101,12 @@ def test_resumed_is_uninterrupted_bit_for_bit(killed_in: int, tmp_path: Path, mo
         wanted.tokens, wanted.first_loss, wanted.last_loss, wanted.eval_loss_after
     )  # fmt: skip
     exact = ("step", "loss", "grad_norm", "learning_rate", "tokens", "eval_loss")
-    lines = [[{key: line.get(key) for key in exact} for line in read(tmp_path / f"{n}.jsonl")] for n in ("log", "whole")]
-    assert lines[0] == lines[1]
-    assert [line["step"] for line in lines[0]] == [0, 1, 2, 3, 4, 5, 6, 6, 8, 9, 9]
+    resumed, lines = (
+        [{key: line.get(key) for key in exact} for line in read(tmp_path / f"{name}.jsonl")]
+        for name in ("log", "whole")
+    )
+    assert resumed == lines
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5, 6, 6, 8, 9, 9]
 
 
 def test_a_finished_training_is_not_trained_further(tmp_path: Path) -> None:

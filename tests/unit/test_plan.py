@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from pico import pico_config, save_pico
 
+from pico import pico_config, save_pico
 from slimtune import load, quantize
 from slimtune.arch.weights import Checkpoint
 from slimtune.errors import CalibrationError, FormatError, RecipeError, UnknownArchitecture
@@ -110,7 +110,7 @@ def test_calibration_text_is_asked_for_when_a_method_needs_it(config_only: Path)
 @pytest.mark.parametrize("key", ["train", "eval", "calibration"])
 def test_a_missing_file_is_found_before_anything_runs(config_only: Path, tmp_path: Path, key: str) -> None:
     (tmp_path / "alpaca.jsonl").touch()
-    with pytest.raises(CalibrationError, match="did you mean 'alpaca.jsonl'"):
+    with pytest.raises(CalibrationError, match=r"did you mean 'alpaca\.jsonl'"):
         planned(config_only, SPEED, data={key: str(tmp_path / "alpacca.jsonl")})
 
 

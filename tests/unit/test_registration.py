@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from pico import pico_model, pico_tokenizer, save_pico
 
+from pico import pico_model, pico_tokenizer, save_pico
 from slimtune import quantize
 from slimtune.export.native import write_model
 from slimtune.registration import register_when_imported
@@ -85,6 +85,28 @@ def test_another_import_does_not_set_it_off(awaited: str) -> None:
     register_when_imported("never_imported", "acting_module", "act")
     importlib.import_module(awaited)
     assert "acting_module" not in sys.modules
+
+
+def test_evaluate_and_export_are_subpackages_and_functions() -> None:
+    import slimtune
+    import slimtune.evaluate
+    import slimtune.export
+    from slimtune import evaluate, export
+    from slimtune.export import EXPORTERS
+
+    assert slimtune.evaluate is evaluate and export.EXPORTERS is EXPORTERS
+    for function in (evaluate, export):
+        with pytest.raises(TypeError, match="tokenizer"):
+            function()
+
+
+def test_every_public_name_is_a_function() -> None:
+    import slimtune
+
+    assert all(callable(getattr(slimtune, name)) for name in slimtune.__all__ if name != "__version__")
+    assert set(slimtune.__all__) == set(dir(slimtune))
+    with pytest.raises(AttributeError, match="no attribute 'quantise'"):
+        _ = slimtune.quantise
 
 
 def test_a_dense_folder_is_none_of_ours(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a recipe may say: every misspelling named, every value checked, plain values and back."""
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -185,7 +186,5 @@ def test_a_step_survives_plain_values(step: Any) -> None:
 @given(st.dictionaries(texts, st.integers() | st.text() | st.none() | st.lists(st.integers()), max_size=4))
 def test_whatever_the_keys_the_answer_is_a_value_or_one_of_our_errors(values: dict[str, Any]) -> None:
     for cls in (Train, Lora, Evaluate, DataSource):
-        try:
-            build(cls, values, "place")
-        except SlimtuneError as error:
-            assert str(error.facts["where"]).startswith("place")
+        with suppress(SlimtuneError):
+            assert isinstance(build(cls, values, "place"), cls)

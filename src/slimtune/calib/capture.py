@@ -35,22 +35,50 @@ class _Replay(nn.Module):
 
     def forward(self, hidden: Tensor, *args: object, **kwargs: object) -> object:
         if self._stream.latest.get(self._block.stack) is self._block:
-            hidden = self._stream.cache[self._block.stack][self._stream.batch]
+            hidden = self._stream.cache[self._block.stack][self._stream.batch].to(hidden.dtype)
         rest = self._rest[hidden.shape[0]]
         return hidden if rest is None else (hidden, *rest)
+
+
+class _Once(nn.Module):
+    """A part of a block whose weights are final: runs once per micro-batch, and is remembered from then on."""
+
+    def __init__(self, stream: CalibrationStream, part: nn.Module) -> None:
+        super().__init__()
+        self._stream, self._part = stream, part
+        self._hidden: list[Tensor] = []
+        self._rest: dict[int, tuple[Any, ...] | None] = {}
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        batch = self._stream.batch
+        if batch == len(self._hidden):
+            hidden, rest = _taken_apart(self._part(*args, **kwargs))
+            self._hidden.append(hidden)
+            self._rest[hidden.shape[0]] = rest
+        hidden = self._hidden[batch]
+        rest = self._rest[hidden.shape[0]]
+        return hidden if rest is None else (hidden, *rest)
+
+
+def _taken_apart(output: Tensor | tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...] | None]:
+    """The hidden states a module returns, and what else it returns (T5: position biases). The latter depends on the
+    shape of the batch alone, since calibration windows have no padding: it is kept once per batch size."""
+    return (output, None) if isinstance(output, Tensor) else (cast(Tensor, output[0]), tuple(output[1:]))
 
 
 class CalibrationStream:
     """The calibration tokens on their way through the blocks of a model.
 
-    Use `calibration_stream`, then for every block in order: `collect` each of its stages, and `advance` past it.
-    Memory: one output `[samples, length, hidden]` per stack, and what one micro-batch needs inside one block.
+    Use `calibration_stream`, then for every block in order: `collect` each of its stages, `settle` it when its weights
+    are final, and `advance` past the block. Memory: one output `[samples, length, hidden]` per stack and one of each
+    settled part, in bfloat16 where the passes run in it, and what one micro-batch needs inside one block.
     """
 
     def __init__(self, model: nn.Module, tokens: Tensor, batch_size: int) -> None:
         self._model = model
         self._batches = tokens.split(batch_size)
         self._replaced: list[tuple[nn.ModuleList, int, nn.Module]] = []
+        self._settled: list[tuple[nn.Module, str, nn.Module]] = []
         self.batch = 0
         self.cache: dict[str, list[Tensor]] = {}
         self.latest: dict[str, Block] = {}
@@ -74,6 +102,21 @@ class CalibrationStream:
             handle.remove()
         return {name: statistic.result() for name, statistic in statistics.items()}
 
+    def settle(self, block: Block, stage: int) -> None:
+        """The weights of `block` up to and with its stage of this number are final: parts that are all of such weights
+        (attention, say) need not run again for the stages to come."""
+        stages = [{port.name for port in ports} for ports in block.stages]
+        done = set[str]().union(*stages[: stage + 1])
+        if done == set[str]().union(*stages):
+            return  # one pass is left, and it runs every part once
+        module = self._model.get_submodule(block.name)
+        for owner, leaf, path in list(_parts(module, block.name)):
+            inside = {name for names in stages for name in names if name.startswith(f"{path}.")}
+            part = owner.get_submodule(leaf)
+            if inside and inside <= done and not isinstance(part, _Once):
+                self._settled.append((owner, leaf, part))
+                owner.add_module(leaf, _Once(self, part))
+
     def advance(self, block: Block, *, last: bool = False) -> None:
         """Run `block` as it is now, keep its outputs instead of its inputs, and replace it by a replay.
 
@@ -83,9 +126,9 @@ class CalibrationStream:
         rest: dict[int, tuple[Any, ...] | None] = {}
 
         def keep(_: nn.Module, __: tuple[object, ...], output: Tensor | tuple[Any, ...]) -> None:
-            hidden = output if isinstance(output, Tensor) else cast(Tensor, output[0])
-            # What else a block returns (T5: position biases) depends on the batch's shape alone: there is no padding.
-            rest[hidden.shape[0]] = None if isinstance(output, Tensor) else tuple(output[1:])
+            hidden, rest[len(self._batches[self.batch])] = _taken_apart(output)
+            if torch.is_autocast_enabled(hidden.device.type):
+                hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
             if self.batch < len(previous):
                 previous[self.batch] = hidden  # the input of this batch is not needed again: bounded memory
             else:
@@ -100,6 +143,7 @@ class CalibrationStream:
             finally:
                 handle.remove()
             self.cache[block.stack] = previous or outputs
+        self._unsettle()
         self.latest[block.stack] = block
         stack, _, index = block.name.rpartition(".")
         blocks = cast(nn.ModuleList, self._model.get_submodule(stack))
@@ -112,17 +156,32 @@ class CalibrationStream:
             inputs = model_inputs(self._model, tokens)
             try:
                 # Here alone: what is done with the statistics is done in full precision.
-                with fast_forward(inputs["input_ids"].device):
+                with fast_forward(inputs["input_ids"].device, cast(Any, self._model).dtype):
                     self._model(**inputs, use_cache=False)
             except _Stop:
                 continue
             raise CalibrationError("a calibrated layer was never run by the model's forward pass")
 
+    def _unsettle(self) -> None:
+        for owner, leaf, part in self._settled:
+            owner.add_module(leaf, part)
+        self._settled.clear()
+
     def restore(self) -> None:
-        """Put every replaced block back."""
+        """Put every replaced part and block back."""
+        self._unsettle()
         for blocks, index, block in self._replaced:
             blocks[index] = block
         self._replaced.clear()
+
+
+def _parts(module: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, str]]:
+    """The children of a block, lists looked through: their owner, their name in it, and their path."""
+    for leaf, child in module.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield from _parts(child, f"{path}.{leaf}")
+        else:
+            yield module, leaf, f"{path}.{leaf}"
 
 
 def model_inputs(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:

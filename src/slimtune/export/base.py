@@ -120,7 +120,7 @@ def probe_logits(model: nn.Module) -> torch.Tensor:
 def largest_difference(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, where: str) -> float:
     """`max |got - wanted|`. Raises `FormatError` when it exceeds what rounding to `dtype` explains."""
     difference = float((got - wanted).abs().max())
-    tolerance = 64 * torch.finfo(dtype).eps * max(float(wanted.abs().max()), 1.0)
+    tolerance = 2 * torch.finfo(dtype).eps ** 0.5 * max(float(wanted.abs().max()), 1.0)
     if not difference <= tolerance:
         raise FormatError(
             "the export does not compute what the model computes",

@@ -24,14 +24,18 @@ def fast_matmul() -> Iterator[None]:
 
 
 @contextmanager
-def fast_forward(device: torch.device) -> Iterator[None]:
-    """Within the block, a forward pass may use bfloat16 products and attention, where the hardware has units for them.
+def fast_forward(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Within the block, a forward pass of a float32 model may use bfloat16 products and attention, where the hardware
+    has units for them; a model of another `dtype` computes as it is.
 
     Norms and the residual stream stay in the model's own dtype. For calibration: measured on SmolLM2-135M with AMX,
     autocast makes the passes about twice as cheap, and perplexity after quantizing does not change (`docs/LOG.md`).
     Where the hardware has no such unit, nothing changes.
     """
-    with fast_matmul(), torch.autocast(device.type, torch.bfloat16, enabled=_has_bfloat16_units(device)):
+    with (
+        fast_matmul(),
+        torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.float32 and _has_bfloat16_units(device)),
+    ):
         yield
 
 

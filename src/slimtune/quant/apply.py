@@ -149,9 +149,11 @@ def quantize_(
                 materialise(module, block.name)
             layers = store.load(block) if store is not None else None
             if layers is None:
-                layers = [
-                    layer for stage in block.stages for layer in _quantize_stage(module, block, stage, methods, stream)
-                ]
+                layers = []
+                for index, stage in enumerate(block.stages):
+                    layers += _quantize_stage(module, block, stage, methods, stream)
+                    if stream is not None:
+                        stream.settle(block, index)
                 if store is not None:
                     store.save(block, layers)
             else:

@@ -44,10 +44,10 @@ def listing(what: str) -> list[Row]:
 
 def listing_text(rows: list[Row]) -> str:
     """The same for a person: a name a line, its facts indented."""
-    lines = []
+    lines, width = [], 2 + max((len(row["name"]) for row in rows), default=0)
     for row in rows:
         facts = {k: v for k, v in row.items() if k not in ("name", "fields")}
-        lines.append(f"{row['name']:14}" + ", ".join(_cell(v) for v in facts.values()))
+        lines.append(f"{row['name']:{width}}" + ", ".join(_cell(v) for v in facts.values()))
         lines += [f"    {f['name']:16}{_cell(f['default']):10}{f['help']}" for f in row.get("fields", ())]
     return "\n".join(lines)
 
