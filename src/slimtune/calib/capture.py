@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from slimtune.arch import Block, ModelMap, Space
 from slimtune.calib.stats import STATISTICS
 from slimtune.errors import CalibrationError
+from slimtune.kernels.memory import release
 from slimtune.kernels.precision import fast_forward
 
 
@@ -35,7 +36,7 @@ class _Replay(nn.Module):
 
     def forward(self, hidden: Tensor, *args: object, **kwargs: object) -> object:
         if self._stream.latest.get(self._block.stack) is self._block:
-            hidden = self._stream.cache[self._block.stack][self._stream.batch].to(hidden.dtype)
+            hidden = self._stream.cache[self._block.stack].get(self._stream.batch).to(hidden.dtype)
         rest = self._rest[hidden.shape[0]]
         return hidden if rest is None else (hidden, *rest)
 
@@ -46,18 +47,40 @@ class _Once(nn.Module):
     def __init__(self, stream: CalibrationStream, part: nn.Module) -> None:
         super().__init__()
         self._stream, self._part = stream, part
-        self._hidden: list[Tensor] = []
+        self._shelf = _Shelf(stream.samples, stream.batch_size)
         self._rest: dict[int, tuple[Any, ...] | None] = {}
+        self._seen = 0
 
     def forward(self, *args: object, **kwargs: object) -> object:
         batch = self._stream.batch
-        if batch == len(self._hidden):
+        if batch == self._seen:
             hidden, rest = _taken_apart(self._part(*args, **kwargs))
-            self._hidden.append(hidden)
+            self._shelf.put(batch, hidden)
             self._rest[hidden.shape[0]] = rest
-        hidden = self._hidden[batch]
+            self._seen += 1
+        hidden = self._shelf.get(batch)
         rest = self._rest[hidden.shape[0]]
         return hidden if rest is None else (hidden, *rest)
+
+
+class _Shelf:
+    """Hidden states of all windows in one allocation, put and taken a micro-batch at a time.
+
+    One allocation, since many that outlive the passes between which they are made would leave the heap full of holes.
+    """
+
+    def __init__(self, samples: int, batch_size: int) -> None:
+        self._samples, self._batch_size = samples, batch_size
+        self._states: Tensor | None = None
+
+    def put(self, batch: int, hidden: Tensor) -> None:
+        if self._states is None:
+            self._states = hidden.new_empty((self._samples, *hidden.shape[1:]))
+        self.get(batch).copy_(hidden)
+
+    def get(self, batch: int) -> Tensor:
+        assert self._states is not None, "a pass has filled it"
+        return self._states[batch * self._batch_size : (batch + 1) * self._batch_size]
 
 
 def _taken_apart(output: Tensor | tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...] | None]:
@@ -77,10 +100,11 @@ class CalibrationStream:
     def __init__(self, model: nn.Module, tokens: Tensor, batch_size: int) -> None:
         self._model = model
         self._batches = tokens.split(batch_size)
+        self.samples, self.batch_size = len(tokens), batch_size
         self._replaced: list[tuple[nn.ModuleList, int, nn.Module]] = []
         self._settled: list[tuple[nn.Module, str, nn.Module]] = []
         self.batch = 0
-        self.cache: dict[str, list[Tensor]] = {}
+        self.cache: dict[str, _Shelf] = {}
         self.latest: dict[str, Block] = {}
 
     def collect(self, layer: str, needs: Iterable[str]) -> dict[str, Tensor]:
@@ -122,27 +146,23 @@ class CalibrationStream:
 
         `last` says that no later block needs the outputs.
         """
-        outputs: list[Tensor] = []
         rest: dict[int, tuple[Any, ...] | None] = {}
+        shelf = self.cache.get(block.stack) or _Shelf(self.samples, self.batch_size)
 
         def keep(_: nn.Module, __: tuple[object, ...], output: Tensor | tuple[Any, ...]) -> None:
             hidden, rest[len(self._batches[self.batch])] = _taken_apart(output)
             if torch.is_autocast_enabled(hidden.device.type):
                 hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-            if self.batch < len(previous):
-                previous[self.batch] = hidden  # the input of this batch is not needed again: bounded memory
-            else:
-                outputs.append(hidden)
+            shelf.put(self.batch, hidden)  # over the input of this batch, which is not needed again
             raise _Stop
 
-        previous = self.cache.get(block.stack, [])
         if not last:
             handle = self._model.get_submodule(block.name).register_forward_hook(keep)
             try:
                 self._run_all()
             finally:
                 handle.remove()
-            self.cache[block.stack] = previous or outputs
+            self.cache[block.stack] = shelf
         self._unsettle()
         self.latest[block.stack] = block
         stack, _, index = block.name.rpartition(".")
@@ -161,6 +181,7 @@ class CalibrationStream:
             except _Stop:
                 continue
             raise CalibrationError("a calibrated layer was never run by the model's forward pass")
+        release()
 
     def _unsettle(self) -> None:
         for owner, leaf, part in self._settled:
