@@ -78,9 +78,9 @@ def minmax_levels(w: Row, bits: int, symmetric: bool, importance: Row) -> Levels
 
 
 def mse_levels(w: Row, bits: int, symmetric: bool, importance: Row) -> Levels:
-    """Of the min-max ranges shrunk by 0, 1.25 %, 2.5 %, ... 68.75 %, the one with the least weighted squared error."""
+    """Of the min-max ranges shrunk by 0, 2.5 %, 5 %, ... 67.5 %, the one with the least weighted squared error."""
     low, high = ends(w, symmetric)
-    candidates = [spanning(low * s, high * s, bits, symmetric) for s in (1.0 - 0.0125 * i for i in range(56))]
+    candidates = [spanning(low * s, high * s, bits, symmetric) for s in (1.0 - 0.025 * i for i in range(28))]
     return min(candidates, key=lambda levels: float((importance * (levels.value(levels.code(w)) - w) ** 2).sum()))
 
 

@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from slimtune.recipe.api import (
+        DataSource,
         add_lora,
         evaluate,
         export,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "DataSource",
     "__version__",
     "add_lora",
     "evaluate",

@@ -112,7 +112,7 @@ def evaluate(
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens of a text to use; -1: all.")] = -1,
     limit: Annotated[int, typer.Option("--limit", help="Items of a task; -1: all.")] = -1,
     speed: Annotated[bool, typer.Option("--speed", help="Measure tokens per second.")] = False,
-    dtype: Annotated[str, typer.Option("--dtype")] = "float32",
+    dtype: Annotated[str, typer.Option("--dtype", help="Default: the run's, or float32.")] = "",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A JSON file to write.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -144,7 +144,7 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", help="What to answer.")],
     adapter: Annotated[Path | None, typer.Option("--adapter", help="A PEFT adapter folder.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens")] = 128,
-    dtype: Annotated[str, typer.Option("--dtype")] = "float32",
+    dtype: Annotated[str, typer.Option("--dtype", help="Default: the run's, or float32.")] = "",
 ) -> None:
     """Answer a prompt, through the model's chat template where it has one."""
     from slimtune.recipe.shell import generate_text
@@ -166,7 +166,7 @@ def export(
     source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, or a model.")],
     format: Annotated[str, typer.Option("--format", help="See `slimtune list exporters`.")],
     output: Output,
-    dtype: Annotated[str, typer.Option("--dtype", help="Of dense weights.")] = "float32",
+    dtype: Annotated[str, typer.Option("--dtype", help="Of dense weights. Default: the run's, or float32.")] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
 ) -> None:
     """Write a model in a format other engines load."""

@@ -53,4 +53,5 @@ class Table(Mapping[str, T], Generic[T]):
     @property
     def noun(self) -> str:
         """What a row is called in messages: `slimtune.quantizers` -> `quantizer`."""
-        return self.group.rsplit(".", 1)[-1].removesuffix("s")
+        plural = self.group.rsplit(".", 1)[-1]
+        return plural[:-3] + "y" if plural.endswith("ies") else plural.removesuffix("s")

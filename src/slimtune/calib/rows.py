@@ -101,6 +101,15 @@ def read_text(path: str) -> str:
     return _text(file)
 
 
+def is_text(path: str) -> bool:
+    """Whether a file of this name is one text rather than rows.
+
+    >>> is_text("wiki.test.raw.gz"), is_text("alpaca.jsonl")
+    (True, False)
+    """
+    return _kind(Path(path)) in TEXT_FILES
+
+
 def _data_files(path: Path) -> list[Path]:
     _require_exists(path)
     if path.is_file():

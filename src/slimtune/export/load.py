@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -125,7 +126,9 @@ def read_config(folder: Path) -> PretrainedConfig:
     """The configuration of a model folder. Raises `FormatError`, or `UnknownArchitecture` for a type nobody knows."""
     path = folder / "config.json"
     if not path.is_file():
-        raise FormatError("not a model folder: it has no config.json", where=str(folder))
+        run = folder / "model"
+        remedy = f"it is a run: its model is {run}" if (run / "config.json").is_file() else ""
+        raise FormatError("not a model folder: it has no config.json", where=str(folder), remedy=remedy)
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -245,8 +248,13 @@ def _converted(gguf: Path, name: str) -> Path:
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise FormatError("the GGUF file cannot be read", where=str(gguf), got=str(error)[:300]) from error
         settle_(model)
-        with whole_folder(folder) as partial_folder:
+        own = folder.with_name(f"{folder.name}-{os.getpid()}")  # two processes may convert at the same time
+        with whole_folder(own) as partial_folder:
             write_model(model, tokenizer, partial_folder)
+        if folder.exists():
+            shutil.rmtree(own)
+        else:
+            own.rename(folder)
     return folder
 
 

@@ -22,7 +22,7 @@ class PeftExporter:
         "A stock PEFT adapter for `{name}`.\n\n"
         "- transformers + PEFT: `PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('{name}'), FOLDER)`\n"
         "- vLLM: `--enable-lora --lora-modules mine=FOLDER` (linear targets of the language model only)\n"
-        "- it was trained on the base as quantized by the run it comes from; on the 16-bit base it acts the same way\n"
+        "- it was trained on the base as quantized by the run it comes from; on the 16-bit base too\n"
     )
 
     def write(self, source: Source, folder: Path) -> None:

@@ -25,7 +25,8 @@ def release() -> None:
 class PeakMemory:
     """The peak resident (and device) memory of this process since `restart`, in bytes.
 
-    Linux can reset the kernel's own high-water mark; elsewhere the mark since the start of the process is reported.
+    Linux can reset the kernel's own high-water mark. Where that is forbidden the mark is that of the whole process; on
+    other systems it is what is resident when asked.
     """
 
     def restart(self) -> None:

@@ -39,7 +39,8 @@ def fast_forward(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
-def _has_bfloat16_units(device: torch.device) -> bool:
+def bfloat16_units(device: torch.device) -> bool:
+    """Whether bfloat16 products are native, hence faster than float32, on `device`."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     # Without a native unit (and on other devices) bfloat16 is emulated and slower than float32.

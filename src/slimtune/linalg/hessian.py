@@ -13,7 +13,7 @@ from slimtune.errors import CalibrationError, ShapeError
 
 
 class SecondMoment:
-    """A streaming `XᵀX / n`: float32 products added in float64-safe order, one `[features, features]` matrix in memory.
+    """A streaming `XᵀX / n`: summed in float32, one `[features, features]` matrix in memory.
 
     Only the upper block triangle is computed (the matrix is symmetric) and mirrored once, when it is asked for.
 

@@ -24,7 +24,7 @@ from slimtune.lora.options import INITS, LoraOptions
 from slimtune.quant import QUANTIZERS
 from slimtune.quant.apply import QuantizeFacts, all_linear, quantize_
 from slimtune.recipe.document import read_recipe
-from slimtune.recipe.plan import Plan
+from slimtune.recipe.plan import DEFAULT_SAMPLES, Plan
 from slimtune.recipe.plan import plan as make_plan
 from slimtune.recipe.run import run as run_recipe
 from slimtune.recipe.schema import Recipe, build, recipe_from, step_from
@@ -46,7 +46,7 @@ def quantize(
     method: str = "optq",
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    calibration: DataSource | Tensor | None = None,
+    calibration: DataSource | str | Tensor | None = None,
     ignore: Sequence[str] = (),
     seed: int = 0,
     facts: Callable[[QuantizeFacts], None] = lambda _: None,
@@ -54,17 +54,18 @@ def quantize(
 ) -> nn.Module:
     """`model` (changed in place) with the linears of its blocks quantized by `method`, whose fields are `options`.
 
-    `calibration` is token windows `[samples, length]`, or a data source (then `tokenizer` is needed). `facts` is called
+    `calibration` is token windows `[samples, length]`, or a data source or file
+    (then `tokenizer` is needed). `facts` is called
     with what was done to each layer.
     """
     quantizer = build(QUANTIZERS[method], options, method)
     tokens = calibration if isinstance(calibration, Tensor) else None
-    if isinstance(calibration, DataSource):
+    if isinstance(calibration, DataSource | str):
+        source = _source(calibration)
         if tokenizer is None:
             raise RecipeError("calibration text needs the model's tokenizer", remedy="pass tokenizer=")
-        tokens = calibration_tokens(
-            read_rows(calibration), tokenizer, calibration.samples or 128, calibration.length, seed, str(calibration)
-        )
+        samples = source.samples or DEFAULT_SAMPLES
+        tokens = calibration_tokens(read_rows(source), tokenizer, samples, source.length, seed, str(source))
     facts(quantize_(model, bind(model), all_linear(quantizer, ignore), tokens=tokens))
     return model
 
@@ -88,17 +89,17 @@ def add_lora(model: nn.Module, *, seed: int = 0, base_name: str = "", **options:
 def finetune(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    train: DataSource,
+    train: DataSource | str,
     *,
-    eval: DataSource | None = None,
+    eval: DataSource | str | None = None,
     seed: int = 0,
     facts: Callable[[TrainFacts], None] = lambda _: None,
     **options: Any,
 ) -> nn.Module:
     """`model` trained in place on `train`; `options` are the fields of the recipe's `train` step."""
     chosen = build(TrainOptions, options, "train")
-    examples = examples_of(model, tokenizer, train, chosen)[0]
-    held_out = examples_of(model, tokenizer, eval, chosen)[0] if eval is not None else ()
+    examples = examples_of(model, tokenizer, _source(train), chosen)[0]
+    held_out = examples_of(model, tokenizer, _source(eval), chosen)[0] if eval is not None else ()
     facts(train_model(model, examples, Collator(padding_id(tokenizer)), chosen, held_out=held_out, seed=seed))
     return model
 
@@ -146,6 +147,10 @@ def run(
 ) -> dict[str, Any]:
     """Run a recipe into the folder `output`; returns the report."""
     return run_recipe(_recipe(recipe), Path(output), resume=resume, overwrite=overwrite, say=say)
+
+
+def _source(source: DataSource | str) -> DataSource:
+    return DataSource(path=source) if isinstance(source, str) else source
 
 
 def _recipe(recipe: Recipe | dict[str, Any] | str | Path) -> Recipe:

@@ -14,11 +14,12 @@ import psutil
 import torch
 
 from slimtune.arch import ModelMap, Space, bind
-from slimtune.calib.rows import FILES, read_rows
+from slimtune.calib.rows import FILES, DataSource, read_rows
 from slimtune.errors import RecipeError, nearest
 from slimtune.evaluate.inference import require_positions
 from slimtune.export import EXPORTERS
 from slimtune.export.load import DTYPES, empty_model, model_config
+from slimtune.kernels.precision import bfloat16_units
 from slimtune.lora.attach import resolve_targets
 from slimtune.quant import QUANTIZERS, Quantizer
 from slimtune.quant.apply import all_linear
@@ -76,6 +77,15 @@ def quantizer_of(step: Quantize, where: str = "quantize") -> Quantizer:
             "unknown method", where=f"{where}.method", got=step.method, remedy=nearest(step.method, QUANTIZERS)
         )
     return build(QUANTIZERS[step.method], step.options, where)
+
+
+def calibration_source(recipe: Recipe) -> DataSource:
+    """The text a quantizer looks at: `data.calibration`, or else the training data."""
+    data = recipe.data
+    if data.calibration is not None:
+        return data.calibration
+    assert data.train is not None, "resolve has checked it"
+    return replace(data.train, samples=None)
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -226,7 +236,7 @@ class _Shape:
             case Train():
                 return self._train(step, state, recipe)
             case Evaluate():
-                logits = min(step.length, 512) * self.vocabulary * 4
+                logits = step.length * self.vocabulary * 4
                 work = self.resident(state.quantized) + 2 * logits + self._block(step.length, 4)
                 tokens = step.max_tokens if step.max_tokens > 0 else 0
                 return work + 4 * self.largest, 2 * self.parameters * tokens * len(step.perplexity)
@@ -238,11 +248,12 @@ class _Shape:
         block = self.weights // max(self.blocks, 1) * self.dense_bytes
         if not self.needs_data:
             return rest + packed + block + 12 * self.largest, 0
-        source = recipe.data.calibration or recipe.data.train
-        assert source is not None
+        source = calibration_source(recipe)
         samples, length = source.samples or DEFAULT_SAMPLES, source.length
         tokens = samples * length
-        cached = tokens * self.hidden * self.dense_bytes
+        # The hidden states of all tokens at the door of a block, and after the part of it that is settled.
+        width = 2 if bfloat16_units(torch.device("cpu")) else self.dense_bytes
+        cached = 2 * tokens * self.hidden * width
         batch = min(samples, CALIBRATION_BATCH) * length
         inside = max(self._block(batch, self.dense_bytes), self.widest**2 * 8 * 4)
         flops = tokens * (2 * 2 * self.weights + self.blocks * (3 * self.hidden**2 + self.ffn**2))
@@ -259,8 +270,12 @@ class _Shape:
         optimizer = trained * (4 + 8)
         workspace = 2 * self.largest * width if state.quantized else 0
         passes = 6 if step.gradient_checkpointing else 4
-        steps = max(step.max_steps, 1)
-        flops = steps * step.gradient_accumulation_steps * tokens * (passes * self.parameters + 6 * trained)
+        flops = (
+            max(step.max_steps, 1)
+            * step.gradient_accumulation_steps
+            * tokens
+            * (passes * self.parameters + 6 * trained)
+        )
         return self.resident(state.quantized) + kept + logits + optimizer + workspace, flops
 
     def _block(self, tokens: int, width: int) -> int:

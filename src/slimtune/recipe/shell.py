@@ -16,7 +16,7 @@ from slimtune.calib.formats import normalise, render_messages, uses_template
 from slimtune.errors import FormatError, RecipeError, nearest
 from slimtune.evaluate.generate import stream
 from slimtune.export import EXPORTERS, Manifest, Source, export
-from slimtune.export.load import DTYPES, Loaded, load
+from slimtune.export.load import BUNDLED, Loaded, load
 from slimtune.lora.attach import load_adapter
 from slimtune.quant import QUANTIZERS
 from slimtune.recipe.document import parse
@@ -52,12 +52,13 @@ def recipe_of(model: str, steps: Sequence[str], arguments: Sequence[str], name: 
     return recipe_from(facts, name=name)
 
 
-def open_model(name: str, *, dtype: str = "float32", adapter: Path | None = None) -> tuple[Loaded, nn.Module]:
-    """A model by name, or the model and adapter of a run folder."""
+def open_model(name: str, *, dtype: str = "", adapter: Path | None = None) -> tuple[Loaded, nn.Module]:
+    """A model by name, or the model and adapter of a run folder (then `dtype` is the run's, unless given)."""
     run = Path(name)
-    loaded = load(str(run / "model") if _is_run(run) else name, dtype=dtype)
-    if _is_run(run):
-        loaded.name = _base_name(run, loaded.name)
+    facts = _run_facts(run) if _is_run(run) else {}
+    loaded = load(str(run / "model") if facts else name, dtype=dtype or str(facts.get("dtype", "float32")))
+    if facts:
+        loaded.name = BUNDLED[facts["model"]][2] if facts["model"] in BUNDLED else str(facts["model"])
         adapter = adapter or (run / "adapter" if (run / "adapter").is_dir() else None)
     return loaded, load_adapter(loaded.model, adapter) if adapter else loaded.model
 
@@ -71,7 +72,7 @@ def evaluate_model(
     max_tokens: int = -1,
     limit: int = -1,
     speed: bool = False,
-    dtype: str = "float32",
+    dtype: str = "",
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """The metrics of a model, as `report.json` has them. A text is `file` or `name=file`."""
@@ -92,20 +93,18 @@ def evaluate_model(
         ),
     )
     loaded, opened = open_model(model, dtype=dtype)
-    recipe = Recipe(model=model, steps=(step,), dtype=cast(Any, dtype))
+    recipe = Recipe(model=model, steps=(step,))
     session = Session(recipe, loaded, opened, say)
     run_step(session, step, 0)
     return {"model": model, "metrics": session.metrics}
 
 
-def export_model(
-    source: str, format: str, output: Path, *, dtype: str = "float32", overwrite: bool = False
-) -> Manifest:
+def export_model(source: str, format: str, output: Path, *, dtype: str = "", overwrite: bool = False) -> Manifest:
     """Export a model or a run's model and adapter."""
     EXPORTERS[format]  # an unknown format is refused before anything is loaded
     _check_export_folder(source, output, overwrite)
     loaded, model = open_model(source, dtype=dtype)
-    return export(Source(model, loaded.tokenizer, loaded.name, DTYPES[dtype]), format, output)
+    return export(Source(model, loaded.tokenizer, loaded.name, loaded.model.dtype), format, output)
 
 
 def _check_export_folder(source: str, output: Path, overwrite: bool) -> None:
@@ -131,7 +130,7 @@ def generate_text(
     *,
     adapter: Path | None = None,
     max_new_tokens: int = 128,
-    dtype: str = "float32",
+    dtype: str = "",
     write: Callable[[str], None],
 ) -> float:
     """Answer `prompt` greedily, piece by piece to `write`; returns tokens per second."""
@@ -167,7 +166,7 @@ def _pairs(arguments: Sequence[str]) -> dict[str, Any]:
     while rest:
         key = rest.pop(0)
         if not key.startswith("--"):
-            raise RecipeError("an option begins with --", got=key)
+            raise RecipeError("an option begins with --", got=key, remedy="the model comes first, then its options")
         name, sign, value = key[2:].partition("=")
         if not sign:
             value = "true" if not rest or rest[0].startswith("--") else rest.pop(0)
@@ -184,9 +183,8 @@ def _is_run(folder: Path) -> bool:
     return (folder / "recipe.yaml").is_file() and (folder / "model").is_dir()
 
 
-def _base_name(run: Path, otherwise: str) -> str:
-    try:
-        facts = parse((run / "recipe.yaml").read_text(encoding="utf-8"))
-        return str(facts["model"])
-    except (KeyError, TypeError) as error:
-        raise FormatError("the run's recipe is damaged", where=str(run / "recipe.yaml")) from error
+def _run_facts(run: Path) -> dict[str, Any]:
+    facts = parse((run / "recipe.yaml").read_text(encoding="utf-8"))
+    if not isinstance(facts, dict) or "model" not in facts:
+        raise FormatError("the run's recipe is damaged", where=str(run / "recipe.yaml"))
+    return facts

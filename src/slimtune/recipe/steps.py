@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slimtune.arch import bind
 from slimtune.calib.data import calibration_tokens, text_tokens
 from slimtune.calib.formats import normalise, render
-from slimtune.calib.rows import DataSource, read_rows, read_text
+from slimtune.calib.rows import DataSource, is_text, read_rows, read_text
 from slimtune.evaluate.perplexity import perplexity
 from slimtune.evaluate.speed import speed
 from slimtune.evaluate.tasks import tasks
@@ -24,7 +24,7 @@ from slimtune.lora.options import INITS
 from slimtune.quant.apply import all_linear, quantize_
 from slimtune.quant.size import Size, model_size
 from slimtune.recipe.blocks import FolderStore
-from slimtune.recipe.plan import CALIBRATION_BATCH, DEFAULT_SAMPLES, quantizer_of
+from slimtune.recipe.plan import CALIBRATION_BATCH, DEFAULT_SAMPLES, calibration_source, quantizer_of
 from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Quantize, Recipe, Step, Train
 from slimtune.train.data import Collator, Example, pack, padding_id, tokenize, tokenize_seq2seq
 from slimtune.train.loop import finetune
@@ -84,8 +84,7 @@ def _quantize(session: Session, step: Quantize, number: int) -> Facts:
     tokens: Tensor | None = None
     facts: Facts = {"method": step.method, **step.options}
     if method.needs:
-        source = session.recipe.data.calibration or session.recipe.data.train
-        assert source is not None, "the plan has checked it"
+        source = calibration_source(session.recipe)
         session.say(f"  calibrating on {source}")
         tokens = calibration_tokens(
             read_rows(source),
@@ -151,13 +150,12 @@ def _train(session: Session, step: Train, number: int) -> Facts:
     session.say("  | " + str(facts["sample"]).replace("\n", "\n  | "))
     if not any(p.requires_grad for p in model.parameters()):
         model.requires_grad_(True)
-    limit = session.recipe.data.eval.samples if session.recipe.data.eval else None
     result = finetune(
         model,
         examples,
         Collator(padding_id(tokenizer)),
         step,
-        held_out=held_out[:limit] if limit else held_out,
+        held_out=held_out,
         seed=session.recipe.seed,
         log=session.folder / "train_log.jsonl" if session.folder else None,
         checkpoints=session.place(f"step-{number}-train"),
@@ -171,8 +169,9 @@ def _train(session: Session, step: Train, number: int) -> Facts:
 def examples_of(
     model: nn.Module, tokenizer: Any, source: DataSource, options: TrainOptions
 ) -> tuple[Sequence[Example], Facts]:
-    """The examples that `model` learns from `source`, and the facts of how they were made."""
-    conversations, length, where = normalise(read_rows(source), where=str(source)), options.max_length, str(source)
+    """The examples that `model` learns from the first `samples` rows of `source`, and the facts of how they were made."""
+    length, where = options.max_length, str(source)
+    conversations = normalise(read_rows(source)[: source.samples], where=where)
     if cast(Any, base_of(model)).config.is_encoder_decoder:
         examples, facts = tokenize_seq2seq(conversations, tokenizer, length, where=where)
         return examples, dict(facts)
@@ -229,9 +228,7 @@ def _evaluate(session: Session, step: Evaluate, number: int) -> Facts:
 
 def _text(session: Session, source: DataSource) -> str:
     """A text file as it is; rows of anything else rendered one after the other."""
-    if source.path and not source.path.removesuffix(".gz").removesuffix(".zst").endswith(
-        (".json", ".jsonl", ".csv", ".tsv", ".parquet")
-    ):
+    if source.path and is_text(source.path):
         return read_text(source.path)
     conversations = normalise(read_rows(source), where=str(source))[: source.samples]
     return "".join(render(c, session.loaded.tokenizer, str(source)) for c in conversations)
