@@ -60,7 +60,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, required=True)
     parser.add_argument("--samples", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--axis", type=int, default=1, choices=(0, 1), help="1 groups along the inputs, 0 along the outputs")
+    parser.add_argument("--axis", type=int, default=1, choices=(0, 1), help="1 groups along the inputs, 0 the outputs")
     parser.add_argument("--round-zero", action=argparse.BooleanOptionalAction, default=None, help="HQQ: at 4 bits only")
     return parser.parse_args()
 

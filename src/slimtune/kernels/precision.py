@@ -34,7 +34,7 @@ def fast_forward(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """
     with (
         fast_matmul(),
-        torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.float32 and _has_bfloat16_units(device)),
+        torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.float32 and bfloat16_units(device)),
     ):
         yield
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimtune.arch import bind
 from slimtune.calib.data import calibration_tokens
-from slimtune.calib.rows import DataSource, read_rows
+from slimtune.calib.rows import DataSource as DataSource
+from slimtune.calib.rows import read_rows
 from slimtune.errors import RecipeError
 from slimtune.export import Manifest, Source
 from slimtune.export import export as write_export

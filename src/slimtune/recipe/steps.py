@@ -169,7 +169,7 @@ def _train(session: Session, step: Train, number: int) -> Facts:
 def examples_of(
     model: nn.Module, tokenizer: Any, source: DataSource, options: TrainOptions
 ) -> tuple[Sequence[Example], Facts]:
-    """The examples that `model` learns from the first `samples` rows of `source`, and the facts of how they were made."""
+    """What `model` learns from the first `samples` rows of `source`, and the facts of how it was made."""
     length, where = options.max_length, str(source)
     conversations = normalise(read_rows(source)[: source.samples], where=where)
     if cast(Any, base_of(model)).config.is_encoder_decoder:
