@@ -66,7 +66,7 @@ def run_arm(arm: tuple[str, str, list[str]], out: Path, arguments: list[str]) ->
 
 def score(folder: str, tokens: torch.Tensor, work: Path, key: str) -> float:
     """Perplexity of a plain folder, kept beside it once measured."""
-    kept = work / f"{key}.ppl.json"
+    kept = work / f"{key}.{len(tokens)}.ppl.json"
     if not kept.is_file():
         with fast_forward(torch.device("cpu"), torch.float32):  # the same for every arm; float32 moves it by 0.1 %
             value = perplexity(load(folder).model, tokens, length=512).value
@@ -115,7 +115,7 @@ def main() -> None:
                 rows.append({"arm": name, "perplexity": value, **facts})
                 print(f"{name:14} {bits} bit g{group}: {value:,.2f}  ({facts['cpu_seconds']:.0f} CPU s)", flush=True)
                 _write(
-                    "quantize_smollm2.json",
+                    f"quantize_smollm2_{len(tokens)}.json",
                     {
                         **header,
                         "text": Path(arguments.text).name,
