@@ -29,7 +29,7 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         if isinstance(module, nn.Linear):
             module.to(torch.float32)
     merged = cast(nn.Module, cast(Any, model).merge_and_unload(safe_merge=True))
-    merged.to(dtype)
-    for parameter in merged.parameters():
+    for parameter in merged.parameters():  # buffers keep their dtype: rotary frequencies need float32
+        parameter.data = parameter.data.to(dtype)
         parameter.requires_grad_(True)
     return merged

@@ -148,16 +148,7 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
             targets = resolve_targets(modelmap, model, step.target_modules)
             ports = [p for p in modelmap.ports if p.kind == "linear" and _named(p.name, targets)]
             shape = replace(shape, adapter=sum(step.r * (p.in_features + p.out_features) for p in ports))
-        if isinstance(step, Evaluate) and step.perplexity and model.config.is_encoder_decoder:
-            raise RecipeError(
-                "perplexity is a measure of decoders", where=where, got=f"{modelmap.family} is an encoder-decoder"
-            )
-        if isinstance(step, Evaluate) and step.perplexity:
-            require_positions(model, step.length, f"{where}.length")
-        if isinstance(step, Train) and step.packing and model.config.is_encoder_decoder:
-            raise RecipeError(
-                "an encoder-decoder does not train on packed rows", where=where, remedy="leave out packing: true"
-            )
+        _check_fit(step, number, recipe, model, modelmap, where)
         held, flops = shape.demand(step, state, recipe)
         steps.append(StepPlan(step.name, baseline + held, flops))
     peak = max(step.memory_bytes for step in steps)
@@ -165,6 +156,38 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
     available = free if memory is None else memory
     warnings = (_too_much(recipe, steps, available),) if peak > available else ()
     return Plan(recipe, shape.parameters, tuple(steps), peak, available, warnings)
+
+
+def _check_fit(step: Step, number: int, recipe: Recipe, model: Any, modelmap: ModelMap, where: str) -> None:
+    """Raise `RecipeError` where a step asks for what this model, or a later step, cannot have."""
+    two_sided = model.config.is_encoder_decoder
+    match step:
+        case Evaluate() if step.perplexity and two_sided:
+            raise RecipeError(
+                "perplexity is a measure of decoders", where=where, got=f"{modelmap.family} is an encoder-decoder"
+            )
+        case Evaluate() if step.perplexity:
+            require_positions(model, step.length, f"{where}.length")
+        case Train() if step.packing and two_sided:
+            raise RecipeError(
+                "an encoder-decoder does not train on packed rows", where=where, remedy="leave out packing: true"
+            )
+        case Quantize():
+            _check_packable(step, recipe.steps[number + 1 :], modelmap, where)
+
+
+def _check_packable(step: Quantize, later: tuple[Step, ...], modelmap: ModelMap, where: str) -> None:
+    """compressed-tensors has no shorter last group: say so before hours of work, not after."""
+    group = step.options.get("group_size", -1)
+    wanted = any(isinstance(s, Export) and s.format == "compressed-tensors" for s in later)
+    ragged = [p.name for p in modelmap.linears if group > 0 and group < p.in_features and p.in_features % group]
+    if wanted and ragged:
+        raise RecipeError(
+            "the group size does not divide every layer, which compressed-tensors needs",
+            where=f"{where}.group_size",
+            got=f"{group}; {', '.join(ragged[:3])}{' ...' if len(ragged) > 3 else ''}",
+            remedy="use a group size that does, or -1 (whole rows), or export safetensors",
+        )
 
 
 def _check_quantize(step: Quantize, modelmap: ModelMap, where: str) -> dict[str, Any]:

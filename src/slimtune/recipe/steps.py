@@ -90,7 +90,7 @@ def _quantize(session: Session, step: Quantize, number: int) -> Facts:
             read_rows(source),
             session.loaded.tokenizer,
             samples=source.samples or DEFAULT_SAMPLES,
-            length=source.length,
+            length=within_positions(session.model, source.length),
             seed=session.recipe.seed,
             where=str(source),
         )
@@ -170,7 +170,7 @@ def examples_of(
     model: nn.Module, tokenizer: Any, source: DataSource, options: TrainOptions
 ) -> tuple[Sequence[Example], Facts]:
     """What `model` learns from the first `samples` rows of `source`, and the facts of how it was made."""
-    length, where = options.max_length, str(source)
+    length, where = within_positions(model, options.max_length), str(source)
     conversations = normalise(read_rows(source)[: source.samples], where=where)
     if cast(Any, base_of(model)).config.is_encoder_decoder:
         examples, facts = tokenize_seq2seq(conversations, tokenizer, length, where=where)
@@ -179,6 +179,13 @@ def examples_of(
         conversations, tokenizer, length, completion_only_loss=options.completion_only_loss, where=where
     )
     return (pack(examples, length) if options.packing else examples), dict(facts)
+
+
+def within_positions(model: nn.Module, length: int) -> int:
+    """`length`, or the model's positions where it has fewer: longer examples and windows are cut there."""
+    config = cast(Any, base_of(model)).config
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)  # T5 has no limit
+    return min(length, positions or length)
 
 
 def _log_line(line: Facts) -> str:
