@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from slimtune.calib.data import calibration_tokens, text_tokens
 from slimtune.calib.rows import DataSource, read_rows, read_text
@@ -79,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--calibration", default="", help="rows of text; default: the built-in pydocs")
+    parser.add_argument("--windows", type=Path, default=None, help="safetensors with the windows, instead")
     parser.add_argument("--text", default="", help="a raw text to score; default: pydocs' held-out part")
     parser.add_argument("--peers", type=Path, default=None)
     parser.add_argument("--work", type=Path, default=Path("runs/benchmark-quantize"))
@@ -93,7 +94,10 @@ def main() -> None:
     loaded = load(folder)
     source = DataSource(path=arguments.calibration) if arguments.calibration else DataSource(builtin="pydocs")
     samples = 128 if arguments.timing else arguments.samples
-    windows = calibration_tokens(read_rows(source), loaded.tokenizer, samples, 512, seed=0)
+    if arguments.windows:
+        windows = load_file(arguments.windows)["tokens"][:samples].contiguous()
+    else:
+        windows = calibration_tokens(read_rows(source), loaded.tokenizer, samples, 512, seed=0)
     arguments.work.mkdir(parents=True, exist_ok=True)
     path = arguments.work / f"tokens{samples}.safetensors"
     save_file({"tokens": windows}, path)
