@@ -74,7 +74,9 @@ def _cpu_seconds() -> float:
 
 
 def _peak_rss() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss: a child inherits that from the parent that started it, so a large driver would stand for its arms.
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def write_folder(source: Path, weights: Weights, target: Path) -> torch.nn.Module:
