@@ -81,8 +81,8 @@ class Checkpoint:
             if tensor.device.type == "meta"
         ]
         owners = [row for row in owners if not any(row[2] == s or row[2].startswith(f"{s}.") for s in skip)]
-        loaded = self.read(dict.fromkeys(name for _, _, name, _ in owners), dtype)
         for owner, leaf, name, old in owners:
+            loaded = self.read([name], dtype)  # one at a time: a file is mapped only while a tensor is copied
             if loaded[name].shape != old.shape:
                 raise FormatError(
                     "a weight has the wrong shape", where=name, got=list(loaded[name].shape), wanted=list(old.shape)

@@ -81,9 +81,12 @@ def load(model: str, *, dtype: str = "float32", lazy: bool = False) -> Loaded:
     config = read_config(folder)
     Checkpoint(folder)  # finds missing, truncated and pickled weights before anything is allocated
     tokenizer = _tokenizer(folder)
-    if lazy and "quantization_config" not in config.__dict__:
+    # Tensors are copied one by one even when all are wanted: transformers' own would keep the whole file mapped.
+    if "quantization_config" not in config.__dict__:
         loaded = _load_lazily(folder, config, tokenizer, name, DTYPES[dtype])
         if loaded is not None:
+            if not lazy:
+                loaded.materialise_()
             return loaded
     return Loaded(read_model(folder, DTYPES[dtype]), tokenizer, name)
 
@@ -193,6 +196,8 @@ def _load_lazily(
     wanted = {key for key, value in model.state_dict().items() if value.device.type == "meta"}
     if not wanted - set(model.all_tied_weights_keys) <= set(checkpoint.files):
         return None  # transformers would rename or convert its tensors: let it do so, in memory
+    if dtype != torch.float32 and (model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict):
+        return None  # some of it stays in float32: transformers knows what
     blocks = {block.name: model.get_submodule(block.name) for block in bind(model).blocks}
     checkpoint.materialise_(model, "", dtype, skip=(*blocks, *model.all_tied_weights_keys))
     model.tie_weights()

@@ -255,7 +255,7 @@ class _Shape:
         """Bytes beyond the process's baseline at the peak of `step`, and its floating-point operations."""
         match step:
             case Quantize():
-                return self._quantize(recipe)
+                return self._quantize(recipe, whole=recipe.steps[0] is not step)
             case Train():
                 return self._train(step, state, recipe)
             case Evaluate():
@@ -265,9 +265,10 @@ class _Shape:
                 return work + 4 * self.largest, 2 * self.parameters * tokens * len(step.perplexity)
         return self.resident(False) + 4 * self.largest, 0
 
-    def _quantize(self, recipe: Recipe) -> tuple[int, int]:
+    def _quantize(self, recipe: Recipe, *, whole: bool) -> tuple[int, int]:
         rest = (self.parameters - self.weights) * self.dense_bytes
-        packed = int(self.weights * self.bits / 8)
+        # Packed layers replace what an earlier step has loaded; a first step never loads more than one dense block.
+        packed = self.weights * self.dense_bytes if whole else int(self.weights * self.bits / 8)
         block = self.weights // max(self.blocks, 1) * self.dense_bytes
         if not self.needs_data:
             return rest + packed + block + 12 * self.largest, 0

@@ -206,7 +206,7 @@ def _keep(session: Session, step: Step, number: int, output: Path) -> None:
         _write_base(session, output / "checkpoints" / f"step-{number}-model")
     elif isinstance(step, Lora | Train):
         with whole_folder(output / "checkpoints" / f"step-{number}-adapter") as partial:
-            cast(PeftModel, session.model).save_pretrained(str(partial))
+            cast(PeftModel, session.model).save_pretrained(str(partial), save_embedding_layers=False)
             (partial / "README.md").unlink(missing_ok=True)
 
 
