@@ -102,7 +102,12 @@ def main() -> None:
     path = arguments.work / f"tokens{samples}.safetensors"
     save_file({"tokens": windows}, path)
     common = ["--model", folder, "--tokens", str(path), "--samples", str(samples)]
-    header = {"environment": environment(), "model": arguments.model, "seed": 0, "calibration": str(source)}
+    header = {
+        "environment": environment(),
+        "model": Path(arguments.model).name,
+        "seed": 0,
+        "calibration": Path(str(source)).name,
+    }
     if arguments.timing:
         _timing(arguments, common, header)
         return
