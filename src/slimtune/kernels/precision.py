@@ -29,7 +29,7 @@ def fast_forward(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     has units for them; a model of another `dtype` computes as it is.
 
     Norms and the residual stream stay in the model's own dtype. For calibration: measured on SmolLM2-135M with AMX,
-    autocast makes the passes about twice as cheap, and perplexity after quantizing does not change (`docs/LOG.md`).
+    quantizing three blocks took 8.1 CPU seconds instead of 9.9, and perplexity afterwards did not rise (`docs/LOG.md`).
     Where the hardware has no such unit, nothing changes.
     """
     with (
