@@ -2,8 +2,9 @@
 
 Every arm quantizes the same float32 model with the same calibration windows (C4, 512 tokens each) in a process of its
 own, and writes back plain float32 weights; one evaluator then scores all of them: token perplexity over windows of 512
-on the first 120,000 tokens of the raw test split. The peers run in their own virtual environments (peers/README.md); an
-arm whose environment is missing is left out and named.
+on the first 120,000 tokens of the raw test split. The peers run in their own virtual environments (peers/README.md),
+with their defaults and with the options that serve them best at few bits (GPTQModel's searched clipping, HQQ's groups
+along the other axis); an arm whose environment is missing is left out and named.
 
     python benchmarks/quantize_smollm2.py --calibration c4.jsonl.gz --text wiki.test.raw.gz --peers DIR --work DIR
 
@@ -41,7 +42,9 @@ def arms(peers: Path | None) -> dict[str, tuple[str, str, list[str]]]:
     }
     for name, folder, script, more in (
         ("GPTQModel", "gptq", "gptqmodel_arm.py", []),
+        ("GPTQModel mse", "gptq", "gptqmodel_arm.py", ["--mse", "2.4"]),
         ("HQQ", "hqq", "hqq_arm.py", ["--axis", "1"]),
+        ("HQQ axis 0", "hqq", "hqq_arm.py", ["--axis", "0"]),
     ):
         python = (peers or Path()) / folder / "bin" / "python"
         if peers is None or not python.exists():

@@ -72,7 +72,7 @@ def test_rtn_is_the_textbook(columns: int, group: int, bits: int, grid: Any, sym
 @each_order
 def test_optq_is_the_textbook(columns: int, group: int, bits: int, grid: Any, sym: bool, desc_act: bool) -> None:
     w, h = weight_of(columns), hessian_of(columns)
-    q = Optq(bits=bits, group_size=group, sym=sym, grid=grid, desc_act=desc_act)(w, {"hessian": h})
+    q = Optq(bits=bits, group_size=group, sym=sym, grid=grid, desc_act=desc_act, refine=0)(w, {"hessian": h})
     assert_equal(q, oracles.gptq(w.numpy(), h.numpy(), bits, group, sym, grid, 0.01, desc_act), group)
 
 
@@ -80,7 +80,7 @@ def test_optq_is_the_textbook(columns: int, group: int, bits: int, grid: Any, sy
 @pytest.mark.parametrize("damp", [0.003, 0.2])
 def test_optq_damps_as_told(damp: float, desc_act: bool) -> None:
     w, h = weight_of(64), hessian_of(64)
-    q = Optq(bits=3, group_size=32, desc_act=desc_act, damp_percent=damp)(w, {"hessian": h})
+    q = Optq(bits=3, group_size=32, desc_act=desc_act, damp_percent=damp, refine=0)(w, {"hessian": h})
     assert_equal(q, oracles.gptq(w.numpy(), h.numpy(), 3, 32, False, "mse", damp, desc_act), 32)
 
 
@@ -102,7 +102,7 @@ def test_the_oracle_tells_orders_and_grids_apart(desc_act: bool) -> None:
 @each_order
 def test_an_uncorrelated_hessian_leaves_rounding_to_nearest(desc_act: bool) -> None:
     w = weight_of(100)
-    q = Optq(bits=3, group_size=48, desc_act=desc_act, grid="minmax")(w, {"hessian": 4 * torch.eye(100)})
+    q = Optq(bits=3, group_size=48, desc_act=desc_act, grid="minmax", refine=0)(w, {"hessian": 4 * torch.eye(100)})
     assert_equal(q, oracles.rtn(w.numpy(), 3, 48, False, "minmax"), 48)
 
 

@@ -9,18 +9,18 @@ it really produce (GPTQ's "true sequential" order) at the cost of about two forw
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from slimtune.arch import Block, ModelMap, Space
+from slimtune.arch import Block, ModelMap, Norm, Space
 from slimtune.calib.stats import STATISTICS
 from slimtune.errors import CalibrationError
 from slimtune.kernels.memory import release
-from slimtune.kernels.precision import fast_forward
+from slimtune.kernels.precision import bfloat16_units, fast_matmul
 
 
 class _Stop(BaseException):
@@ -36,17 +36,20 @@ class _Replay(nn.Module):
 
     def forward(self, hidden: Tensor, *args: object, **kwargs: object) -> object:
         if self._stream.latest.get(self._block.stack) is self._block:
-            hidden = self._stream.cache[self._block.stack].get(self._stream.batch).to(hidden.dtype)
+            hidden = self._stream.cache[self._block.stack].get(self._stream.batch)
         rest = self._rest[hidden.shape[0]]
         return hidden if rest is None else (hidden, *rest)
 
 
 class _Once(nn.Module):
-    """A part of a block whose weights are final: runs once per micro-batch, and is remembered from then on."""
+    """A part of a block whose weights are final: runs once per micro-batch, and is remembered from then on.
 
-    def __init__(self, stream: CalibrationStream, part: nn.Module) -> None:
+    Where the part hands out what its `last` linear made, and the inputs of that linear were kept, the linear alone runs.
+    """
+
+    def __init__(self, stream: CalibrationStream, part: nn.Module, last: nn.Module, inputs: _Shelf | None) -> None:
         super().__init__()
-        self._stream, self._part = stream, part
+        self._stream, self._part, self._last, self._inputs = stream, part, last, inputs
         self._shelf = _Shelf(stream.samples, stream.batch_size)
         self._rest: dict[int, tuple[Any, ...] | None] = {}
         self._seen = 0
@@ -54,13 +57,44 @@ class _Once(nn.Module):
     def forward(self, *args: object, **kwargs: object) -> object:
         batch = self._stream.batch
         if batch == self._seen:
-            hidden, rest = _taken_apart(self._part(*args, **kwargs))
+            hidden = self._run(*args, **kwargs)  # may choose the shelf
             self._shelf.put(batch, hidden)
-            self._rest[hidden.shape[0]] = rest
             self._seen += 1
         hidden = self._shelf.get(batch)
         rest = self._rest[hidden.shape[0]]
         return hidden if rest is None else (hidden, *rest)
+
+    @property
+    def deaf(self) -> bool:
+        """Whether what comes in is not read, for the micro-batch that runs now."""
+        batch = self._stream.batch
+        return batch < self._seen or (self._inputs is not None and self._inputs.rows(batch) in self._rest)
+
+    def _run(self, *args: object, **kwargs: object) -> Tensor:
+        if self._inputs is not None and self.deaf:
+            return cast(Tensor, self._last(self._inputs.get(self._stream.batch)))
+        made: list[Tensor] = []
+        handle = self._last.register_forward_hook(lambda _, __, output: made.append(output))
+        try:
+            hidden, self._rest[len(self._stream.tokens)] = _taken_apart(self._part(*args, **kwargs))
+        finally:
+            handle.remove()
+        if not (made and hidden is made[-1]):
+            self._inputs = None
+        elif self._inputs is not None and self._inputs.fits(hidden):
+            self._shelf = self._inputs  # each output over the input it was made of
+        return hidden
+
+
+class _Unread(nn.Module):
+    """A normalisation before a settled part, left out when that part does not read it."""
+
+    def __init__(self, part: _Once, norm: nn.Module) -> None:
+        super().__init__()
+        self._part, self._norm = part, norm
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden if self._part.deaf else cast(Tensor, self._norm(hidden))
 
 
 class _Shelf:
@@ -82,6 +116,20 @@ class _Shelf:
         assert self._states is not None, "a pass has filled it"
         return self._states[batch * self._batch_size : (batch + 1) * self._batch_size]
 
+    @property
+    def full(self) -> bool:
+        """Whether anything was put here (a pass puts every micro-batch or none)."""
+        return self._states is not None
+
+    def rows(self, batch: int) -> int:
+        """Windows in this micro-batch."""
+        return min(self._batch_size, self._samples - batch * self._batch_size)
+
+    def fits(self, hidden: Tensor) -> bool:
+        """Whether hidden states like these lie here."""
+        assert self._states is not None, "a pass has filled it"
+        return self._states.dtype == hidden.dtype and self._states.shape[1:] == hidden.shape[1:]
+
 
 def _taken_apart(output: Tensor | tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...] | None]:
     """The hidden states a module returns, and what else it returns (T5: position biases). The latter depends on the
@@ -92,31 +140,65 @@ def _taken_apart(output: Tensor | tuple[Any, ...]) -> tuple[Tensor, tuple[Any, .
 class CalibrationStream:
     """The calibration tokens on their way through the blocks of a model.
 
-    Use `calibration_stream`, then for every block in order: `collect` each of its stages, `settle` it when its weights
-    are final, and `advance` past the block. Memory: one output `[samples, length, hidden]` per stack and one of each
-    settled part, in bfloat16 where the passes run in it, and what one micro-batch needs inside one block.
+    Use `calibration_stream`, then for every block in order: `enter` it, `collect` each of its stages, `settle` that when
+    its weights are final, and `advance` past the block. Memory: one output `[samples, length, hidden]` per stack and one
+    of each settled part, in bfloat16 where the passes run in it, and what one micro-batch needs inside one block.
+
+    A float32 block computes in bfloat16 between `enter` and `advance` where the hardware has units for it.
     """
 
-    def __init__(self, model: nn.Module, tokens: Tensor, batch_size: int) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, norms: Sequence[Norm], tokens: Tensor, batch_size: int) -> None:
+        self._model, self._norms = model, norms
         self._batches = tokens.split(batch_size)
         self.samples, self.batch_size = len(tokens), batch_size
         self._replaced: list[tuple[nn.ModuleList, int, nn.Module]] = []
         self._settled: list[tuple[nn.Module, str, nn.Module]] = []
+        self._inputs: dict[str, _Shelf] = {}
+        self._leave: Callable[[], None] = lambda: None
         self.batch = 0
         self.cache: dict[str, _Shelf] = {}
         self.latest: dict[str, Block] = {}
 
-    def collect(self, layer: str, needs: Iterable[str]) -> dict[str, Tensor]:
-        """The statistics named in `needs` of the input of the linear called `layer`, over all tokens."""
-        module = self._model.get_submodule(layer)
+    @property
+    def tokens(self) -> Tensor:
+        """The micro-batch that runs now."""
+        return self._batches[self.batch]
+
+    def enter(self, block: Block) -> None:
+        """Begin with `block`, whose weights are in place."""
+        module = self._model.get_submodule(block.name)
+        weights = [(parameter, parameter.data) for parameter in module.parameters()]
+        if not all(data.dtype == torch.float32 and bfloat16_units(data.device) for _, data in weights):
+            return
+        for parameter, data in weights:
+            parameter.data = data.to(torch.bfloat16)
+        handle = module.register_forward_pre_hook(
+            lambda _, args, kwargs: _lowered((args, kwargs)), with_kwargs=True, prepend=True
+        )
+
+        def leave() -> None:
+            handle.remove()
+            for parameter, data in weights:
+                parameter.data = data
+
+        self._leave = leave
+
+    def collect(self, block: Block, stage: int, needs: Iterable[str]) -> dict[str, Tensor]:
+        """The statistics named in `needs` of the input that the linears of this stage of `block` share, over all
+        tokens."""
+        ports = block.stages[stage]
+        module = self._model.get_submodule(ports[0].name)
         device = next(module.parameters()).device
         width = cast(int, module.in_features)
         statistics = {name: STATISTICS[name](width, device) for name in needs}
+        # What a lone linear reads is kept: its outputs may be all that is wanted when it is final (see `_Once`).
+        shelf = _Shelf(self.samples, self.batch_size) if len(ports) == 1 and stage + 1 < len(block.stages) else None
 
         def take(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             for statistic in statistics.values():
                 statistic.update(args[0])
+            if shelf is not None and args[0].shape[:-1] == self.tokens.shape:  # OPT reads all tokens as one row
+                shelf.put(self.batch, args[0])
             raise _Stop
 
         handle = module.register_forward_pre_hook(take)
@@ -124,6 +206,8 @@ class CalibrationStream:
             self._run_all()
         finally:
             handle.remove()
+        if shelf is not None and shelf.full:
+            self._inputs[ports[0].name] = shelf
         return {name: statistic.result() for name, statistic in statistics.items()}
 
     def settle(self, block: Block, stage: int) -> None:
@@ -134,12 +218,20 @@ class CalibrationStream:
         if done == set[str]().union(*stages):
             return  # one pass is left, and it runs every part once
         module = self._model.get_submodule(block.name)
+        last = block.stages[stage][-1].name
+        inputs = self._inputs.pop(last, None)
         for owner, leaf, path in list(_parts(module, block.name)):
             inside = {name for names in stages for name in names if name.startswith(f"{path}.")}
             part = owner.get_submodule(leaf)
             if inside and inside <= done and not isinstance(part, _Once):
-                self._settled.append((owner, leaf, part))
-                owner.add_module(leaf, _Once(self, part))
+                mine = inputs if last in inside else None
+                once = _Once(self, part, self._model.get_submodule(last), mine)
+                self._replace(owner, leaf, once)
+                for norm in self._norms:
+                    if norm.feeds and inside.issuperset(norm.feeds) and not norm.name.startswith(f"{path}."):
+                        parent, _, name = norm.name.rpartition(".")
+                        place = self._model.get_submodule(parent)
+                        self._replace(place, name, _Unread(once, place.get_submodule(name)))
 
     def advance(self, block: Block, *, last: bool = False) -> None:
         """Run `block` as it is now, keep its outputs instead of its inputs, and replace it by a replay.
@@ -150,9 +242,7 @@ class CalibrationStream:
         shelf = self.cache.get(block.stack) or _Shelf(self.samples, self.batch_size)
 
         def keep(_: nn.Module, __: tuple[object, ...], output: Tensor | tuple[Any, ...]) -> None:
-            hidden, rest[len(self._batches[self.batch])] = _taken_apart(output)
-            if torch.is_autocast_enabled(hidden.device.type):
-                hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+            hidden, rest[len(self.tokens)] = _taken_apart(output)
             shelf.put(self.batch, hidden)  # over the input of this batch, which is not needed again
             raise _Stop
 
@@ -164,6 +254,7 @@ class CalibrationStream:
                 handle.remove()
             self.cache[block.stack] = shelf
         self._unsettle()
+        self._leave()
         self.latest[block.stack] = block
         stack, _, index = block.name.rpartition(".")
         blocks = cast(nn.ModuleList, self._model.get_submodule(stack))
@@ -175,15 +266,19 @@ class CalibrationStream:
             self.batch = number
             inputs = model_inputs(self._model, tokens)
             try:
-                # Here alone: what is done with the statistics is done in full precision.
-                with fast_forward(inputs["input_ids"].device, cast(Any, self._model).dtype):
+                with fast_matmul():  # here alone: what is done with the statistics is done in full precision
                     self._model(**inputs, use_cache=False)
             except _Stop:
                 continue
             raise CalibrationError("a calibrated layer was never run by the model's forward pass")
         release()
 
+    def _replace(self, owner: nn.Module, leaf: str, module: nn.Module) -> None:
+        self._settled.append((owner, leaf, owner.get_submodule(leaf)))
+        owner.add_module(leaf, module)
+
     def _unsettle(self) -> None:
+        self._inputs.clear()
         for owner, leaf, part in self._settled:
             owner.add_module(leaf, part)
         self._settled.clear()
@@ -191,9 +286,21 @@ class CalibrationStream:
     def restore(self) -> None:
         """Put every replaced part and block back."""
         self._unsettle()
+        self._leave()
         for blocks, index, block in self._replaced:
             blocks[index] = block
         self._replaced.clear()
+
+
+def _lowered(value: Any) -> Any:
+    """`value` with every float32 tensor in it, however deep in tuples and dictionaries, in bfloat16."""
+    if isinstance(value, Tensor):
+        return value.to(torch.bfloat16) if value.dtype == torch.float32 else value
+    if type(value) is tuple:
+        return tuple(_lowered(v) for v in value)
+    if type(value) is dict:
+        return {k: _lowered(v) for k, v in value.items()}
+    return value
 
 
 def _parts(module: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, str]]:
@@ -237,7 +344,7 @@ def calibration_stream(
             remedy="tokenise with the model's own tokenizer",
         )
     modes = {name: module.training for name, module in model.named_modules()}
-    stream = CalibrationStream(model.eval(), tokens, batch_size)
+    stream = CalibrationStream(model.eval(), modelmap.norms, tokens, batch_size)
     try:
         with torch.no_grad():
             yield stream

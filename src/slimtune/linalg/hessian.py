@@ -45,8 +45,13 @@ class SecondMoment:
         """`XᵀX / n`, float32 `[features, features]`, symmetric. Raises `CalibrationError` when no token was seen."""
         if not self.count:
             raise CalibrationError("no calibration token reached a layer", remedy="give the step some calibration data")
-        upper = torch.triu(self._sum)
-        return (upper + torch.triu(upper, 1).T) / self.count
+        whole = self._sum / self.count
+        for start in range(0, self.features, self._tile):
+            stop = min(start + self._tile, self.features)
+            corner = whole[start:stop, start:stop]
+            corner.copy_(torch.triu(corner) + torch.triu(corner, 1).T)
+            whole[stop:, start:stop] = whole[start:stop, stop:].T
+        return whole
 
 
 def inverse_cholesky(hessian: Tensor, damp: float = 0.01, attempts: int = 6) -> tuple[Tensor, float]:
@@ -62,7 +67,8 @@ def inverse_cholesky(hessian: Tensor, damp: float = 0.01, attempts: int = 6) -> 
             "the calibration statistics of a layer are not finite",
             remedy="use dtype: float32, or check the calibration data and the model for NaN",
         )
-    h = hessian.to(torch.float64, copy=True)
+    # With features in reverse, H = LLᵀ; in order again, L is an upper R with H = RRᵀ: U is the inverse of R.
+    h = hessian.flip(0, 1).to(torch.float64)
     mean = float(h.diagonal().mean())
     added = 0.0
     for attempt in range(attempts):
@@ -71,11 +77,13 @@ def inverse_cholesky(hessian: Tensor, damp: float = 0.01, attempts: int = 6) -> 
         added = d
         lower, failed = torch.linalg.cholesky_ex(h)
         if int(failed) == 0:
-            inverse = torch.cholesky_inverse(lower)
-            del lower
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if int(failed) == 0 and bool(torch.isfinite(upper).all()):
+            del h
+            unit = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+            upper = torch.linalg.solve_triangular(lower, unit, upper=False, out=unit).flip(0, 1)
+            if bool(torch.isfinite(upper).all()):
                 return upper, d
+            h = hessian.flip(0, 1).to(torch.float64)
+            added = 0.0
     raise CalibrationError(
         "the calibration statistics of a layer are not positive definite",
         got=f"Cholesky failed up to a damping of {damp * 10.0 ** (attempts - 1):g} of the mean diagonal",

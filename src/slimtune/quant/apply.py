@@ -147,11 +147,14 @@ def quantize_(
             module = model.get_submodule(block.name)
             if materialise is not None:
                 materialise(module, block.name)
+            weights = {name: parameter.data for name, parameter in module.named_parameters()}
+            if stream is not None:
+                stream.enter(block)  # may compute in fewer bits than the weights have
             layers = store.load(block) if store is not None else None
             if layers is None:
                 layers = []
-                for index, stage in enumerate(block.stages):
-                    layers += _quantize_stage(module, block, stage, methods, stream)
+                for index in range(len(block.stages)):
+                    layers += _quantize_stage(module, block, index, methods, weights, stream)
                     if stream is not None:
                         stream.settle(block, index)
                 if store is not None:
@@ -175,14 +178,15 @@ def quantize_(
 def _quantize_stage(
     module: nn.Module,
     block: Block,
-    stage: Sequence[Port],
+    stage: int,
     methods: dict[str, Quantizer],
+    weights: dict[str, Tensor],
     stream: CalibrationStream | None,
 ) -> list[QuantizedLayer]:
     """Quantize the layers of a block that share one input, and let the block compute with the result from here on."""
-    ports = [port for port in stage if port.name in methods]
+    ports = [port for port in block.stages[stage] if port.name in methods]
     needs = frozenset[str]().union(*(methods[port.name].needs for port in ports))
-    stats = stream.collect(ports[0].name, needs) if needs and stream is not None else {}
+    stats = stream.collect(block, stage, needs) if needs and stream is not None else {}
     for name, statistic in stats.items():
         if not bool(torch.isfinite(statistic).all()):
             raise CalibrationError(
@@ -193,13 +197,14 @@ def _quantize_stage(
             )
     layers = []
     for port in ports:
-        weight = module.get_parameter(_within(block, port.name) + ".weight")
+        name = _within(block, port.name) + ".weight"
+        weight = weights[name]
         if not bool(torch.isfinite(weight).all()):
             raise FormatError("a weight is not finite", where=port.name, remedy="get the model's files again")
         quantized = methods[port.name](weight, stats)
         dense = quantized.dequantize()
         error = _relative_error(weight.to(torch.float32), dense, stats.get("hessian"))
-        weight.copy_(dense)
+        module.get_parameter(name).copy_(dense)
         layers.append(QuantizedLayer(port.name, quantized, error))
     return layers
 

@@ -6,6 +6,8 @@ Source: arXiv 2210.17323. With `U` the upper Cholesky factor of the damped `H⁻
 * `desc_act`: columns go in the order of falling `diag H`, on grids fixed beforehand from the original weights ("static
   groups"), so the stored groups stay contiguous and no index is needed to run the model.
 * otherwise columns go left to right and each group's grid is fitted when its turn comes, to the corrected weights.
+
+At 2 and 3 bits rounds of `slimtune.quant.refine` follow: scales refitted to the codes, then codes to the scales.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor
 from slimtune.errors import RecipeError, ShapeError
 from slimtune.linalg.hessian import inverse_cholesky
 from slimtune.quant.base import QTensor, Stats
-from slimtune.quant.grid import Grid
+from slimtune.quant.refine import descend_, refit
 from slimtune.quant.rtn import GridKind, affine_qtensor, check_affine, fit_grid, group_width
 
 BLOCK = 128
@@ -49,54 +51,69 @@ class Optq:
     grid: GridKind = field(default="mse", metadata={"help": "mse searches each group's range; minmax takes all of it"})
     desc_act: bool = field(default=True, metadata={"help": "most active input features first (static groups)"})
     damp_percent: float = field(default=0.01, metadata={"help": "dampening, a fraction of the Hessian's mean diagonal"})
+    refine: int | None = field(
+        default=None, metadata={"help": "rounds of refitting; default: 4 at 2 bits, 2 at 3 bits, none above"}
+    )
 
     def __post_init__(self) -> None:
         check_affine(self.bits, self.group_size)
         if not 0 < self.damp_percent < 1:
             raise RecipeError("damp_percent out of range", got=self.damp_percent, wanted="between 0 and 1")
+        if self.refine is not None and self.refine < 0:
+            raise RecipeError("refine out of range", got=self.refine, wanted="a number of rounds, or nothing")
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of refinement."""
+        return {2: 4, 3: 2}.get(self.bits, 0) if self.refine is None else self.refine
 
     def __call__(self, weight: Tensor, stats: Stats) -> QTensor:
         """Quantize `weight` (float `[out, in]`) given `stats["hessian"]` (`[in, in]`). Float64 weights stay float64."""
         h = stats["hessian"]
-        columns = weight.shape[1]
+        columns, rows = weight.shape[1], weight.shape[0]
         if tuple(h.shape) != (columns, columns):
             raise ShapeError("the Hessian does not fit the weight", got=list(h.shape), wanted=[columns, columns])
         size = group_width(self.group_size, columns)
         # Transposed, so that a column of the weight is one contiguous row.
-        w = weight.T.to(torch.float64 if weight.dtype == torch.float64 else torch.float32).contiguous()
+        original = weight.T.to(torch.float64 if weight.dtype == torch.float64 else torch.float32).contiguous()
         order = torch.argsort(h.diagonal(), descending=True, stable=True) if self.desc_act else None
-        upper, _ = inverse_cholesky(h if order is None else h[order][:, order], self.damp_percent)
-        upper = upper.to(w.dtype)
-        importance = h.diagonal().to(w.dtype)
-        grids: list[Grid] = []
+        upper, damping = inverse_cholesky(h if order is None else h[order][:, order], self.damp_percent)
+        upper = upper.to(original.dtype)
+        importance = h.diagonal().to(original.dtype)
+        scale, zero = original.new_empty(2, -(-columns // size), rows)
+
+        def fit(w: Tensor, start: int) -> None:
+            grid = fit_grid(w.T, self.bits, self.sym, self.grid, importance[start : start + size])
+            scale[start // size], zero[start // size] = grid.scale.squeeze(1), grid.zero.squeeze(1)
+
         if order is not None:
             for start in range(0, columns, size):
-                grids.append(self._fit(w[start : start + size], importance[start : start + size]))
-            w = w[order]
-
-        def grid_of(column: int) -> Grid:
-            if order is not None:
-                return grids[int(order[column]) // size]
-            if column % size == 0:
-                grids.append(self._fit(w[column : column + size], importance[column : column + size]))
-            return grids[-1]
-
+                fit(original[start : start + size], start)
+        w = original.clone() if order is None else original[order]
         codes = torch.empty_like(w)
         for start, stop in _spans(columns, columns if order is not None else size):
-            errors = torch.empty_like(w[start:stop])
-            for j in range(start, stop):
-                grid = grid_of(j)
-                q = grid.codes(w[j].unsqueeze(1))
-                codes[j] = q.squeeze(1)
-                errors[j - start] = (w[j] - ((q - grid.zero) * grid.scale).squeeze(1)) / upper[j, j]
-                w[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j - start], alpha=-1)
+            inside, corner = w[start:stop], upper[start:stop, start:stop]
+            errors = torch.empty_like(inside)
+            groups = (torch.arange(start, stop) if order is None else order[start:stop]).div(size, rounding_mode="floor")
+            for k, (group, pivot) in enumerate(zip(groups.tolist(), corner.diagonal().tolist(), strict=True)):
+                if order is None and (start + k) % size == 0:
+                    fit(w[start + k : start + k + size], start + k)
+                s, z, error = scale[group], zero[group], errors[k]
+                q = torch.div(inside[k], s, out=codes[start + k]).add_(z).round_().clamp_(0, 2**self.bits - 1)
+                torch.sub(q, z, out=error).mul_(s)
+                torch.sub(inside[k], error, out=error).div_(pivot)
+                inside[k + 1 :].addr_(corner[k, k + 1 :], error, alpha=-1)
             w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+        del upper, w
         if order is not None:
             codes = torch.empty_like(codes).index_copy_(0, order, codes)
-        return affine_qtensor(codes.T, grids, self.bits, size, self.sym)
-
-    def _fit(self, columns: Tensor, importance: Tensor) -> Grid:
-        return fit_grid(columns.T, self.bits, self.sym, self.grid, importance)
+        if self.rounds:
+            h = h.to(original.dtype, copy=True)
+            h.diagonal().add_(damping * h.diagonal().mean())
+            for _ in range(self.rounds):
+                scale = refit(codes, original, h, scale, zero, size)
+                descend_(codes, original, h, scale, zero, size, 2**self.bits - 1)
+        return affine_qtensor(codes.T, scale.T, zero.T, self.bits, size, self.sym)
 
 
 def _spans(columns: int, group: int) -> Iterator[tuple[int, int]]:

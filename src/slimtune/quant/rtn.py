@@ -49,7 +49,8 @@ class Rtn:
             grid = fit_grid(part, self.bits, self.sym, self.grid)
             grids.append(grid)
             codes.append(grid.codes(part))
-        return affine_qtensor(torch.cat(codes, 1), grids, self.bits, size, self.sym)
+        scale, zero = torch.cat([g.scale for g in grids], 1), torch.cat([g.zero for g in grids], 1)
+        return affine_qtensor(torch.cat(codes, 1), scale, zero, self.bits, size, self.sym)
 
 
 def check_affine(bits: int, group_size: int) -> None:
@@ -77,14 +78,14 @@ def fit_grid(w: Tensor, bits: int, symmetric: bool, kind: GridKind, weight: Tens
     return mse_grid(w, bits, symmetric, weight)
 
 
-def affine_qtensor(codes: Tensor, grids: list[Grid], bits: int, group_size: int, symmetric: bool) -> QTensor:
-    """Pack codes (`[out, in]`, whole floats) and the grids of their groups, left to right."""
+def affine_qtensor(
+    codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int, symmetric: bool
+) -> QTensor:
+    """Pack codes (`[out, in]`) and the scales and zero points of their groups (`[out, groups]`), all whole floats but
+    the scales."""
     rows, columns = codes.shape
     layout = Affine(rows, columns, bits, group_size, symmetric)
-    tensors = {
-        "codes": pack(codes.to(torch.uint8), bits),
-        "scale": torch.cat([g.scale for g in grids], 1).to(torch.bfloat16),
-    }
+    tensors = {"codes": pack(codes.to(torch.uint8), bits), "scale": scale.to(torch.bfloat16).contiguous()}
     if not symmetric:
-        tensors["zero"] = torch.cat([g.zero for g in grids], 1).to(torch.uint8)
+        tensors["zero"] = zero.to(torch.uint8).contiguous()
     return QTensor(tensors, layout)
