@@ -77,7 +77,7 @@ class Optq:
         # Transposed, so that a column of the weight is one contiguous row.
         original = weight.T.to(torch.float64 if weight.dtype == torch.float64 else torch.float32).contiguous()
         order = torch.argsort(h.diagonal(), descending=True, stable=True) if self.desc_act else None
-        upper, damping = inverse_cholesky(h if order is None else h[order][:, order], self.damp_percent)
+        upper, damping = inverse_cholesky(h if order is None else h[order.unsqueeze(1), order], self.damp_percent)
         upper = upper.to(original.dtype)
         importance = h.diagonal().to(original.dtype)
         scale, zero = original.new_empty(2, -(-columns // size), rows)
