@@ -30,12 +30,18 @@ def dequantize_affine(
         dtype: dtype of the result; the arithmetic runs in it (codes and zero points are exact in bfloat16).
     """
     q = unpack(codes, bits, in_features).to(dtype)
+    return scaled(q, scale, zero, bits, group_size)
+
+
+def scaled(q: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int) -> Tensor:
+    """`(q - zero) * scale` group by group, in the memory and the dtype of `q` (`[out, in]`)."""
+    dtype, in_features = q.dtype, q.shape[1]
     z = 2 ** (bits - 1) if zero is None else zero.to(dtype)
     s = scale.to(dtype)
     rows, groups = scale.shape
     if groups * group_size == in_features:
         if zero is not None:
             z = z.unsqueeze(-1)
-        return ((q.view(rows, groups, group_size) - z) * s.unsqueeze(-1)).view(rows, in_features)
+        return q.view(rows, groups, group_size).sub_(z).mul_(s.unsqueeze(-1)).view(rows, in_features)
     group = torch.arange(in_features, device=q.device) // group_size
-    return (q - (z if zero is None else z[:, group])) * s[:, group]
+    return q.sub_(z if zero is None else z[:, group]).mul_(s[:, group])

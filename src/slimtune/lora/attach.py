@@ -47,9 +47,13 @@ class LoraQuantLinear(PeftLoraLinear):
             or not isinstance(base, QuantLinear)
             or (self.training and not isinstance(self.lora_dropout[active[0]], nn.Identity))
         ):
-            return cast(torch.Tensor, super().forward(x, *args, **kwargs))
+            return super().forward(x, *args, **kwargs)
         name = active[0]
-        return fused_lora(x, base, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+        a, b = (
+            self.lora_A.get_submodule(name).get_parameter("weight"),
+            self.lora_B.get_submodule(name).get_parameter("weight"),
+        )
+        return fused_lora(x, base, a, b, self.scaling[name])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Packed codes cannot take a low-rank update: merge with `slimtune.merge`, which makes the base dense first."""

@@ -26,7 +26,14 @@ class _PackedLora(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, layout: Layout, names: tuple[str, ...], *packed: Tensor
+        ctx: Any,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        layout: Layout,
+        names: tuple[str, ...],
+        *packed: Tensor,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         y = flat @ layout.dequantize(dict(zip(names, packed, strict=True)), x.dtype).T

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from slimtune.errors import FormatError, RecipeError
-from slimtune.kernels.reference import dequantize_affine
+from slimtune.kernels.dispatch import dequantize_affine
 from slimtune.linalg.packing import row_bytes
 from slimtune.tables import Table
 

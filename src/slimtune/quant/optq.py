@@ -94,7 +94,9 @@ class Optq:
         for start, stop in _spans(columns, columns if order is not None else size):
             inside, corner = w[start:stop], upper[start:stop, start:stop]
             errors = torch.empty_like(inside)
-            groups = (torch.arange(start, stop) if order is None else order[start:stop]).div(size, rounding_mode="floor")
+            groups = (torch.arange(start, stop) if order is None else order[start:stop]).div(
+                size, rounding_mode="floor"
+            )
             for k, (group, pivot) in enumerate(zip(groups.tolist(), corner.diagonal().tolist(), strict=True)):
                 if order is None and (start + k) % size == 0:
                     fit(w[start + k : start + k + size], start + k)

@@ -78,9 +78,7 @@ def fit_grid(w: Tensor, bits: int, symmetric: bool, kind: GridKind, weight: Tens
     return mse_grid(w, bits, symmetric, weight)
 
 
-def affine_qtensor(
-    codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int, symmetric: bool
-) -> QTensor:
+def affine_qtensor(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int, symmetric: bool) -> QTensor:
     """Pack codes (`[out, in]`) and the scales and zero points of their groups (`[out, groups]`), all whole floats but
     the scales."""
     rows, columns = codes.shape

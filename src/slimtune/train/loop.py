@@ -56,7 +56,6 @@ class _CountingTrainer(CheckpointingTrainer):
         self.log_lines.tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
         return super().training_step(model, inputs, *args, **kwargs)
 
-
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         with chunked_loss(base_of(self.accelerator.unwrap_model(model))):
             return super().compute_loss(model, inputs, *args, **kwargs)

@@ -1,9 +1,9 @@
 """The loss of a language model without its logits: a few tokens' at a time, and none for tokens that are not learnt.
 
-The logits of a batch are the largest tensors of a training step: tokens times vocabulary, in the model's dtype, again in
-float32, and again for the gradient. Here the head runs inside the loss, over `CHUNK` tokens at a time, and the gradient
-to the hidden states is taken at once, while the chunk's probabilities are there. (The idea is Liger Kernel's fused linear
-cross-entropy, arXiv 2410.10989.)
+The logits of a batch are the largest tensors of a training step: tokens times vocabulary, in the model's dtype, again
+in float32, and again for the gradient. Here the head runs inside the loss, over `CHUNK` tokens at a time, and the
+gradient to the hidden states is taken at once, while the chunk's probabilities are there. (The idea is Liger Kernel's
+fused linear cross-entropy, arXiv 2410.10989.)
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        to_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        to_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        to_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        to_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
             logits = hidden[rows] @ weight.T
             if bias is not None:
                 logits += bias
-            log_p = log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+            log_p = log_softmax(logits, -1, dtype=wide)
             del logits
             label = labels[rows].unsqueeze(1)
             total = total - log_p.gather(1, label).sum()
@@ -92,7 +93,7 @@ def chunked_loss(model: nn.Module) -> Iterator[bool]:
     nothing. Yields whether it applies.
     """
     hf = cast(Any, model)
-    head = hf.get_output_embeddings()
+    head: Any = hf.get_output_embeddings()
     config = hf.config.get_text_config()
     odd = [getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")]
     if hf.config.is_encoder_decoder or type(head) is not nn.Linear or any(odd):
