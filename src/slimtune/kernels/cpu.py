@@ -1,8 +1,8 @@
 """Decoding on a CPU: codes become half-precision values a byte or two at a time, by looking them up.
 
 A table has an entry for every byte (every 12 bits where codes have three), as wide as the codes in it times 16 bits;
-one gather makes two or four values. Measured on one core, 1536 x 576 to bfloat16, against the reference: 1.5 to 2 times as
-fast, and what is left is mostly the scaling.
+one gather makes two or four values. Measured on one core, 1536 x 576 to bfloat16, against the reference: 1.5 to 2
+times as fast, and what is left is mostly the scaling.
 """
 
 from __future__ import annotations

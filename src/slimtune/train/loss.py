@@ -96,7 +96,8 @@ def chunked_loss(model: nn.Module) -> Iterator[bool]:
     head: Any = hf.get_output_embeddings()
     config = hf.config.get_text_config()
     odd = [getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")]
-    if hf.config.is_encoder_decoder or type(head) is not nn.Linear or any(odd):
+    plain = type(head) is nn.Linear
+    if hf.config.is_encoder_decoder or not plain or any(odd):
         yield False
         return
 
@@ -109,11 +110,10 @@ def chunked_loss(model: nn.Module) -> Iterator[bool]:
     ) -> Tensor:
         following = pad(labels, (0, 1), value=-100)[..., 1:].reshape(-1)
         hidden = logits.reshape(-1, logits.shape[-1])
-        weight, bias = head.weight, head.bias
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-        total = head_cross_entropy(hidden, weight, following, bias)
+        bias = None if head.bias is None else head.bias.to(hidden.dtype)
+        total = head_cross_entropy(hidden, head.weight.to(hidden.dtype), following, bias)
         count = (following >= 0).sum() if num_items_in_batch is None else num_items_in_batch
         return total / count
 
