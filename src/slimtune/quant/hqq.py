@@ -25,8 +25,7 @@ P, BETA, KAPPA, ROUNDS = 0.7, 10.0, 1.01, 20
 class Hqq:
     """Round to nearest between least and greatest weight, with zero points fitted by half-quadratic splitting.
 
-    A group keeps the best zero point on the way. Scales are not fitted. Zero points are no whole numbers, so
-    compressed-tensors cannot hold the result.
+    Scales are not fitted. Zero points are no whole numbers, so compressed-tensors cannot hold the result.
 
     Example:
         >>> w = torch.randn(8, 96, generator=torch.Generator().manual_seed(0))
@@ -59,18 +58,20 @@ class Hqq:
 
 
 def fit_zero(w: Tensor, bits: int) -> Grid:
-    """The grid of each row of `w` (`[groups, n]`): min-max scales, fitted zero points, bfloat16-representable both."""
-    scale = minmax_grid(w, bits, symmetric=False).scale
+    """The grid of each row of `w` (`[groups, n]`): min-max scales, fitted zero points, bfloat16-representable both.
+
+    The whole zero point of the min-max grid stays where the fitted one, as stored, has a greater squared error.
+    """
+    plain = minmax_grid(w, bits, symmetric=False)
+    scale = plain.scale
     zero = -w.amin(1, keepdim=True).clamp(max=0) / scale
-    best, least = zero, torch.full_like(zero, torch.inf)
-    for k in range(ROUNDS + 1):
-        grid = Grid(scale, zero, bits)
-        codes = grid.codes(w)
+    for k in range(ROUNDS):
+        codes = Grid(scale, zero, bits).codes(w)
         off = w - (codes - zero) * scale
         size = off.abs()
-        powers = size.pow(P - 1)  # infinite where nothing is off
-        error = torch.where(size > 0, size * powers, 0).sum(1, keepdim=True)
-        best, least = torch.where(error < least, zero, best), torch.minimum(error, least)
-        shrunk = off.sign() * (size - powers / (BETA * KAPPA**k)).clamp(min=0)
+        # Where nothing is off the power is infinite, and the difference is cut to 0.
+        shrunk = off.sign() * (size - size.pow(P - 1) / (BETA * KAPPA**k)).clamp(min=0)
         zero = (codes - (w - shrunk) / scale).mean(1, keepdim=True)
-    return Grid(scale, best.to(torch.bfloat16).to(w.dtype), bits)
+    fitted = Grid(scale, zero.to(torch.bfloat16).to(w.dtype), bits)
+    found, least = ((grid.nearest(w) - w).square().sum(1, keepdim=True) for grid in (fitted, plain))
+    return Grid(scale, torch.where(found <= least, fitted.zero, plain.zero), bits)

@@ -51,7 +51,7 @@ class Nf4:
         rows, columns = w.shape
         layout = Codebook(rows, columns, "nf4", group_width(self.block_size, columns))
         size = layout.group_size
-        blocks = pad(w, (0, layout.groups * size - columns)).view(rows, layout.groups, size)
+        blocks = pad(w, (0, layout.groups * size - columns)).reshape(rows, layout.groups, size)
         wanted = blocks.abs().amax(-1)
         low, high = wanted.amin(1, keepdim=True), wanted.amax(1, keepdim=True)
         offset = low.to(torch.bfloat16)
@@ -62,6 +62,7 @@ class Nf4:
         levels = torch.tensor(LEVELS["nf4"], dtype=w.dtype, device=w.device)
         between = (levels[1:] + levels[:-1]) / 2
         # Where the stored scale is 0 every level decodes to 0: any code will do.
-        codes = torch.bucketize(blocks / torch.where(scale > 0, scale, 1), between).view(rows, -1)[:, :columns]
+        nearest = torch.bucketize((blocks / torch.where(scale > 0, scale, 1)).contiguous(), between)
+        codes = nearest.view(rows, -1)[:, :columns]
         tensors = {"codes": pack(codes.to(torch.uint8), 4), "scale": coarse.to(torch.uint8).contiguous()}
         return QTensor({**tensors, "step": step, "offset": offset}, layout)
