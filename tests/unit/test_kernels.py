@@ -25,8 +25,9 @@ def test_dequantizing_equals_the_reference(bits: int, columns: int, dtype: torch
     got = dispatch.dequantize_affine(packed, scale, zero, **facts)
     assert torch.equal(got, reference.dequantize_affine(packed, scale, zero, **facts))
     group = torch.arange(columns) // 32
-    middle = 2 ** (bits - 1) if zero is None else zero.to(dtype)[:, group]
-    assert torch.equal(got, (codes.to(dtype) - middle) * scale.to(dtype)[:, group])
+    wide = torch.float32 if zeros == "float" else dtype
+    middle = 2 ** (bits - 1) if zero is None else zero.to(wide)[:, group]
+    assert torch.equal(got, ((codes.to(wide) - middle) * scale.to(wide)[:, group]).to(dtype))
     assert torch.equal(packed, before[0]) and torch.equal(scale, before[1])
 
 

@@ -21,8 +21,9 @@ def dequantize_affine(
     dtype: torch.dtype,
 ) -> Tensor:
     """As `slimtune.kernels.reference.dequantize_affine`."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    if codes.device.type == "cpu" and half and bits in TABLED and not torch.compiler.is_compiling():
+    whole = zero is None or not zero.is_floating_point()  # else the arithmetic is not in half precision
+    tabled = bits in TABLED and dtype in (torch.bfloat16, torch.float16)
+    if codes.device.type == "cpu" and whole and tabled and not torch.compiler.is_compiling():
         return scaled(unpack_half(codes, bits, in_features, dtype), scale, zero, bits, group_size)
     return reference.dequantize_affine(
         codes, scale, zero, bits=bits, group_size=group_size, in_features=in_features, dtype=dtype
