@@ -3,10 +3,11 @@
 from slimtune.quant.base import QTensor, Quantizer
 from slimtune.quant.linear import QuantLinear
 from slimtune.quant.optq import Optq
+from slimtune.quant.quip import Quip
 from slimtune.quant.rtn import Rtn
 from slimtune.tables import Table
 
-QUANTIZERS: Table[type[Quantizer]] = Table("slimtune.quantizers", {"rtn": Rtn, "optq": Optq})
+QUANTIZERS: Table[type[Quantizer]] = Table("slimtune.quantizers", {"rtn": Rtn, "optq": Optq, "quip": Quip})
 """Every quantizer by its recipe name. Adding one: a file in this folder, and a row here."""
 
 __all__ = ["QUANTIZERS", "QTensor", "QuantLinear", "Quantizer"]

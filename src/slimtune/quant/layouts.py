@@ -18,13 +18,19 @@ from torch import Tensor
 from slimtune.errors import FormatError, RecipeError
 from slimtune.kernels.reference import dequantize_affine
 from slimtune.linalg.packing import row_bytes
+from slimtune.quant.lattice import Lattice
 from slimtune.tables import Table
 
 
 class Layout(Protocol):
-    """What a layout offers. All tensors have dim 0 = out_features, so that a row slice is a valid smaller weight."""
+    """What a layout offers.
+
+    `rowwise` says that all tensors have dim 0 = out_features and a slice of their rows is a valid smaller weight. A
+    layout in a rotated basis, whose every stored row is a part of every row of the weight, is not.
+    """
 
     tag: ClassVar[str]
+    rowwise: ClassVar[bool]
 
     @property
     def out_features(self) -> int:
@@ -56,6 +62,7 @@ class Affine:
     """
 
     tag: ClassVar[str] = "affine"
+    rowwise: ClassVar[bool] = True
 
     out_features: int
     in_features: int
@@ -91,7 +98,7 @@ class Affine:
         )
 
 
-LAYOUTS: Table[type[Layout]] = Table("slimtune.layouts", {"affine": Affine})
+LAYOUTS: Table[type[Layout]] = Table("slimtune.layouts", {"affine": Affine, "e8p": Lattice})
 """Every layout by its tag. A third party's quantizer with a layout of its own registers it beside itself."""
 
 
