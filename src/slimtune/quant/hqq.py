@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slimtune.quant.base import QTensor, Stats
 from slimtune.quant.grid import Grid, minmax_grid
-from slimtune.quant.rtn import affine_qtensor, check_affine, group_width
+from slimtune.quant.rtn import AFFINE_BITS, affine_qtensor, check_affine, group_width
 
 P, BETA, KAPPA, ROUNDS = 0.7, 10.0, 1.01, 20
 """The norm, the pull on the auxiliary error, its growth and the rounds: the paper's, for every width."""
@@ -35,6 +35,7 @@ class Hqq:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    widths: ClassVar[tuple[int, ...]] = AFFINE_BITS
 
     bits: int = field(default=4, metadata={"help": "bits of a weight: 2, 3, 4 or 8"})
     group_size: int = field(default=64, metadata={"help": "input features that share a scale; -1: a whole row"})

@@ -20,13 +20,19 @@ from slimtune.kernels.dispatch import dequantize_affine
 from slimtune.kernels.reference import dequantize_codebook
 from slimtune.linalg.levels import LEVELS
 from slimtune.linalg.packing import row_bytes
+from slimtune.quant.lattice import Lattice
 from slimtune.tables import Table
 
 
 class Layout(Protocol):
-    """What a layout offers. All tensors have dim 0 = out_features, so that a row slice is a valid smaller weight."""
+    """What a layout offers.
+
+    `rowwise` says that all tensors have dim 0 = out_features and a slice of their rows is a valid smaller weight. A
+    layout in a rotated basis, whose every stored row is a part of every row of the weight, is not.
+    """
 
     tag: ClassVar[str]
+    rowwise: ClassVar[bool]
 
     @property
     def out_features(self) -> int:
@@ -59,6 +65,7 @@ class Affine:
     """
 
     tag: ClassVar[str] = "affine"
+    rowwise: ClassVar[bool] = True
 
     out_features: int
     in_features: int
@@ -114,6 +121,7 @@ class Codebook:
     """
 
     tag: ClassVar[str] = "codebook"
+    rowwise: ClassVar[bool] = True
 
     out_features: int
     in_features: int
@@ -156,7 +164,7 @@ class Codebook:
         )
 
 
-LAYOUTS: Table[type[Layout]] = Table("slimtune.layouts", {"affine": Affine, "codebook": Codebook})
+LAYOUTS: Table[type[Layout]] = Table("slimtune.layouts", {"affine": Affine, "codebook": Codebook, "e8p": Lattice})
 """Every layout by its tag. A third party's quantizer with a layout of its own registers it beside itself."""
 
 

@@ -23,7 +23,7 @@ from slimtune.errors import RecipeError, ShapeError
 from slimtune.linalg.hessian import inverse_cholesky
 from slimtune.quant.base import QTensor, Stats
 from slimtune.quant.refine import descend_, refit
-from slimtune.quant.rtn import GridKind, affine_qtensor, check_affine, fit_grid, group_width
+from slimtune.quant.rtn import AFFINE_BITS, GridKind, affine_qtensor, check_affine, fit_grid, group_width
 
 BLOCK = 128
 """Columns whose corrections are gathered before the rest of the weight is touched (a speed choice, not a result)."""
@@ -44,6 +44,7 @@ class Optq:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+    widths: ClassVar[tuple[int, ...]] = AFFINE_BITS
 
     bits: int = field(default=4, metadata={"help": "bits of a weight: 2, 3, 4 or 8"})
     group_size: int = field(default=64, metadata={"help": "input features that share a scale; -1: a whole row"})

@@ -30,6 +30,7 @@ class Rtn:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    widths: ClassVar[tuple[int, ...]] = AFFINE_BITS
 
     bits: int = field(default=4, metadata={"help": "bits of a weight: 2, 3, 4 or 8"})
     group_size: int = field(default=64, metadata={"help": "input features that share a scale; -1: a whole row"})
