@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from oracles import bfloat16, minmax_levels, split
 from torch import nn
 
+from oracles import bfloat16, minmax_levels, split
 from slimtune.errors import FormatError
 from slimtune.export.compressed_tensors import schemes_of
 from slimtune.quant.hqq import Hqq

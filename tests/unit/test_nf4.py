@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from oracles import bfloat16, split
 
+from oracles import bfloat16, split
 from slimtune.errors import FormatError, RecipeError
 from slimtune.linalg.levels import LEVELS, normal_float
 from slimtune.linalg.packing import unpack
