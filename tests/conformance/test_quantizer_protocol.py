@@ -164,9 +164,8 @@ def test_a_weight_takes_its_bits_and_its_share_of_scale_and_zero_point(name: str
     if not isinstance(q.layout, Affine):
         pytest.skip("not an affine layout")
     # Scales are bfloat16; zero points are bytes, or bfloat16 where they are no whole numbers.
-    assert q.bits_per_weight == bits + (16 + (16 if q.layout.float_zero else 8)) / (
-        group_size if group_size > 0 else 256
-    )
+    share = 16 + (16 if q.layout.float_zero else 8)
+    assert q.bits_per_weight == bits + share / (group_size if group_size > 0 else 256)
 
 
 @each

@@ -15,7 +15,7 @@ def normal_float(bits: int) -> tuple[float, ...]:
     itself; divided by the largest. Rounded to seven decimals, so that they are the same on every machine.
 
     >>> normal_float(2)
-    (-1.0, 0.0, 0.3384607, 1.0)
+    (-1.0, 0.0, 0.3379152, 1.0)
     """
     half = 2 ** (bits - 1)
 
