@@ -1,4 +1,4 @@
-"""WikiText-2 perplexity of SmolLM2-135M at 4, 3 and 2 bits: slimtune's rtn and optq beside GPTQModel and HQQ.
+"""WikiText-2 perplexity of SmolLM2-135M at 4, 3 and 2 bits: slimtune's quantizers beside GPTQModel and HQQ.
 
 Every arm quantizes the same float32 model with the same calibration windows (C4, 512 tokens each) in a process of its
 own, and writes back plain float32 weights; one evaluator then scores all of them: token perplexity over windows of 512
@@ -17,6 +17,8 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +30,22 @@ from slimtune.calib.rows import DataSource, read_rows, read_text
 from slimtune.evaluate.perplexity import perplexity
 from slimtune.export.load import load, locate
 from slimtune.kernels.precision import fast_forward
+from slimtune.quant import QUANTIZERS
 from slimtune.recipe.run import environment
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 
 
-def arms(peers: Path | None) -> dict[str, tuple[str, str, list[str]]]:
-    """Name to (interpreter, script, further arguments)."""
+def arms(peers: Path | None, methods: Sequence[str], bits: int, group: int) -> dict[str, tuple[str, str, list[str]]]:
+    """Name to (interpreter, script, further arguments), of what there is at this width and group."""
     ours = str(HERE / "slimtune_arm.py")
-    found: dict[str, tuple[str, str, list[str]]] = {
-        "slimtune optq": (sys.executable, ours, ["--method", "optq"]),
-    }
+    found: dict[str, tuple[str, str, list[str]]] = {}
+    for method in methods:
+        names, kind = {field.name for field in fields(QUANTIZERS[method])}, QUANTIZERS[method]
+        grouped = bool(names & {"group_size", "block_size"}) or group == 64  # without groups: once
+        if grouped and bits in (kind.widths if "bits" in names else (4,)):
+            found[f"slimtune {method}"] = (sys.executable, ours, ["--method", method])
     for name, folder, script, more in (
         ("GPTQModel", "gptq", "gptqmodel_arm.py", []),
         ("GPTQModel mse", "gptq", "gptqmodel_arm.py", ["--mse", "2.4"]),
@@ -51,7 +57,6 @@ def arms(peers: Path | None) -> dict[str, tuple[str, str, list[str]]]:
             print(f"left out: {name} (no environment at {python})")
         else:
             found[name] = (str(python), str(HERE / "peers" / script), more)
-    found["slimtune rtn"] = (sys.executable, ours, ["--method", "rtn"])
     return found
 
 
@@ -88,6 +93,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/benchmark-quantize"))
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--groups", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--methods", nargs="+", default=["optq", "quip", "rtn"], help="slimtune's")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=120_000)
     parser.add_argument("--timing", action="store_true")
@@ -120,7 +126,7 @@ def main() -> None:
     del loaded
     for bits in arguments.bits:
         for group in arguments.groups:
-            for name, arm in arms(arguments.peers).items():
+            for name, arm in arms(arguments.peers, arguments.methods, bits, group).items():
                 key = f"{name.replace(' ', '-').lower()}-b{bits}-g{group}"
                 facts = run_arm(arm, arguments.work / key, [*common, "--bits", str(bits), "--group-size", str(group)])
                 value = score(str(arguments.work / key), tokens, arguments.work, key)
@@ -142,7 +148,7 @@ def main() -> None:
 def _timing(arguments: argparse.Namespace, common: list[str], header: dict[str, Any]) -> None:
     rows = []
     for repeat in range(arguments.repeats):
-        for name, arm in arms(arguments.peers).items():
+        for name, arm in arms(arguments.peers, ["optq"], 4, 128).items():
             if name in ("slimtune optq", "GPTQModel"):
                 out = arguments.work / f"timing-{name.replace(' ', '-').lower()}-{repeat}"
                 facts = run_arm(arm, out, [*common, "--bits", "4", "--group-size", "128"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -43,7 +44,10 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     more = {k: json.loads(v) if v[0] in "tf0123456789" else v for k, v in (o.split("=") for o in arguments.options)}
-    method = QUANTIZERS[arguments.method](bits=arguments.bits, group_size=arguments.group_size, **more)
+    kind = QUANTIZERS[arguments.method]
+    known = {field.name for field in fields(kind)}  # quip has no groups, nf4 one width
+    asked = {"bits": arguments.bits, "group_size": arguments.group_size, "block_size": arguments.group_size}
+    method = kind(**{key: value for key, value in asked.items() if key in known}, **more)
     tokens = load_file(arguments.tokens)["tokens"][: arguments.samples]
     meter = Meter()
     with meter:  # loading is inside: it is part of a streamed quantization

@@ -1,34 +1,47 @@
-"""Fast kernels give the reference's bits."""
+"""Fast kernels give the reference's bits, and those of the formula."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
 
-from slimtune.kernels import cpu, dispatch, reference
-from slimtune.linalg.packing import pack
+from slimtune.kernels import cpu, dispatch
+from slimtune.kernels.reference import apply_grid_
+from slimtune.linalg.packing import pack, unpack
+
+each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+each_width = pytest.mark.parametrize("columns", [1, 31, 37, 64, 100, 192])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("columns", [1, 31, 37, 64, 100, 192])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("zeros", ["none", "whole", "float"])
-def test_dequantizing_equals_the_reference(bits: int, columns: int, dtype: torch.dtype, zeros: str) -> None:
-    codes, groups = torch.randint(0, 2**bits, (5, columns), dtype=torch.uint8), -(-columns // 32)
-    zero = {"none": None, "whole": torch.randint(0, 2**bits, (5, groups)).byte(), "float": torch.rand(5, groups)}[zeros]
-    scale = torch.rand(5, groups).bfloat16()
-    facts: dict[str, Any] = {"bits": bits, "group_size": 32, "in_features": columns, "dtype": dtype}
+@each_width
+@each_dtype
+def test_unpacking_equals_the_reference(bits: int, columns: int, dtype: torch.dtype) -> None:
+    codes = torch.randint(0, 2**bits, (5, columns), dtype=torch.uint8)
     packed = pack(codes, bits)
-    before = packed.clone(), scale.clone()
-    got = dispatch.dequantize_affine(packed, scale, zero, **facts)
-    assert torch.equal(got, reference.dequantize_affine(packed, scale, zero, **facts))
+    before = packed.clone()
+    got = dispatch.unpack_as(packed, bits, columns, dtype)
+    assert torch.equal(got, unpack(packed, bits, columns).to(dtype)) and got.dtype == dtype
+    assert torch.equal(got, codes.to(dtype))
+    got.fill_(-1)  # it is nobody else's, and no table's
+    assert torch.equal(packed, before) and torch.equal(
+        dispatch.unpack_as(packed, bits, columns, dtype), codes.to(dtype)
+    )
+
+
+@each_width
+@each_dtype
+@pytest.mark.parametrize("zeros", ["none", "whole", "float"])
+def test_a_grid_is_applied_as_the_formula_says(columns: int, dtype: torch.dtype, zeros: str) -> None:
+    codes, groups = torch.randint(0, 8, (5, columns)).to(dtype), -(-columns // 32)
+    zero = {"none": None, "whole": torch.randint(0, 8, (5, groups)).byte(), "float": torch.rand(5, groups)}[zeros]
+    scale = torch.rand(5, groups).bfloat16()
+    kept = scale.clone()
     group = torch.arange(columns) // 32
-    wide = torch.float32 if zeros == "float" else dtype
-    middle = 2 ** (bits - 1) if zero is None else zero.to(wide)[:, group]
-    assert torch.equal(got, ((codes.to(wide) - middle) * scale.to(wide)[:, group]).to(dtype))
-    assert torch.equal(packed, before[0]) and torch.equal(scale, before[1])
+    middle = 4 if zero is None else zero.to(dtype)[:, group]
+    wanted = (codes - middle) * scale.to(dtype)[:, group]
+    assert torch.equal(apply_grid_(codes, scale, zero, bits=3, group_size=32), wanted)
+    assert torch.equal(scale, kept)
 
 
 def test_half_precision_on_a_cpu_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +51,5 @@ def test_half_precision_on_a_cpu_is_looked_up(monkeypatch: pytest.MonkeyPatch) -
     for bits in (2, 3, 4, 8):
         packed = pack(torch.randint(0, 2**bits, (5, 64), dtype=torch.uint8), bits)
         for dtype in (torch.float32, torch.bfloat16):
-            dispatch.dequantize_affine(
-                packed, torch.ones(5, 2), None, bits=bits, group_size=32, in_features=64, dtype=dtype
-            )
+            dispatch.unpack_as(packed, bits, 64, dtype)
     assert seen == [2, 3, 4]

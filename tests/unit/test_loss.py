@@ -43,6 +43,24 @@ def test_nothing_to_learn_is_no_loss() -> None:
     assert float(value.detach()) == 0 and hidden.grad is not None and not bool(hidden.grad.any())
 
 
+def test_no_gradient_is_made_that_nobody_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    plain = torch.Tensor.scatter_add_
+
+    def counted(self: Tensor, *args: Any) -> Tensor:
+        made.append(1)
+        return plain(self, *args)
+
+    monkeypatch.setattr(torch.Tensor, "scatter_add_", counted)
+    hidden, head, labels = torch.randn(3, 4), torch.randn(6, 4, requires_grad=True), torch.tensor([0, 1, 5])
+    with torch.no_grad():
+        value = head_cross_entropy(hidden, head, labels)
+    assert not made
+    head_cross_entropy(hidden, head, labels)
+    assert made == [1]
+    torch.testing.assert_close(value, cross_entropy(hidden @ head.detach().T, labels, reduction="sum"))
+
+
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

@@ -101,6 +101,16 @@ def test_a_group_size_is_refused_only_where_it_divides_nothing(config_only: Path
     planned(config_only, {"quantize": {"group_size": -1}})
 
 
+@pytest.mark.parametrize(("method", "fault"), [("nf4", "'codebook'"), ("quip", "'e8p'"), ("hqq", "not whole numbers")])
+def test_what_compressed_tensors_cannot_hold_is_said_before_anything_runs(
+    config_only: Path, method: str, fault: str
+) -> None:
+    step = {"quantize": {"method": method}}
+    planned(config_only, step, {"export": {"format": "safetensors"}})
+    with pytest.raises(RecipeError, match=rf"cannot hold what this method makes(.|\n)*{method}: (.|\n)*{fault}"):
+        planned(config_only, step, {"export": {"format": "compressed-tensors"}})
+
+
 def test_calibration_text_is_asked_for_when_a_method_needs_it(config_only: Path) -> None:
     with pytest.raises(RecipeError, match=r"optq needs calibration text(.|\n)*pydocs(.|\n)*rtn"):
         planned(config_only, QUANTIZE, data={})

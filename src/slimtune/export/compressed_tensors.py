@@ -21,7 +21,7 @@ from slimtune.export.load import read_model
 from slimtune.export.peft import PeftExporter
 from slimtune.linalg.packing import pack
 from slimtune.lora.attach import has_adapter, load_adapter, plain
-from slimtune.quant.layouts import Affine
+from slimtune.quant.layouts import Affine, Layout
 from slimtune.quant.linear import QuantLinear
 
 PACKAGE, OLDEST = "compressed-tensors", "0.17"
@@ -104,7 +104,7 @@ def schemes_of(layers: dict[str, QuantLinear]) -> dict[Scheme, list[str]]:
         raise RecipeError(
             "there are no packed weights to export", remedy="put a quantize step before, or export safetensors"
         )
-    faults = [f"{name}: {fault}" for name, layer in layers.items() if (fault := _fault(layer))]
+    faults = [f"{name}: {fault}" for name, layer in layers.items() if (fault := fault_of(layer.layout))]
     if faults:
         raise FormatError("compressed-tensors cannot hold these layers", got="\n          ".join(faults), remedy=REMEDY)
     layouts = {name: cast(Affine, layer.layout) for name, layer in layers.items()}
@@ -183,8 +183,8 @@ def packed_layer(layer: QuantLinear, dtype: torch.dtype) -> dict[str, Tensor]:
     return packed
 
 
-def _fault(layer: QuantLinear) -> str:
-    layout = layer.layout
+def fault_of(layout: Layout) -> str:
+    """Why compressed-tensors cannot hold weights of this layout; empty where it can."""
     if not isinstance(layout, Affine):
         return f"its layout is '{layout.tag}', not affine"
     if layout.float_zero:

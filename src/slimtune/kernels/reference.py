@@ -10,49 +10,26 @@ from torch import Tensor
 from slimtune.linalg.packing import unpack
 
 
-def dequantize_affine(
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    *,
-    bits: int,
-    group_size: int,
-    in_features: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`W[o, i] = (q[o, i] - zero[o, g]) * scale[o, g]` with `g = i // group_size`, as `dtype [out, in_features]`.
+def apply_grid_(codes: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int, group_size: int) -> Tensor:
+    """`W[o, i] = (q[o, i] - zero[o, g]) * scale[o, g]` with `g = i // group_size`, in the memory of `codes`.
 
     Args:
-        codes: packed codes, uint8 `[out, row_bytes(in_features, bits)]`.
+        codes: unpacked, `[out, in]`, of the dtype that the arithmetic runs in and the weight is wanted in (whole codes
+            and zero points are exact in bfloat16); changed.
         scale: `[out, groups]`, any float dtype.
         zero: `[out, groups]`, integer or float; `None` means `2**(bits - 1)` everywhere (symmetric grids).
         bits: width of a code.
         group_size: input features that share a scale; the last group may be shorter.
-        in_features: columns of the weight.
-        dtype: dtype of the result; the arithmetic runs in it where codes less zero points are whole numbers, which are
-            exact in bfloat16, and else in float32 at least, so that there is one rounding.
     """
-    if zero is not None and zero.is_floating_point() and dtype.itemsize < 4:
-        exact = dequantize_affine(
-            codes, scale, zero, bits=bits, group_size=group_size, in_features=in_features, dtype=torch.float32
-        )
-        return exact.to(dtype)
-    q = unpack(codes, bits, in_features).to(dtype)
-    return scaled(q, scale, zero, bits, group_size)
-
-
-def scaled(q: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int) -> Tensor:
-    """`(q - zero) * scale` group by group, in the memory and the dtype of `q` (`[out, in]`)."""
-    dtype, in_features = q.dtype, q.shape[1]
-    z = 2 ** (bits - 1) if zero is None else zero.to(dtype)
-    s = scale.to(dtype)
-    rows, groups = scale.shape
+    z = 2 ** (bits - 1) if zero is None else zero.to(codes.dtype)
+    s = scale.to(codes.dtype)
+    (rows, groups), in_features = scale.shape, codes.shape[1]
     if groups * group_size == in_features:
         if zero is not None:
             z = z.unsqueeze(-1)
-        return q.view(rows, groups, group_size).sub_(z).mul_(s.unsqueeze(-1)).view(rows, in_features)
-    group = torch.arange(in_features, device=q.device) // group_size
-    return q.sub_(z if zero is None else z[:, group]).mul_(s[:, group])
+        return codes.view(rows, groups, group_size).sub_(z).mul_(s.unsqueeze(-1)).view(rows, in_features)
+    group = torch.arange(in_features, device=codes.device) // group_size
+    return codes.sub_(z if zero is None else z[:, group]).mul_(s[:, group])
 
 
 def dequantize_codebook(

@@ -15,13 +15,15 @@ import torch
 
 from slimtune.arch import ModelMap, Space, bind
 from slimtune.calib.rows import FILES, DataSource, read_rows
+from slimtune.calib.stats import STATISTICS
 from slimtune.errors import RecipeError, nearest
 from slimtune.evaluate.inference import require_positions
 from slimtune.export import EXPORTERS
+from slimtune.export.compressed_tensors import fault_of
 from slimtune.export.load import DTYPES, empty_model, model_config
 from slimtune.kernels.precision import bfloat16_units
 from slimtune.lora.attach import resolve_targets
-from slimtune.quant import QUANTIZERS, Quantizer
+from slimtune.quant import QUANTIZERS, QTensor, Quantizer
 from slimtune.quant.apply import all_linear
 from slimtune.recipe.legality import State, check_order
 from slimtune.recipe.schema import Evaluate, Export, Lora, Quantize, Recipe, Step, Train, build, to_dict
@@ -177,9 +179,16 @@ def _check_fit(step: Step, number: int, recipe: Recipe, model: Any, modelmap: Mo
 
 
 def _check_packable(step: Quantize, later: tuple[Step, ...], modelmap: ModelMap, where: str) -> None:
-    """compressed-tensors has no shorter last group: say so before hours of work, not after."""
+    """compressed-tensors holds affine weights without a shorter last group: say so before hours of work, not after."""
     group = step.options.get("group_size", -1)
     wanted = any(isinstance(s, Export) and s.format == "compressed-tensors" for s in later)
+    if wanted and (fault := fault_of(_sample(quantizer_of(step, where)).layout)):
+        raise RecipeError(
+            "compressed-tensors cannot hold what this method makes",
+            where=f"{where}.method",
+            got=f"{step.method}: {fault}",
+            remedy="use rtn or optq, or export safetensors",
+        )
     ragged = [p.name for p in modelmap.linears if group > 0 and group < p.in_features and p.in_features % group]
     if wanted and ragged:
         raise RecipeError(
@@ -208,6 +217,16 @@ def _check_quantize(step: Quantize, modelmap: ModelMap, where: str) -> dict[str,
             remedy=f"use {' or '.join(map(str, divisors)) or '-1 (whole rows)'}",
         )
     return {"bits": _stored_bits(method, step, group), "needs_data": bool(method.needs)}
+
+
+def _sample(method: Quantizer) -> QTensor:
+    """What the method makes of a small weight of zeros and independent inputs."""
+    stats = {}
+    for name in method.needs:
+        statistic = STATISTICS[name](64, torch.device("cpu"))
+        statistic.update(torch.eye(64))
+        stats[name] = statistic.result()
+    return method(torch.zeros(8, 64), stats)
 
 
 def _stored_bits(method: Quantizer, step: Quantize, group: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -56,9 +56,16 @@ class _CountingTrainer(CheckpointingTrainer):
         self.log_lines.tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
         return super().training_step(model, inputs, *args, **kwargs)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        with chunked_loss(base_of(self.accelerator.unwrap_model(model))):
-            return super().compute_loss(model, inputs, *args, **kwargs)
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        base = base_of(self.accelerator.unwrap_model(model))
+        with nullcontext() if return_outputs else chunked_loss(base):  # who wants outputs wants true logits
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
 class _HeldOut(TrainerCallback):

@@ -29,7 +29,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden.device)
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         to_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        to_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        to_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
             logits = hidden[rows] @ weight.T
@@ -39,6 +39,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
             del logits
             label = labels[rows].unsqueeze(1)
             total = total - log_p.gather(1, label).sum()
+            if not any(ctx.needs_input_grad):
+                continue
             # The gradient of the sum: softmax minus one at the label.
             grad = log_p.exp_().scatter_add_(1, label, torch.full_like(label, -1, dtype=log_p.dtype)).to(hidden.dtype)
             if to_hidden is not None:
@@ -81,6 +83,8 @@ def head_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Ten
     learnt = (labels >= 0).nonzero().squeeze(1)
     if len(learnt) < len(labels):
         hidden, labels = hidden[learnt], labels[learnt]
+    if not torch.is_grad_enabled():  # a function is asked for gradients by its inputs alone
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     return cast(Tensor, _HeadCrossEntropy.apply(hidden, weight, bias, labels))
 
 
