@@ -65,7 +65,7 @@ def run(model_folder: str, arm: str, steps: int) -> dict[str, Any]:
             optimizer.zero_grad(set_to_none=True)
             seconds.append(round(time.process_time() - start, 3))
             losses.append(round(float(loss.detach()), 4))
-    return {"arm": arm, "cpu_seconds": min(seconds[1:]), "steps": seconds, "losses": losses, **meter.facts()}
+    return {"arm": arm, "step_cpu_seconds": min(seconds[1:]), "steps": seconds, "losses": losses, **meter.facts()}
 
 
 def main() -> None:
@@ -90,7 +90,8 @@ def main() -> None:
             facts = json.loads(done.stdout.splitlines()[-1])
             rows.append({"repeat": repeat, **facts})
             print(
-                f"{arm:14} {facts['cpu_seconds']:.2f} CPU s a step, {facts['peak_rss_bytes'] / 1e9:.2f} GB", flush=True
+                f"{arm:14} {facts['step_cpu_seconds']:.2f} CPU s a step, {facts['peak_rss_bytes'] / 1e9:.2f} GB",
+                flush=True,
             )
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps({"environment": environment(), "seed": 0, "rows": rows}, indent=1) + "\n")
