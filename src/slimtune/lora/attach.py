@@ -23,6 +23,8 @@ from slimtune.arch import ModelMap, bind
 from slimtune.errors import FormatError, RecipeError, nearest
 from slimtune.lora.fused import fused_lora
 from slimtune.quant.linear import QuantLinear
+from slimtune.rotate.online import attach_online_
+from slimtune.rotate.record import require_basis, rotation_of, write_hash
 
 
 class LoraQuantLinear(PeftLoraLinear):
@@ -114,15 +116,31 @@ def add_lora(
         wrapped = cast(PeftModel, get_peft_model(cast(Any, model), config))
     if base_name:  # PEFT puts the folder that the model was loaded from
         wrapped.peft_config["default"].base_model_name_or_path = base_name
+    attach_online_(wrapped.get_base_model(), modelmap)
     return wrapped
 
 
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the active adapter to the existing `folder`, as PEFT does, with the hash of the basis it was trained in."""
+    # Only linears are adapted. Left to itself, PEFT asks the hub whether the vocabulary has grown.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    basis = rotation_of(model)
+    if basis is not None:
+        write_hash(basis, folder)
+
+
 def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> PeftModel:
-    """`model` with the stock PEFT adapter in `folder`. Raises `FormatError` when it is not one, or does not fit."""
+    """`model` with the stock PEFT adapter in `folder`.
+
+    Raises `FormatError` when it is not one, does not fit, or was trained in another basis than the model's.
+    """
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
         raise FormatError(
             "not an adapter folder", where=str(folder), wanted="adapter_config.json and adapter_model.safetensors"
         )
+    require_basis(model, folder)
+    modelmap = bind(model)
     try:
         config = LoraConfig.from_pretrained(str(folder))
         name = config.base_model_name_or_path
@@ -132,6 +150,7 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
     except (ValueError, TypeError, RuntimeError, KeyError, OSError) as error:
         raise FormatError("the adapter does not fit the model", where=str(folder), got=str(error)[:300]) from error
     wrapped.peft_config["default"].base_model_name_or_path = name
+    attach_online_(wrapped.get_base_model(), modelmap)
     return wrapped
 
 

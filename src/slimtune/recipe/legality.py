@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from slimtune.errors import RecipeError
-from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Quantize, Recipe, Step, Train
+from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Quantize, Recipe, Rotate, Step, Train
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,8 @@ class State:
 
     quantized: bool = False
     adapter: bool = False
+    rotated: bool = False
+    online: tuple[str, ...] = ()
 
 
 def check_order(recipe: Recipe, start: State = State()) -> list[State]:
@@ -31,6 +33,12 @@ def check_order(recipe: Recipe, start: State = State()) -> list[State]:
 
 def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | None:
     match step:
+        case Rotate() if state.rotated:
+            return "the model is rotated already", "keep one rotate step: a second rotation adds nothing"
+        case Rotate() if state.quantized:
+            return "packed weights cannot be rotated", "put rotate before quantize"
+        case Rotate() if state.adapter:
+            return "a model with an adapter cannot be rotated", "put rotate before lora, or merge: {} before rotate"
         case Quantize() if state.quantized:
             return "the model is quantized already", "keep one quantize step, or merge: {} before the second"
         case Quantize() if state.adapter:
@@ -47,6 +55,11 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
             return "there is no adapter to export", "put export: {format: peft} after lora, before merge"
         case Export(format="compressed-tensors") if not state.quantized:
             return "there are no packed weights to export", "put a quantize step before, or export safetensors"
+        case Export(format="safetensors" | "compressed-tensors") if state.online:
+            return (
+                f"no other engine runs the online transform {', '.join(state.online)}: it would load another model",
+                "rotate with online: [], or keep the run's own model folder",
+            )
         case Evaluate() if not (step.perplexity or step.tasks or step.speed):
             return "evaluate has nothing to measure", "give it perplexity, tasks or speed: true"
     return None
@@ -54,10 +67,12 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
 
 def _after(step: Step, state: State) -> State:
     match step:
+        case Rotate():
+            return replace(state, rotated=True, online=step.online)
         case Quantize():
             return replace(state, quantized=True)
         case Lora():
             return replace(state, adapter=True)
         case Merge():
-            return State()
+            return replace(state, quantized=False, adapter=False)
     return state

@@ -78,7 +78,7 @@ class Change:
         if inverse:
             x = x if self.reads is None else self.reads(x, inverse=True)
             if gain is not None and not bool(gain.all()):
-                raise FormatError("a norm has a gain of zero: what was learnt behind it has no place before the rotation")
+                raise FormatError("a norm has a gain of zero: what was learnt behind it cannot leave the rotation")
             return x if gain is None else x / gain
         x = x if gain is None else x * gain
         return x if self.reads is None else self.reads(x)

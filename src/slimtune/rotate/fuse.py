@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -82,20 +82,11 @@ def rotate_(
     before = _probe(model, modelmap)
     gains = {norm.name: gain for norm in modelmap.norms if (gain := _gain(model, norm)) is not None}
     obstacle = _obstacle(model, modelmap, gains)
-    basis = Basis(
-        rotation,
-        width=modelmap.sizes[Space.RESIDUAL],
-        kv_heads=modelmap.kv_heads,
-        head_dim=modelmap.head_dim,
-        attentions=len(modelmap.attentions),
-        residual=not obstacle,
-        level=any(norm.kind == "layer" for norm in modelmap.norms),
-        gains={} if obstacle else _folded(modelmap, gains),
-    )
+    basis = _basis(modelmap, rotation, {} if obstacle else gains, residual=not obstacle)
     if obstacle and not basis.attentions:
         raise RecipeError("nothing of this model can be rotated", got=obstacle)
     if learned is not None:
-        basis = Basis(**{**vars(basis), "learned": learned(basis)})
+        basis = replace(basis, learned=learned(basis))
     turned = changes(modelmap, basis)
     untied = _untie_(model, modelmap, turned)
     done = {port.name for port in modelmap.ports if port.tied_to is not None and port.name not in untied}
@@ -105,9 +96,7 @@ def rotate_(
         if progress is not None:
             progress(number, len(modelmap.ports))
     for norm in modelmap.norms:
-        if norm.name in basis.gains:
-            _plain_(model.get_submodule(norm.name), norm, basis)
-        elif norm.kind == "layer" and norm.feeds and basis.residual:
+        if norm.feeds and basis.residual:
             _plain_(model.get_submodule(norm.name), norm, basis)
     mark_(model, basis)
     attach_online_(model, modelmap)
@@ -133,12 +122,27 @@ def rotate_(
     )
 
 
+def _basis(modelmap: ModelMap, rotation: Rotation, gains: dict[str, Tensor], *, residual: bool) -> Basis:
+    """The basis that `rotation` takes the model to. Of its gains those are folded that are not all one."""
+    feeding = {norm.name for norm in modelmap.norms if norm.feeds}
+    return Basis(
+        rotation,
+        width=modelmap.sizes[Space.RESIDUAL],
+        kv_heads=modelmap.kv_heads,
+        head_dim=modelmap.head_dim,
+        attentions=len(modelmap.attentions),
+        residual=residual,
+        level=any(norm.kind == "layer" for norm in modelmap.norms),
+        gains={name: gain for name, gain in gains.items() if name in feeding and not bool((gain == 1).all())},
+    )
+
+
 def _rotatable(model: nn.Module, modelmap: ModelMap) -> dict[str, nn.Module]:
     """The module of each port, all of them plain and loaded."""
     if rotation_of(model) is not None:
         raise RecipeError("the model is rotated already", remedy="a second rotation adds nothing: keep the first")
     modules = dict(model.named_modules(remove_duplicate=False))
-    found = {}
+    found: dict[str, nn.Module] = {}
     for port in modelmap.ports:
         module = modules.get(port.name)
         if not isinstance(module, nn.Linear | nn.Embedding) or not module.weight.is_floating_point():
@@ -170,9 +174,9 @@ def _obstacle(model: nn.Module, modelmap: ModelMap, gains: dict[str, Tensor]) ->
         even = gain is None or bool((gain == gain[0]).all())
         if not norm.feeds and not norm.follows:
             return f"{norm.name} stands in the residual stream, and its gain and bias in no linear"
-        if Space.RESIDUAL in writes and not even:
-            return f"{norm.name} scales what it adds to the residual stream, channel by channel, and no linear follows it"
         bias = _bias(model.get_submodule(norm.name))
+        if Space.RESIDUAL in writes and not (even and bias is None):
+            return f"{norm.name} scales channels of what is added to the residual stream, and no linear follows it"
         if norm.feeds and bias is not None and gain is not None and bool((bias[gain == 0] != 0).any()):
             return f"{norm.name} has a bias where its gain is zero"
     return ""
@@ -180,12 +184,6 @@ def _obstacle(model: nn.Module, modelmap: ModelMap, gains: dict[str, Tensor]) ->
 
 def _bias(module: nn.Module) -> nn.Parameter | None:
     return dict(module.named_parameters(recurse=False)).get("bias")
-
-
-def _folded(modelmap: ModelMap, gains: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gains that move into linears: those of norms that feed some, and are not all one."""
-    feeding = {norm.name for norm in modelmap.norms if norm.feeds}
-    return {name: gain for name, gain in gains.items() if name in feeding and not bool((gain == 1).all())}
 
 
 def _untie_(model: nn.Module, modelmap: ModelMap, turned: dict[str, Change]) -> list[str]:

@@ -1,7 +1,7 @@
 """Transforms that stay in the model: R4, a Hadamard transform of what the last linear of a feed-forward layer reads.
 
 Activations behind a gate have the worst outliers of a model, and no linear before them could take the transform in. So
-it runs in every forward pass, as a hook of whatever module stands at the port, and its inverse is in that port's weight.
+it runs in every forward pass, as a hook of whatever module stands at the port; its inverse is in that port's weight.
 """
 
 from __future__ import annotations
@@ -38,4 +38,3 @@ def attach_online_(model: nn.Module, modelmap: ModelMap) -> tuple[Port, ...]:
     for port in ports:
         model.get_submodule(port.name).register_forward_pre_hook(OnlineTransform(), prepend=True)
     return ports
-

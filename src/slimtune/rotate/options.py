@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from slimtune.errors import RecipeError
 
@@ -19,6 +19,8 @@ class Rotation:
     random orthogonal matrix.
     """
 
+    least_seed: ClassVar[int] = 0
+
     kind: Literal["hadamard", "orthogonal"] = field(
         default="hadamard", metadata={"help": "hadamard with random signs, or orthogonal: a random matrix"}
     )
@@ -28,8 +30,9 @@ class Rotation:
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise RecipeError("seed out of range", where="seed", got=self.seed, wanted="0 to 4294967295")
+        if not self.least_seed <= self.seed < 2**32:
+            wanted = f"{self.least_seed} to 4294967295"
+            raise RecipeError("seed out of range", where="seed", got=self.seed, wanted=wanted)
         unknown = [name for name in self.online if name not in ONLINE]
         if unknown:
-            raise RecipeError("there is no such online transform", where="online", got=unknown[0], wanted=", ".join(ONLINE))
+            raise RecipeError("no such online transform", where="online", got=unknown[0], wanted=", ".join(ONLINE))

@@ -82,8 +82,8 @@ def read_hash(folder: Path) -> str | None:
 def read_rotation(folder: Path, config: Any) -> Basis | None:
     """The basis of the model in `folder`, None where its `config` does not say that it is rotated.
 
-    Raises `FormatError` when the file is missing or damaged, or describes another rotation than the configuration names,
-    or one that this version of slimtune builds differently.
+    Raises `FormatError` when the file is missing or damaged, or describes another rotation than the configuration
+    names, or one that this version of slimtune builds differently.
     """
     noted = config.__dict__.get(KEY)
     if noted is None:
@@ -99,12 +99,9 @@ def read_rotation(folder: Path, config: Any) -> Basis | None:
     facts = _read(path)
     try:
         basis = _basis(facts, _read_tensors(folder / TENSORS))
-        same = all(
-            abs(a - b) < 1e-4
-            for a, b in zip((x for row in facts["check"] for x in row), sum(_check(basis), []), strict=True)
-        )
+        same = all(abs(a - b) < 1e-4 for a, b in zip(facts["check"], _check(basis), strict=True))
     except (KeyError, TypeError, ValueError, RuntimeError, SlimtuneError) as error:
-        raise FormatError("the file of the model's rotation is damaged", where=str(path), got=str(error)[:200]) from error
+        raise FormatError("the file of a rotation is damaged", where=str(path), got=str(error)[:200]) from error
     if fingerprint(basis) != facts["sha256"] or facts["sha256"] != noted.get("sha256"):
         raise FormatError(
             "the file of the model's rotation is another rotation's",
@@ -113,7 +110,7 @@ def read_rotation(folder: Path, config: Any) -> Basis | None:
             wanted=_short(noted),
         )
     if not same:
-        raise FormatError("this version of slimtune does not build the rotation that the model was made with", where=str(path))
+        raise FormatError("this version of slimtune builds another rotation from the same seed", where=str(path))
     return basis
 
 
@@ -150,12 +147,12 @@ def _tensors(basis: Basis) -> dict[str, Tensor]:
     return {**{GAIN + name: gain for name, gain in basis.gains.items()}, **basis.learned}
 
 
-def _check(basis: Basis) -> list[list[float]]:
+def _check(basis: Basis) -> list[float]:
     """A few numbers that another construction would give otherwise: where the first turns take a ramp."""
     turns = [basis.residual_turn] if basis.residual else []
     turns += [basis.values_turn(0)] if basis.attentions else []
     ramps = [torch.linspace(1, 2, turn.heads * turn.width, dtype=torch.float64) for turn in turns]
-    return [[round(float(x), 8) for x in turn(ramp)[:4]] for turn, ramp in zip(turns, ramps, strict=True)]
+    return [round(float(x), 8) for turn, ramp in zip(turns, ramps, strict=True) for x in turn(ramp)[:4]]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -179,7 +176,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def _basis(facts: dict[str, Any], tensors: dict[str, Tensor]) -> Basis:
     fields = {key: facts[key] for key in facts if key not in ("version", "check", "sha256")}
     own = set(asdict(Rotation()))
-    rotation = Rotation(**{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items() if key in own})
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items() if key in own}
+    rotation = Rotation(**values)
     return Basis(
         rotation,
         **{key: value for key, value in fields.items() if key not in own},

@@ -95,7 +95,8 @@ def dense_turn(matrix: Tensor) -> Turn:
 def orthogonal(matrix: Tensor) -> Tensor:
     """The orthogonal factor of each matrix `[..., n, n]`, unique: that of the QR whose R has a positive diagonal."""
     q, r = torch.linalg.qr(matrix)
-    return q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
+    turned: Tensor = q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
+    return turned
 
 
 def level(turn: Turn) -> Turn:
