@@ -53,7 +53,7 @@ def with_noise(model: nn.Module) -> PeftModel:
 
 @every_pico
 def test_a_rotated_model_comes_back_with_its_basis(family: str, tmp_path: Path) -> None:
-    model = saved(tmp_path / "m", family, online=("r4",), seed=7)
+    model = saved(tmp_path / "m", family, online=("r4", "heads"), seed=7)
     back = load(str(tmp_path / "m")).model
     inputs = pico_inputs(model)
     torch.testing.assert_close(logits(back, inputs), logits(model, inputs))
@@ -74,7 +74,7 @@ def test_without_online_transforms_plain_transformers_loads_it(family: str, tmp_
 @every_pico
 def test_an_exported_adapter_works_on_the_original_model(family: str, kind: str, tmp_path: Path) -> None:
     model = pico_model(family)
-    rotate_(model, bind(model), Rotation(kind=kind, online=("r4",)))
+    rotate_(model, bind(model), Rotation(kind=kind, online=("r4", "heads")))
     wrapped = with_noise(model)
     inputs = pico_inputs(model)
     export(Source(wrapped, pico_tokenizer(), "original"), "peft", tmp_path / "adapter")
@@ -109,7 +109,7 @@ def test_an_adapter_keeps_the_hash_of_its_basis_and_loads_in_no_other(tmp_path: 
 def test_online_transforms_survive_quantizing_adapters_and_merging(family: str) -> None:
     model = pico_model(family)
     inputs = pico_inputs(model)
-    rotate_(model, bind(model), Rotation(online=("r4",)))
+    rotate_(model, bind(model), Rotation(online=("r4", "heads")))
     slimtune.quantize(model, "rtn", bits=8, group_size=8)
     packed = logits(model, inputs)
     assert relative(packed, logits(pico_model(family), inputs)) < 0.05
@@ -179,6 +179,5 @@ def test_dense_and_packed_exports_carry_the_rotation(format: str, tmp_path: Path
     if format == "compressed-tensors":
         logits(back, pico_inputs(back))
         back = load_adapter(back, tmp_path / "out" / "adapter")
-    torch.testing.assert_close(
-        logits(back, pico_inputs(model)), logits(wrapped, pico_inputs(model)), rtol=1e-3, atol=1e-3
-    )
+    inputs = pico_inputs(model)
+    torch.testing.assert_close(logits(back, inputs), logits(wrapped, inputs), rtol=1e-3, atol=1e-3)

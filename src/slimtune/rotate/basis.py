@@ -62,26 +62,32 @@ class Basis:
 
 @dataclass(frozen=True)
 class Change:
-    """What a change of basis does at one port: a gain and a turn of its input, turns of parts of its output."""
+    """What a change of basis does at one port: a gain and turns of its input, turns of parts of its output.
+
+    The last of the turns of the input may be the port's `online` one, which the input meets in the model.
+    """
 
     gain: Tensor | None = None
-    reads: Turn | None = None
+    reads: tuple[Turn, ...] = ()
     writes: tuple[tuple[slice, Turn], ...] = ()
 
     def __bool__(self) -> bool:
         """Whether anything changes."""
-        return self.gain is not None or self.reads is not None or bool(self.writes)
+        return self.gain is not None or bool(self.reads or self.writes)
 
     def read(self, x: Tensor, *, inverse: bool = False) -> Tensor:
         """The input side of `x` `[..., in_features]`. The inverse raises `FormatError` where a gain is zero."""
         gain = None if self.gain is None else self.gain.to(x)
         if inverse:
-            x = x if self.reads is None else self.reads(x, inverse=True)
+            for turn in reversed(self.reads):
+                x = turn(x, inverse=True)
             if gain is not None and not bool(gain.all()):
                 raise FormatError("a norm has a gain of zero: what was learnt behind it cannot leave the rotation")
             return x if gain is None else x / gain
         x = x if gain is None else x * gain
-        return x if self.reads is None else self.reads(x)
+        for turn in self.reads:
+            x = turn(x)
+        return x
 
     def write(self, x: Tensor, *, inverse: bool = False) -> Tensor:
         """The output side of `x` `[out_features, ...]`."""
@@ -105,24 +111,30 @@ def changes(modelmap: ModelMap, basis: Basis) -> dict[str, Change]:
     return {
         port.name: Change(
             gains.get(port.name),
-            _input_turn(port, basis, heads),
+            (*_input_turn(port, basis, heads), *online(basis, port)),
             (*_residual_rows(port, basis, modelmap), *([values[port.name]] if port.name in values else [])),
         )
         for port in modelmap.ports
     }
 
 
-def _input_turn(port: Port, basis: Basis, heads: Mapping[str, Turn]) -> Turn | None:
+def online(basis: Basis, port: Port) -> tuple[Turn, ...]:
+    """The transform that the input of `port` meets in the model, where there is one, over its whole width.
+
+    That of the heads has signs: query heads that share their values are alike, and would add up in one place.
+    """
+    width, chosen = port.in_features, basis.rotation.online
+    if port.reads is Space.FFN and "r4" in chosen:
+        return (Turn(torch.ones(1, width, dtype=torch.float64)),)
+    if port.reads is Space.HEAD and "heads" in chosen:
+        return (hadamard_turn(width, generator=torch.Generator().manual_seed(basis.rotation.seed)),)
+    return ()
+
+
+def _input_turn(port: Port, basis: Basis, heads: Mapping[str, Turn]) -> tuple[Turn, ...]:
     if port.reads is Space.RESIDUAL and basis.residual:
-        return basis.residual_turn
-    if port.reads is Space.FFN and "r4" in basis.rotation.online:
-        return online_turn(port)
-    return heads.get(port.name)
-
-
-def online_turn(port: Port) -> Turn:
-    """R4: a Hadamard transform without signs, of the whole input of `port`."""
-    return Turn(torch.ones(1, port.in_features, dtype=torch.float64))
+        return (basis.residual_turn,)
+    return (heads[port.name],) if port.name in heads else ()
 
 
 def _residual_rows(port: Port, basis: Basis, modelmap: ModelMap) -> Iterator[tuple[slice, Turn]]:

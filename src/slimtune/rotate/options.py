@@ -7,8 +7,9 @@ from typing import ClassVar, Literal
 
 from slimtune.errors import RecipeError
 
-ONLINE = ("r4",)
-"""Transforms that can run in the model: `r4` before the last linear of a feed-forward layer."""
+ONLINE = ("r4", "heads")
+"""Transforms that can run in the model: `r4` before the last linear of a feed-forward layer, `heads` across all heads
+before the last linear of an attention (inside of each head R2 does the same at no cost)."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,13 @@ class Rotation:
     )
     seed: int = field(default=0, metadata={"help": "of the random signs or matrix"})
     online: tuple[str, ...] = field(
-        default=(), metadata={"help": "transforms left in the model, which only slimtune runs: r4"}
+        default=(), metadata={"help": "transforms left in the model, which only slimtune runs: r4, heads"}
     )
 
     def __post_init__(self) -> None:
         if not self.least_seed <= self.seed < 2**32:
             wanted = f"{self.least_seed} to 4294967295"
-            raise RecipeError("seed out of range", where="seed", got=self.seed, wanted=wanted)
+            raise RecipeError("seed out of range", got=self.seed, wanted=wanted)
         unknown = [name for name in self.online if name not in ONLINE]
         if unknown:
             raise RecipeError("no such online transform", where="online", got=unknown[0], wanted=", ".join(ONLINE))

@@ -69,6 +69,12 @@ class Turn:
         mirror = self.mirror.to(x)
         return x - 2 * (x @ mirror)[..., None] * mirror
 
+    def like(self, x: Tensor) -> Turn:
+        """The same turn with its signs in the dtype and on the device of `x`."""
+        if self.signs.dtype == x.dtype and self.signs.device == x.device:
+            return self
+        return replace(self, signs=self.signs.to(x))
+
     def repeated(self, times: int) -> Turn:
         """The turn of query heads that share their turn with their key-value head: `times` of them in a row."""
         matrix = None if self.matrix is None else self.matrix.repeat_interleave(times, 0)
