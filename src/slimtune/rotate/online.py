@@ -1,5 +1,5 @@
-"""Transforms that stay in the model: R4, of what the last linear of a feed-forward layer reads, and one of all heads that
-the last linear of an attention reads.
+"""Transforms that stay in the model: R4, of what the last linear of a feed-forward layer reads, and one of all heads
+that the last linear of an attention reads.
 
 Activations behind a gate have the worst outliers of a model, and heads differ in size; no linear before them could take
 such a transform in. So it runs in every forward pass, as a hook of whatever module stands at the port; its inverse is
