@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slimtune.calib.capture import model_inputs
 from slimtune.errors import FormatError
 from slimtune.lora.attach import base_of
+from slimtune.quant.linear import QuantLinear
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,23 @@ def own_state(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, 
         if name not in module._non_persistent_buffers_set:
             tensors[name] = buffer
     return {k: t.detach().to(dtype if dtype and t.is_floating_point() else t.dtype) for k, t in tensors.items()}
+
+
+def packed_state(
+    modules: Mapping[str, nn.Module],
+    dtype: torch.dtype,
+    packed: Callable[[QuantLinear, torch.dtype], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """The state dict of a model given as its modules by name: `packed` writes its `QuantLinear`s, everything else is in
+    `dtype`."""
+    state: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        tensors = own_state(module, dtype)
+        if isinstance(module, QuantLinear):
+            tensors = {leaf: tensor for leaf, tensor in tensors.items() if leaf not in module.names}
+            tensors |= packed(module, dtype)
+        state.update({f"{name}.{leaf}" if name else leaf: tensor for leaf, tensor in tensors.items()})
+    return state
 
 
 def write_folder(

@@ -177,13 +177,13 @@ def _check_fit(step: Step, number: int, recipe: Recipe, model: Any, modelmap: Mo
 
 
 def _check_packable(step: Quantize, later: tuple[Step, ...], modelmap: ModelMap, where: str) -> None:
-    """compressed-tensors has no shorter last group: say so before hours of work, not after."""
+    """compressed-tensors and GPTQ have no shorter last group: say so before hours of work, not after."""
     group = step.options.get("group_size", -1)
-    wanted = any(isinstance(s, Export) and s.format == "compressed-tensors" for s in later)
+    packed = [s.format for s in later if isinstance(s, Export) and s.format in ("compressed-tensors", "gptq")]
     ragged = [p.name for p in modelmap.linears if group > 0 and group < p.in_features and p.in_features % group]
-    if wanted and ragged:
+    if packed and ragged:
         raise RecipeError(
-            "the group size does not divide every layer, which compressed-tensors needs",
+            f"the group size does not divide every layer, which {packed[0]} needs",
             where=f"{where}.group_size",
             got=f"{group}; {', '.join(ragged[:3])}{' ...' if len(ragged) > 3 else ''}",
             remedy="use a group size that does, or -1 (whole rows), or export safetensors",
