@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from slimtune.arch import bind
 from slimtune.arch.weights import Checkpoint
@@ -190,6 +191,10 @@ def read_config(folder: Path) -> PretrainedConfig:
     if not isinstance(facts, dict) or "model_type" not in facts:
         raise FormatError("config.json names no model_type", where=str(path))
     register()
+    quantization = facts.get("quantization_config")
+    method = quantization.get("quant_method", "bitsandbytes") if isinstance(quantization, dict) else None
+    if method is not None and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # transformers would load it as if dense
+        raise FormatError("unknown quantization method", where=str(path), got=method)
     try:
         return cast(PretrainedConfig, AutoConfig.from_pretrained(folder))
     except ValueError as error:
