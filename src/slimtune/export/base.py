@@ -104,8 +104,10 @@ def write_folder(
     base = cast(PreTrainedModel, base_of(model))
     config = base.config
     # With its quantizer in place, transformers would write the tensors in memory, adapter and all, instead of `state`.
-    flags: tuple[str, ...] = ("hf_quantizer", "is_quantized", "quantization_method")
+    flags: tuple[str, ...] = ("hf_quantizer", "is_quantized", "quantization_method", "_weight_conversions")
     facts = {key: base.__dict__.pop(key) for key in flags if key in base.__dict__}
+    if facts.get("_weight_conversions") is not None:  # names on disk; but how others packed weights is not undone
+        base.__dict__["_weight_conversions"] = [c for c in facts["_weight_conversions"] if _has_reverse(c)]
     base.config = deepcopy(config)
     base.config.__dict__.pop("quantization_config", None)
     if quantization is not None:
@@ -118,6 +120,14 @@ def write_folder(
     finally:
         base.config = config
         base.__dict__.update(facts)
+
+
+def _has_reverse(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:  # reason: it is how transformers says that an operation has no reverse
+        return False
+    return True
 
 
 PROBE = tuple(range(3, 3 + 48))

@@ -34,7 +34,7 @@ from slimtune.arch import bind
 from slimtune.arch.weights import Checkpoint
 from slimtune.errors import BackendMissing, FormatError, RecipeError, UnknownArchitecture, nearest
 from slimtune.export.foreign import PackedFormat, packed_format, read_layers
-from slimtune.export.native import settle_, write_model
+from slimtune.export.native import FILES, settle_, write_model
 from slimtune.files import whole_folder
 from slimtune.hub import SlimtuneConfig, register
 from slimtune.quant.blackbox import adopt_
@@ -195,8 +195,8 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise FormatError("config.json names no model_type", where=str(path))
     register()
     quantization = facts.get("quantization_config")
-    method = quantization.get("quant_method", "bitsandbytes") if isinstance(quantization, dict) else None
-    if method is not None and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # transformers would load it as if dense
+    method = quantization.get("quant_method", "bitsandbytes") if isinstance(quantization, dict) else "bitsandbytes"
+    if method not in ("bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING):  # transformers would load it as if dense
         raise FormatError("unknown quantization method", where=str(path), got=method)
     try:
         return cast(PretrainedConfig, AutoConfig.from_pretrained(folder))
@@ -326,7 +326,7 @@ def _downloaded(model: str, *, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.jinja", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
+    patterns = [pattern for pattern in FILES if weights or pattern != "*.safetensors"]
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

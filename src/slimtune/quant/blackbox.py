@@ -161,7 +161,7 @@ def adopt_(model: nn.Module) -> int:
             if decode is not None:
                 found[name] = module, decode
                 inside += (f"{name}.",)
-            elif any(not tensor.is_floating_point() for tensor in _own(module)):
+            elif not _is_dense(module):
                 deaf.append(f"{name}: {_class_name(type(module))}")
     if deaf:
         raise FormatError(
@@ -189,8 +189,13 @@ def _decoder(module: nn.Module) -> Decoder | None:
     return None
 
 
-def _own(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+def _is_dense(module: nn.Module) -> bool:
+    """Whether a linear has a weight of floats, or has nothing packed: it may be no linear after all."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.ndim == 2:
+        return True
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return all(tensor.is_floating_point() for tensor in own)
 
 
 def _class_name(kind: type) -> str:
