@@ -52,8 +52,8 @@ class SlimtuneQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
-        from slimtune.quant.layouts import Scattered
         from slimtune.quant.linear import QuantLinear
+        from slimtune.quant.scattered import Scattered
 
         for name, module in model.named_modules():
             if isinstance(module, QuantLinear) and isinstance(module.layout, Scattered):

@@ -27,9 +27,10 @@ from slimtune.export.native import settle_, write_model
 from slimtune.lora.attach import add_lora, base_of
 from slimtune.quant.apply import Choose, all_linear, quantize_
 from slimtune.quant.base import QTensor
-from slimtune.quant.layouts import Affine, Scattered
+from slimtune.quant.layouts import Affine
 from slimtune.quant.linear import QuantLinear
 from slimtune.quant.rtn import Rtn
+from slimtune.quant.scattered import Scattered
 
 NAME = "owner/base"
 SIZES: dict[str, dict[str, int]] = {"t5": {"d_ff": 64, "d_kv": 16}, "opt": {"ffn_dim": 64}}
@@ -90,7 +91,7 @@ def test_reads_what_a_textbook_wrote(bits: int, sym: bool, kind: str, order: str
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert torch.equal(weight.dequantize(dtype), wanted.to(dtype))  # rounded once
     if order == "in order":
-        assert weight.layout == Affine(OUT, IN, bits, 16, sym, "float16")
+        assert weight.layout == Affine(OUT, IN, bits, 16, sym, scale_dtype="float16")
     else:
         assert weight.layout == Scattered(OUT, IN, bits, GROUPS, sym, "float16")
 
@@ -123,7 +124,9 @@ def test_a_layer_without_g_idx_has_groups_of_the_configured_size() -> None:
     assert without.layout == with_index.layout
     assert torch.equal(without.dequantize(), with_index.dequantize())
     tensors["qzeros"], tensors["scales"] = tensors["qzeros"][:1], tensors["scales"][:1]
-    assert Gptq(config(group_size=-1)).decode("q", tensors, OUT, IN).layout == Affine(OUT, IN, 4, IN, False, "float16")
+    assert Gptq(config(group_size=-1)).decode("q", tensors, OUT, IN).layout == Affine(
+        OUT, IN, 4, IN, scale_dtype="float16"
+    )
 
 
 def test_scales_that_bfloat16_holds_are_bfloat16() -> None:
@@ -254,6 +257,7 @@ def replaced(layout: Affine | Scattered, scale: float = 1.0) -> PreTrainedModel:
     ("layout", "scale", "reason"),
     [
         (Scattered(64, 32, 4, 4), 1.0, "its layout is 'scattered', not affine"),
+        (Affine(64, 32, 4, 8, float_zero=True), 1.0, "its zero points are not whole numbers"),
         (Affine(64, 32, 5, 8), 1.0, "5 bits"),
         (Affine(64, 32, 4, 24), 1.0, "groups of 24 do not divide 32 input features"),
         (Affine(33, 32, 4, 8), 1.0, "33 codes of 4 bits do not fill 32-bit words"),

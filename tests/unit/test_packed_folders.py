@@ -24,9 +24,10 @@ from slimtune.export.foreign import PackQuantized
 from slimtune.export.load import load, read_model
 from slimtune.export.native import settle_
 from slimtune.quant.apply import Choose, all_linear, quantize_
-from slimtune.quant.layouts import Affine, Scattered
+from slimtune.quant.layouts import Affine
 from slimtune.quant.linear import QuantLinear
 from slimtune.quant.rtn import Rtn
+from slimtune.quant.scattered import Scattered
 
 
 def rtn(**fields: Any) -> Rtn:

@@ -18,7 +18,8 @@ from slimtune.arch.weights import Checkpoint
 from slimtune.errors import FormatError
 from slimtune.linalg.packing import octets, row_bytes, unpack
 from slimtune.quant.base import QTensor
-from slimtune.quant.layouts import SCALES, Affine, Layout, Scattered
+from slimtune.quant.layouts import Affine, Layout
+from slimtune.quant.scattered import SCALES, Scattered
 
 WIDTHS = (2, 3, 4, 8)
 WHERE = "config.json, quantization_config"
@@ -251,9 +252,9 @@ def _qtensor(name: str, codes: Tensor, scale: Tensor, zero: Tensor, group: Tenso
     size = max(1, int((group == 0).sum()))
     layout: Layout
     if -(-columns // size) == groups and torch.equal(group, torch.arange(columns, dtype=torch.int32) // size):
-        layout = Affine(rows, columns, bits, size, symmetric, dtype)
+        layout = Affine(rows, columns, bits, size, symmetric, scale_dtype=dtype)
     else:
-        layout = Scattered(rows, columns, bits, groups, symmetric, dtype)
+        layout = Scattered(rows, columns, bits, groups, symmetric, scale_dtype=dtype)
         layout.check(group, name)
     return QTensor({leaf: tensors[leaf] for leaf in layout.tensors()}, layout)
 

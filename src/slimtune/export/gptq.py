@@ -126,6 +126,8 @@ def _fault(layer: QuantLinear) -> str:
     layout = layer.layout
     if not isinstance(layout, Affine):
         return f"its layout is '{layout.tag}', not affine"
+    if layout.float_zero:
+        return "its zero points are not whole numbers"
     if layout.bits not in WIDTHS:
         return f"{layout.bits} bits"
     if layout.in_features % layout.group_size:

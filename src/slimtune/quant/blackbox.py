@@ -8,7 +8,7 @@ once in forward and once in backward. A layer hands it out by a `dequantize()` o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from slimtune.arch.bind import LinearLike
 from slimtune.errors import FormatError
 from slimtune.quant.autograd import DequantizingMatmul
+from slimtune.quant.layouts import Layout
 from slimtune.quant.linear import QuantLinear
 from slimtune.tables import Table
 
@@ -83,7 +84,7 @@ class BlackBox(nn.Module):
         """`x` is `[..., in_features]`; returns `[..., out_features]` in the dtype of `x`, or of autocast."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y: Tensor = DequantizingMatmul.apply(x, _Asked(self), ())
+        y: Tensor = DequantizingMatmul.apply(x, self.layout, self.names)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @torch.no_grad()
@@ -111,6 +112,11 @@ class BlackBox(nn.Module):
         return linear.train(self.training)
 
     @property
+    def layout(self) -> Layout:
+        """A layout without tensors: what the product asks for the weight."""
+        return _Asked(self)
+
+    @property
     def bytes(self) -> int:
         """Bytes of the tensors that the layer saves, its bias aside."""
         held = [
@@ -126,11 +132,12 @@ class BlackBox(nn.Module):
 
 
 class _Asked:
-    """A layout without tensors: what `DequantizingMatmul` asks for the weight."""
+    tag: ClassVar[str] = "black-box"
+    rowwise: ClassVar[bool] = False
 
     def __init__(self, box: BlackBox) -> None:
         self._box = box
-        self.in_features, self.out_features, self.tag = box.in_features, box.out_features, "black-box"
+        self.in_features, self.out_features = box.in_features, box.out_features
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {}

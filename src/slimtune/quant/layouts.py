@@ -16,18 +16,24 @@ import torch
 from torch import Tensor
 
 from slimtune.errors import FormatError, RecipeError
-from slimtune.kernels.reference import dequantize_affine
-from slimtune.linalg.packing import row_bytes, unpack
+from slimtune.kernels.dispatch import dequantize_affine
+from slimtune.kernels.reference import dequantize_codebook
+from slimtune.linalg.levels import LEVELS
+from slimtune.linalg.packing import row_bytes
+from slimtune.quant.lattice import Lattice
+from slimtune.quant.scattered import SCALES, Scattered, check_scales, one_rounding
 from slimtune.tables import Table
-
-SCALES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-"""What the scales of a group can be stored in."""
 
 
 class Layout(Protocol):
-    """What a layout offers. All tensors have dim 0 = out_features, so that a row slice is a valid smaller weight."""
+    """What a layout offers.
+
+    `rowwise` says that all tensors have dim 0 = out_features and a slice of their rows is a valid smaller weight. A
+    layout in a rotated basis, whose every stored row is a part of every row of the weight, is not.
+    """
 
     tag: ClassVar[str]
+    rowwise: ClassVar[bool]
 
     @property
     def out_features(self) -> int:
@@ -51,7 +57,8 @@ class Affine:
     Scales are bfloat16, so that loading a model in bfloat16, float16 or float32, or sharding it under a mixed-precision
     policy, never changes a weight; quantizers fit the codes to the rounded scale. A layer that others quantized keeps
     the `scale_dtype` it came with. Zero points are integers (`symmetric` grids store none and mean `2**(bits - 1)`), as
-    GPTQ and compressed-tensors files need them. Raises `FormatError` on an unknown `scale_dtype`.
+    GPTQ and compressed-tensors files need them; or, where `float_zero`, any bfloat16. Raises `FormatError` on a
+    symmetric grid with `float_zero`, and on an unknown `scale_dtype`.
 
     Example:
         >>> layout = Affine(out_features=8, in_features=100, bits=3, group_size=64)
@@ -60,16 +67,20 @@ class Affine:
     """
 
     tag: ClassVar[str] = "affine"
+    rowwise: ClassVar[bool] = True
 
     out_features: int
     in_features: int
     bits: int
     group_size: int
     symmetric: bool = False
+    float_zero: bool = False
     scale_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        _check_scales(self.scale_dtype)
+        check_scales(self.scale_dtype)
+        if self.symmetric and self.float_zero:
+            raise FormatError("a symmetric grid has no zero points", where="float_zero", got=True, wanted=False)
 
     @property
     def groups(self) -> int:
@@ -83,7 +94,8 @@ class Affine:
             "scale": ((self.out_features, self.groups), SCALES[self.scale_dtype]),
         }
         if not self.symmetric:
-            stored["zero"] = ((self.out_features, self.groups), torch.uint8)
+            kind = torch.bfloat16 if self.float_zero else torch.uint8
+            stored["zero"] = ((self.out_features, self.groups), kind)
         return stored
 
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -95,76 +107,70 @@ class Affine:
             bits=self.bits,
             group_size=self.group_size,
             in_features=self.in_features,
-            dtype=_exact(dtype, self.scale_dtype),
+            dtype=one_rounding(dtype, self.scale_dtype),
         ).to(dtype)
 
 
 @dataclass(frozen=True)
-class Scattered:
-    """The affine grid where the input features of a group do not lie side by side: GPTQ's act-order.
+class Codebook:
+    """Codes of levels that need not be evenly spaced: `W = levels[code] * scale`, one scale per group of features.
 
-    `group[i]` says which group feature `i` is in. It belongs to columns: a slice of rows takes it whole. No quantizer
-    of slimtune makes this layout, and no exporter takes it; files of others have it.
+    Scales are quantized too: `scale[o, g] = offset[o] + code[o, g] * step[o]`, with 8-bit codes, and a bfloat16 offset
+    and step per row. `levels` is a name in `slimtune.linalg.levels.LEVELS`; raises `FormatError` on another.
 
     Example:
-        >>> layout = Scattered(out_features=8, in_features=100, bits=3, groups=2, scale_dtype="float16")
-        >>> layout.tensors()["group"], layout.tensors()["scale"]
-        (((100,), torch.int32), ((8, 2), torch.float16))
+        >>> layout = Codebook(out_features=8, in_features=100, levels="nf4", group_size=64)
+        >>> layout.bits, layout.groups, layout.tensors()["scale"]
+        (4, 2, ((8, 2), torch.uint8))
     """
 
-    tag: ClassVar[str] = "scattered"
+    tag: ClassVar[str] = "codebook"
+    rowwise: ClassVar[bool] = True
 
     out_features: int
     in_features: int
-    bits: int
-    groups: int
-    symmetric: bool = False
-    scale_dtype: str = "bfloat16"
+    levels: str
+    group_size: int
 
     def __post_init__(self) -> None:
-        _check_scales(self.scale_dtype)
+        if self.levels not in LEVELS:
+            raise FormatError("unknown levels", where="levels", got=self.levels, wanted=sorted(LEVELS))
+
+    @property
+    def bits(self) -> int:
+        """Width of a code."""
+        return (len(LEVELS[self.levels]) - 1).bit_length()
+
+    @property
+    def groups(self) -> int:
+        """Groups in a row; the last one is shorter where `group_size` does not divide `in_features`."""
+        return -(-self.in_features // self.group_size)
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name, shape and dtype of every stored tensor."""
-        stored = {
+        return {
             "codes": ((self.out_features, row_bytes(self.in_features, self.bits)), torch.uint8),
-            "scale": ((self.out_features, self.groups), SCALES[self.scale_dtype]),
-            "group": ((self.in_features,), torch.int32),
+            "scale": ((self.out_features, self.groups), torch.uint8),
+            "step": ((self.out_features, 1), torch.bfloat16),
+            "offset": ((self.out_features, 1), torch.bfloat16),
         }
-        if not self.symmetric:
-            stored["zero"] = ((self.out_features, self.groups), torch.uint8)
-        return stored
 
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The weight, `dtype [out_features, in_features]`."""
-        wide, group = _exact(dtype, self.scale_dtype), tensors["group"]
-        q = unpack(tensors["codes"], self.bits, self.in_features).to(wide)
-        zero = 2 ** (self.bits - 1) if self.symmetric else tensors["zero"].to(wide).index_select(1, group)
-        return ((q - zero) * tensors["scale"].to(wide).index_select(1, group)).to(dtype)
-
-    def check(self, group: Tensor, where: str) -> None:
-        """Raise `FormatError` where a feature is in no group: decoding would read past the scales."""
-        if not 0 <= int(group.min()) <= int(group.max()) < self.groups:
-            raise FormatError(
-                "input features are in no group",
-                where=where,
-                got=f"groups {int(group.min())} to {int(group.max())}",
-                wanted=f"groups 0 to {self.groups - 1}",
-            )
+        wide = torch.promote_types(dtype, torch.float32)
+        return dequantize_codebook(
+            tensors["codes"],
+            tensors["offset"].to(wide) + tensors["scale"] * tensors["step"].to(wide),
+            levels=LEVELS[self.levels],
+            group_size=self.group_size,
+            in_features=self.in_features,
+            dtype=dtype,
+        )
 
 
-def _check_scales(dtype: str) -> None:
-    if dtype not in SCALES:
-        raise FormatError("unknown dtype of scales", where="scale_dtype", got=dtype, wanted=sorted(SCALES))
-
-
-def _exact(dtype: torch.dtype, scale_dtype: str) -> torch.dtype:
-    """The dtype to decode in, so that a weight is rounded to `dtype` once: neither 16-bit dtype holds the other."""
-    scale = SCALES[scale_dtype]
-    return dtype if scale == torch.bfloat16 else torch.promote_types(dtype, scale)
-
-
-LAYOUTS: Table[type[Layout]] = Table("slimtune.layouts", {"affine": Affine, "scattered": Scattered})
+LAYOUTS: Table[type[Layout]] = Table(
+    "slimtune.layouts", {"affine": Affine, "codebook": Codebook, "e8p": Lattice, "scattered": Scattered}
+)
 """Every layout by its tag. A third party's quantizer with a layout of its own registers it beside itself."""
 
 

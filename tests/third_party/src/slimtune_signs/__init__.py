@@ -44,6 +44,7 @@ class SignLayout:
     """
 
     tag: ClassVar[str] = "signs"
+    rowwise: ClassVar[bool] = True
 
     out_features: int
     in_features: int

@@ -1,0 +1,161 @@
+"""Orthogonal transforms that spread every coordinate over all others, for any width, as a few small matrix products.
+
+The matrix of a width is a Kronecker product of small orthogonal factors. Where the width allows, all of them are
+Hadamard matrices (entries ±1, divided by the root of the order): Sylvester's for powers of two, Paley's for the rest.
+
+* Paley I: order `q + 1` for a prime `q ≡ 3 (mod 4)`; Paley II: order `2(q + 1)` for a prime `q ≡ 1 (mod 4)`.
+  Source: R. Paley, "On orthogonal matrices", 1933. Prime powers are left out.
+* An odd prime of the width that no Paley order takes up falls back to Hartley's matrix, `cos(2πij/p) + sin(2πij/p)`
+  over the root of `p`: orthogonal and symmetric for every `p`, with entries at most `√2` times those of a Hadamard
+  matrix. A width that is a large prime is one dense factor.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache, reduce
+
+import torch
+from torch import Tensor
+
+from slimtune.errors import ShapeError
+
+WIDEST = 64
+"""Factors are multiplied together up to this order: fewer passes over the data, while products still cost little."""
+
+LARGEST = 256
+"""Orders of Paley that transforms use: beyond, Hartley's matrix of the odd prime is cheaper and nearly as even."""
+
+
+def hadamard(n: int) -> Tensor:
+    """A Hadamard matrix of order `n`: float64 `[n, n]` of ±1 with `H Hᵀ = n I`.
+
+    Raises `ShapeError` where Sylvester's and Paley's constructions give none.
+
+    >>> hadamard(12).abs().unique(), bool((hadamard(12) @ hadamard(12).T == 12 * torch.eye(12)).all())
+    (tensor([1.], dtype=torch.float64), True)
+    """
+    odd, orders = _orders(n, n)
+    if odd:
+        raise ShapeError("no Hadamard matrix is known here for this width", got=n, remedy="use `matrix`: any width")
+    return reduce(torch.kron, map(_factor, orders), torch.ones(1, 1, dtype=torch.float64))
+
+
+def factors(n: int) -> tuple[Tensor, ...]:
+    """Orthogonal matrices, float64, whose Kronecker product in this order is the transform of width `n`.
+
+    >>> [len(factor) for factor in factors(576)], [len(factor) for factor in factors(2 * 37)]
+    ([48, 12], [37, 2])
+    """
+    return _factors(n, torch.float64, torch.device("cpu"))
+
+
+def matrix(n: int) -> Tensor:
+    """The transform of width `n` as one dense orthogonal matrix, float64 `[n, n]`. For tests and small widths."""
+    return reduce(torch.kron, factors(n))
+
+
+def transform(x: Tensor, dim: int = -1, *, inverse: bool = False) -> Tensor:
+    """Multiply every vector along `dim` by `matrix(n)`, or by its inverse, in the dtype of `x`.
+
+    Costs `n` times the sum of the factors' orders for each vector, where the dense product costs `n²`.
+
+    >>> x = torch.randn(3, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    >>> back = transform(transform(x), inverse=True)
+    >>> bool(torch.allclose(transform(x), x @ matrix(12).T)), bool(torch.allclose(back, x))
+    (True, True)
+    """
+    moved = x.movedim(dim, -1)
+    n = moved.shape[-1]
+    flat = moved.reshape(-1, n)
+    right = n
+    for factor in _factors(n, x.dtype, x.device):
+        right //= len(factor)
+        f = factor.T if inverse else factor
+        if right == 1:
+            flat = (flat.reshape(-1, len(f)) @ f.T).view(-1, n)
+        else:
+            flat = (f @ flat.reshape(-1, len(f), right)).view(-1, n)
+    return flat.view(moved.shape).movedim(-1, dim)
+
+
+@lru_cache(maxsize=256)
+def _factors(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    with torch.inference_mode(False):
+        orders: list[tuple[int, tuple[int, ...]]] = [(order, (order,)) for order in _orders(n, LARGEST)[1]]
+        while len(orders) > 1:
+            orders.sort()
+            (a, small), (b, smallish), *rest = orders
+            if a * b > WIDEST:
+                break
+            orders = [*rest, (a * b, small + smallish)]
+        made = [reduce(torch.kron, map(_factor, parts)) / math.sqrt(order) for order, parts in sorted(orders)[::-1]]
+        return tuple(factor.to(device=device, dtype=dtype).contiguous() for factor in made)
+
+
+@lru_cache(maxsize=1024)
+def _orders(n: int, largest: int) -> tuple[int, tuple[int, ...]]:
+    """The best way to write `n` as a product of orders, Paley's at most `largest`: how many of them are odd primes (as
+    few as can be), and the orders (their sum as small as can be)."""
+    if n < 1:
+        raise ShapeError("no transform has this width", got=n, wanted="at least 1")
+    if n == 1:
+        return 0, (1,)
+    ways = []
+    for order in range(2, n + 1):
+        if n % order == 0 and (_prime(order) or (order <= largest and _paley(order))):
+            odd, rest = _orders(n // order, largest)
+            ways.append((odd + order % 2, sum(rest) + order, tuple(sorted((order, *rest)))))
+    odd, _, orders = min(ways)
+    return odd, tuple(order for order in orders if order > 1)
+
+
+def _factor(order: int) -> Tensor:
+    """A matrix with `F Fᵀ = order * I`: Hadamard's of order 1 or 2, Paley's, or Hartley's for an odd prime."""
+    if q := _paley(order):
+        return _paley_one(q) if q == order - 1 else _paley_two(q)
+    index = torch.arange(order, dtype=torch.float64, device="cpu")
+    angle = torch.outer(index, index).remainder_(order) * (2 * math.pi / order)
+    hartley = angle.cos() + angle.sin()
+    return hartley.round() if order <= 2 else hartley
+
+
+def _paley(order: int) -> int:
+    """The prime that gives a Paley matrix of this order, or 0."""
+    if order % 4 == 0 and _prime(order - 1):
+        return order - 1
+    if order % 4 == 0 and _prime(order // 2 - 1) and (order // 2 - 1) % 4 == 1:
+        return order // 2 - 1
+    return 0
+
+
+def _jacobsthal(q: int) -> Tensor:
+    """`Q[i, j] = χ(i - j)`: 1 where the difference is a square modulo `q`, -1 where it is not, 0 on the diagonal."""
+    character = -torch.ones(q, dtype=torch.float64, device="cpu")
+    character[torch.tensor([i * i % q for i in range(1, q)], device="cpu")] = 1
+    character[0] = 0
+    index = torch.arange(q, device="cpu")
+    return character[(index[:, None] - index[None, :]) % q]
+
+
+def _bordered(q: int, sign: int) -> Tensor:
+    """`[[0, 1ᵀ], [±1, Q]]`, a conference matrix of order `q + 1`."""
+    conference = torch.ones(q + 1, q + 1, dtype=torch.float64, device="cpu")
+    conference[1:, 0] = sign
+    conference[0, 0] = 0
+    conference[1:, 1:] = _jacobsthal(q)
+    return conference
+
+
+def _paley_one(q: int) -> Tensor:
+    return _bordered(q, -1) + torch.eye(q + 1, dtype=torch.float64, device="cpu")
+
+
+def _paley_two(q: int) -> Tensor:
+    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64, device="cpu")
+    turned = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64, device="cpu")
+    return torch.kron(_bordered(q, 1), two) + torch.kron(torch.eye(q + 1, dtype=torch.float64, device="cpu"), turned)
+
+
+def _prime(n: int) -> bool:
+    return n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1))

@@ -1,0 +1,35 @@
+"""The orthogonal transforms, against their definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from slimtune.errors import ShapeError
+from slimtune.linalg.hadamard import factors, hadamard, matrix, transform
+
+
+@pytest.mark.parametrize("n", [1, 2, 8, 12, 28, 36, 192, 576, 1536])
+def test_hadamard_matrices_are_signs_with_orthogonal_rows(n: int) -> None:
+    h = hadamard(n)
+    assert bool((h.abs() == 1).all())
+    assert torch.equal(h @ h.T, n * torch.eye(n, dtype=torch.float64))
+
+
+def test_a_width_without_one_is_refused() -> None:
+    with pytest.raises(ShapeError, match="no Hadamard matrix"):
+        hadamard(10)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 24, 37, 40, 74, 100, 576])
+def test_the_transform_is_orthogonal_and_equals_its_matrix(n: int) -> None:
+    x, m = torch.randn(3, 2, n, dtype=torch.float64), matrix(n)
+    torch.testing.assert_close(m @ m.T, torch.eye(n, dtype=torch.float64))
+    torch.testing.assert_close(transform(x), x @ m.T)
+    torch.testing.assert_close(transform(transform(x), inverse=True), x)
+    torch.testing.assert_close(transform(x.movedim(-1, 0), 0), transform(x).movedim(-1, 0))
+
+
+def test_wide_transforms_are_small_factors() -> None:
+    assert max(len(f) for f in factors(1536)) <= 64 and len(factors(1536)) > 1
+    torch.testing.assert_close(matrix(1536).abs().max(), torch.tensor(1536.0, dtype=torch.float64).rsqrt())
