@@ -105,10 +105,7 @@ def test_writes_what_a_textbook_writes(bits: int, sym: bool) -> None:
     codes = torch.from_numpy(np.unpackbits(weight.tensors["codes"].numpy(), axis=1, bitorder="little"))
     codes = (codes[:, : IN * bits].view(OUT, IN, bits).long() << torch.arange(bits)).sum(-1)
     zero = weight.tensors["zero"].long() if not sym else torch.full((OUT, GROUPS), 2 ** (bits - 1))
-    zero = zero.clamp(min=1)
-    if not sym:
-        layer.zero.copy_(zero)
-    for kind in ("gptq", "gptq_v2"):
+    for kind in ("gptq", "gptq_v2") if sym else ("gptq_v2",):
         wanted = textbook(codes, zero, weight.tensors["scale"], ORDERS["in order"], bits, kind)
         got = packed_layer(layer, torch.float32, less_one=kind == "gptq")
         assert got.keys() == wanted.keys()
@@ -155,13 +152,6 @@ def of(model: torch.nn.Module) -> Source:
     return Source(model, pico_tokenizer(), NAME)
 
 
-def positive_zeros(model: PreTrainedModel) -> PreTrainedModel:
-    for module in model.modules():
-        if isinstance(module, QuantLinear) and "zero" in module.names:
-            module.zero.clamp_(min=1)
-    return model
-
-
 def quantization_in(folder: Path) -> dict[str, Any]:
     facts: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert facts == json.loads((folder / "quantize_config.json").read_text())
@@ -187,16 +177,13 @@ def test_folder_goes_round_bit_for_bit(family: str, fields: dict[str, Any], tmp_
     assert NAME in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_zero_points_of_nought_are_written_as_v2_and_others_as_v1(tmp_path: Path) -> None:
-    model = positive_zeros(quantized("llama", all_linear(rtn(sym=False))))
-    export(of(model), "gptq", tmp_path / "one")
-    facts = quantization_in(tmp_path / "one")
-    assert facts["checkpoint_format"] == "gptq" and facts["sym"] is False and facts["desc_act"] is False
+@pytest.mark.parametrize("sym", [True, False], ids=["symmetric", "asymmetric"])
+def test_zero_points_are_written_as_v2_and_symmetric_grids_as_v1(sym: bool, tmp_path: Path) -> None:
+    export(of(quantized("llama", all_linear(rtn(sym=sym)))), "gptq", tmp_path / "out")
+    facts = quantization_in(tmp_path / "out")
+    assert facts["checkpoint_format"] == ("gptq" if sym else "gptq_v2")
+    assert facts["sym"] is sym and facts["desc_act"] is False
     assert (facts["bits"], facts["group_size"], "dynamic" in facts) == (4, 8, False)
-    layer: Any = model.get_submodule("model.layers.1.mlp.up_proj")
-    layer.zero[3, 1] = 0
-    export(of(model), "gptq", tmp_path / "two")
-    assert quantization_in(tmp_path / "two")["checkpoint_format"] == "gptq_v2"
 
 
 def test_layers_that_differ_are_named(tmp_path: Path) -> None:

@@ -48,8 +48,9 @@ class GptqExporter:
         modules = plain(source.model)
         layers = {name: module for name, module in modules.items() if isinstance(module, QuantLinear)}
         require_expressible(layers)
-        # v1 stores zero points less one. Readers disagree about what 0 less one is, so with a 0 only v2 is sure.
-        first = all(bool((layer.qtensor.tensors.get("zero", torch.ones(1)) > 0).all()) for layer in layers.values())
+        # v1 stores zero points less one. Readers disagree about what 0 less one is, and GPTQModel takes v1 with zero
+        # points from nobody but itself; v2 stores them as they are. Symmetric grids are v1, which every engine reads.
+        first = all(cast(Affine, layer.layout).symmetric for layer in layers.values())
         head = cast(Any, base_of(source.model)).get_output_embeddings()
         dense = [name for name, m in modules.items() if isinstance(m, nn.Linear) and m is not head]
         quantization = quantization_config(layers, dense, "gptq" if first else "gptq_v2")
