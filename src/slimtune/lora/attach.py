@@ -22,11 +22,11 @@ from torch import nn
 from slimtune.arch import ModelMap, bind
 from slimtune.errors import FormatError, RecipeError, nearest
 from slimtune.lora.fused import fused_lora
-from slimtune.quant.linear import QuantLinear
+from slimtune.quant.blackbox import FROZEN, BlackBox, adopt_
 
 
 class LoraQuantLinear(PeftLoraLinear):
-    """PEFT's LoRA layer around a `QuantLinear`. It saves as PEFT's own; it cannot merge into packed codes.
+    """PEFT's LoRA layer around a `QuantLinear` or `BlackBox`. It saves as PEFT's own; it cannot merge into codes.
 
     With one plain adapter, base and adapter run as one function (`slimtune.lora.fused`) in the dtype of the input. All
     else (dropout in training, several adapters, DoRA and other variants) runs as in PEFT.
@@ -44,7 +44,7 @@ class LoraQuantLinear(PeftLoraLinear):
             or self.merged
             or self.lora_variant
             or self.lora_bias[active[0]]
-            or not isinstance(base, QuantLinear)
+            or not isinstance(base, FROZEN)
             or (self.training and not isinstance(self.lora_dropout[active[0]], nn.Identity))
         ):
             return super().forward(x, *args, **kwargs)
@@ -57,7 +57,7 @@ class LoraQuantLinear(PeftLoraLinear):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Packed codes cannot take a low-rank update: merge with `slimtune.merge`, which makes the base dense first."""
-        if isinstance(self.get_base_layer(), QuantLinear):
+        if isinstance(self.get_base_layer(), FROZEN):
             raise RecipeError(
                 "an adapter cannot be merged into packed weights",
                 remedy="use slimtune.merge (or the recipe step merge: {}), which writes a dense 16-bit model",
@@ -80,7 +80,7 @@ def add_lora(
     """Wrap `model` (changed in place) in a `PeftModel` with fresh LoRA factors on the chosen linears.
 
     Args:
-        model: a Hugging Face model, dense or with `QuantLinear`s, without an adapter.
+        model: a Hugging Face model, dense or quantized, by slimtune or by others, without an adapter.
         r: rank of the factors.
         lora_alpha: the update is scaled by `lora_alpha / r` (`/ sqrt(r)` with `use_rslora`).
         lora_dropout: dropout on the adapter's input.
@@ -96,6 +96,7 @@ def add_lora(
         raise RecipeError("the model has an adapter already", remedy="merge it before adding another")
     if r < 1:
         raise RecipeError("r out of range", got=r, wanted="a positive number")
+    adopt_(model)
     modelmap = bind(model)
     config = LoraConfig(
         r=r,
@@ -127,6 +128,7 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
         config = LoraConfig.from_pretrained(str(folder))
         name = config.base_model_name_or_path
         _know_quantized(config)
+        adopt_(model)
         with _quiet():
             wrapped = PeftModel.from_pretrained(cast(Any, model), str(folder), config=config, is_trainable=trainable)
     except (ValueError, TypeError, RuntimeError, KeyError, OSError) as error:
@@ -172,13 +174,15 @@ def resolve_targets(modelmap: ModelMap, model: nn.Module, targets: str | Sequenc
 def _quiet() -> Iterator[None]:
     """Without PEFT's warnings about a layer type it has just been told of, and about transformers' newer names."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Unsupported layer type .*QuantLinear", category=UserWarning)
+        warnings.filterwarnings(
+            "ignore", message="Unsupported layer type .*(QuantLinear|BlackBox)", category=UserWarning
+        )
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         yield
 
 
 def _know_quantized(config: LoraConfig) -> None:
-    config._register_custom_module({QuantLinear: LoraQuantLinear})
+    config._register_custom_module(dict.fromkeys(FROZEN, LoraQuantLinear))
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -194,7 +198,8 @@ def base_of(model: nn.Module) -> nn.Module:
 def plain(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of the model without its adapter, by the names they have there.
 
-    LoRA layers are looked through: `q_proj` is the base layer, and the factors are not listed.
+    LoRA layers are looked through: `q_proj` is the base layer, and the factors are not listed. Nor is what is inside a
+    black box.
     """
     modules: dict[str, nn.Module] = {}
     hidden: list[str] = []
@@ -206,4 +211,6 @@ def plain(model: nn.Module) -> dict[str, nn.Module]:
             modules[name] = module.get_base_layer()
         else:
             modules[name] = module
+            if isinstance(module, BlackBox):
+                hidden.append(f"{name}.")
     return modules

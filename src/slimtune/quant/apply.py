@@ -21,6 +21,7 @@ from slimtune.calib.capture import CalibrationStream, calibration_stream
 from slimtune.errors import CalibrationError, FormatError, RecipeError, ShapeError
 from slimtune.kernels.memory import release
 from slimtune.quant.base import QTensor, Quantizer
+from slimtune.quant.blackbox import FROZEN
 from slimtune.quant.linear import QuantLinear
 
 Choose = Callable[[Port], "Quantizer | str"]
@@ -242,13 +243,13 @@ def _facts(layers: list[QuantizedLayer], skipped: tuple[Skipped, ...], seconds: 
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype) -> int:
-    """Turn every `QuantLinear` of `model` into a dense, frozen linear of `dtype`, in place; returns how many there
-    were."""
-    quantized = [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
+    """Turn every quantized linear of `model`, `QuantLinear` or `BlackBox`, into a dense, frozen one of `dtype`, in
+    place; returns how many there were."""
+    quantized = [name for name, module in model.named_modules() if isinstance(module, FROZEN)]
     for name in quantized:
         parent, _, leaf = name.rpartition(".")
         owner = model.get_submodule(parent)
         layer = owner.get_submodule(leaf)
-        assert isinstance(layer, QuantLinear)
+        assert isinstance(layer, FROZEN)
         setattr(owner, leaf, layer.to_linear(dtype))
     return len(quantized)

@@ -21,6 +21,7 @@ from slimtune.kernels.reference import apply_grid_, dequantize_codebook
 from slimtune.linalg.levels import LEVELS
 from slimtune.linalg.packing import row_bytes
 from slimtune.quant.lattice import Lattice
+from slimtune.quant.scattered import SCALES, Scattered, check_scales, one_rounding
 from slimtune.tables import Table
 
 
@@ -54,9 +55,10 @@ class Affine:
     """Integer codes on a uniform grid per group of input features: `W = (code - zero) * scale`.
 
     Scales are bfloat16, so that loading a model in bfloat16, float16 or float32, or sharding it under a mixed-precision
-    policy, never changes a weight; quantizers fit the codes to the rounded scale. Zero points are integers
-    (`symmetric` grids store none and mean `2**(bits - 1)`), as GPTQ and compressed-tensors files need them; or, where
-    `float_zero`, any bfloat16. Raises `FormatError` on a symmetric grid with `float_zero`.
+    policy, never changes a weight; quantizers fit the codes to the rounded scale. A layer that others quantized keeps
+    the `scale_dtype` it came with. Zero points are integers (`symmetric` grids store none and mean `2**(bits - 1)`), as
+    GPTQ and compressed-tensors files need them; or, where `float_zero`, any bfloat16. Raises `FormatError` on a
+    symmetric grid with `float_zero`, and on an unknown `scale_dtype`.
 
     Example:
         >>> layout = Affine(out_features=8, in_features=100, bits=3, group_size=64)
@@ -73,8 +75,10 @@ class Affine:
     group_size: int
     symmetric: bool = False
     float_zero: bool = False
+    scale_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
+        check_scales(self.scale_dtype)
         if self.symmetric and self.float_zero:
             raise FormatError("a symmetric grid has no zero points", where="float_zero", got=True, wanted=False)
 
@@ -87,7 +91,7 @@ class Affine:
         """Name, shape and dtype of every stored tensor."""
         stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "codes": ((self.out_features, row_bytes(self.in_features, self.bits)), torch.uint8),
-            "scale": ((self.out_features, self.groups), torch.bfloat16),
+            "scale": ((self.out_features, self.groups), SCALES[self.scale_dtype]),
         }
         if not self.symmetric:
             kind = torch.bfloat16 if self.float_zero else torch.uint8
@@ -97,7 +101,8 @@ class Affine:
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The weight, `dtype [out_features, in_features]`, rounded once."""
         # A code less its zero point is exact in half precision where both are whole.
-        work = torch.promote_types(dtype, torch.float32) if self.float_zero else dtype
+        least = torch.float32 if self.float_zero else dtype
+        work = torch.promote_types(one_rounding(dtype, self.scale_dtype), least)
         codes = unpack_as(tensors["codes"], self.bits, self.in_features, work)
         zero = None if self.symmetric else tensors["zero"]
         return apply_grid_(codes, tensors["scale"], zero, bits=self.bits, group_size=self.group_size).to(dtype)
@@ -160,7 +165,9 @@ class Codebook:
         )
 
 
-LAYOUTS: Table[type[Layout]] = Table("slimtune.layouts", {"affine": Affine, "codebook": Codebook, "e8p": Lattice})
+LAYOUTS: Table[type[Layout]] = Table(
+    "slimtune.layouts", {"affine": Affine, "codebook": Codebook, "e8p": Lattice, "scattered": Scattered}
+)
 """Every layout by its tag. A third party's quantizer with a layout of its own registers it beside itself."""
 
 
