@@ -8,9 +8,7 @@ from slimtune.quant.optq import Optq
 from slimtune.quant.rtn import Rtn
 from slimtune.tables import Table
 
-QUANTIZERS: Table[type[Quantizer]] = Table(
-    "slimtune.quantizers", {"rtn": Rtn, "optq": Optq, "hqq": Hqq, "nf4": Nf4}
-)
+QUANTIZERS: Table[type[Quantizer]] = Table("slimtune.quantizers", {"rtn": Rtn, "optq": Optq, "hqq": Hqq, "nf4": Nf4})
 """Every quantizer by its recipe name. Adding one: a file in this folder, and a row here."""
 
 __all__ = ["QUANTIZERS", "QTensor", "QuantLinear", "Quantizer"]
