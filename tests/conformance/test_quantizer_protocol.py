@@ -18,7 +18,13 @@ from slimtune.quant.rtn import Rtn
 
 each = pytest.mark.parametrize("name", list(QUANTIZERS))
 each_shape = pytest.mark.parametrize("columns", [37, 64, 100, 192])
-SETTINGS: list[dict[str, Any]] = [{}, {"bits": 2}, {"bits": 3, "group_size": 48}, {"bits": 8, "group_size": -1}]
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"bits": 2},
+    {"bits": 3, "group_size": 48},
+    {"bits": 8, "group_size": -1},
+    {"block_size": 24},
+]
 each_setting = pytest.mark.parametrize("setting", SETTINGS, ids=str)
 
 

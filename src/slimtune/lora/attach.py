@@ -17,12 +17,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from slimtune.arch import ModelMap, bind
 from slimtune.errors import FormatError, RecipeError, nearest
 from slimtune.lora.fused import fused_lora
+from slimtune.lora.inits import INITS
 from slimtune.quant.blackbox import FROZEN, BlackBox, adopt_
+from slimtune.quant.linear import QuantLinear
 
 
 class LoraQuantLinear(PeftLoraLinear):
@@ -73,7 +75,7 @@ def add_lora(
     lora_dropout: float = 0.0,
     target_modules: str | Sequence[str] = "all-linear",
     use_rslora: bool = False,
-    init_lora_weights: bool | str = True,
+    init: str = "default",
     base_name: str = "",
     seed: int = 0,
 ) -> PeftModel:
@@ -86,11 +88,12 @@ def add_lora(
         lora_dropout: dropout on the adapter's input.
         target_modules: `all-linear` (every linear inside the blocks), or names, or one regular expression.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
-        init_lora_weights: PEFT's field: `True` (Kaiming A, zero B) or `"gaussian"`.
+        init: how the factors start: a name in `slimtune.lora.inits.INITS`.
         base_name: what `adapter_config.json` calls the base: the original model, whose users can load the adapter.
         seed: of the random factors.
 
-    Raises `RecipeError` when a target matches no linear, or the model has an adapter already.
+    Raises `RecipeError` when a target matches no linear, the model has an adapter already, or `init` asks for what
+    quantization lost and no target was quantized so that it is known.
     """
     if isinstance(model, PeftModel):
         raise RecipeError("the model has an adapter already", remedy="merge it before adding another")
@@ -104,15 +107,26 @@ def add_lora(
         lora_dropout=lora_dropout,
         target_modules=resolve_targets(modelmap, model, target_modules),
         use_rslora=use_rslora,
-        init_lora_weights=cast(Any, init_lora_weights),
+        init_lora_weights=cast(Any, INITS[init].peft),
         task_type="SEQ_2_SEQ_LM" if cast(Any, model).config.is_encoder_decoder else "CAUSAL_LM",
     )
+    if INITS[init].start is not None and not any(layer.start for layer in _quantized(model)):
+        raise RecipeError(
+            "nothing is known of what quantization lost",
+            where="init",
+            got=init,
+            remedy="quantize in the same recipe, or with slimtune.quantize(..., residual_rank=r)",
+        )
     _know_quantized(config)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
         wrapped = cast(PeftModel, get_peft_model(cast(Any, model), config))
+    if INITS[init].start is not None:
+        _start_(wrapped)
+    for layer in _quantized(wrapped):
+        layer.start = None
     if base_name:  # PEFT puts the folder that the model was loaded from
         wrapped.peft_config["default"].base_model_name_or_path = base_name
     return wrapped
@@ -179,6 +193,22 @@ def _quiet() -> Iterator[None]:
         )
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         yield
+
+
+def _quantized(model: nn.Module) -> list[QuantLinear]:
+    return [module for module in model.modules() if isinstance(module, QuantLinear)]
+
+
+@torch.no_grad()
+def _start_(model: nn.Module) -> None:
+    """Give the factors of each quantized layer what was kept for them; where that has a lower rank, the rest of A stays
+    as it is, and the rest of B zero."""
+    for layer in model.modules():
+        if isinstance(layer, LoraQuantLinear) and (start := cast(QuantLinear, layer.get_base_layer()).start):
+            a, b = (cast(Tensor, factors["default"].weight) for factors in (layer.lora_A, layer.lora_B))
+            rank, share = min(len(a), len(start.a)), layer.scaling["default"] ** -0.5
+            a[:rank] = share * start.a[:rank]
+            b[:, :rank] = share * start.b[:, :rank]
 
 
 def _know_quantized(config: LoraConfig) -> None:

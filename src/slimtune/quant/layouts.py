@@ -24,6 +24,9 @@ from slimtune.quant.lattice import Lattice
 from slimtune.quant.scattered import SCALES, Scattered, check_scales, one_rounding
 from slimtune.tables import Table
 
+NEST = 256
+"""Scales of a row that share an offset and a step, where scales are quantized too."""
+
 
 class Layout(Protocol):
     """What a layout offers.
@@ -112,11 +115,12 @@ class Affine:
 class Codebook:
     """Codes of levels that need not be evenly spaced: `W = levels[code] * scale`, one scale per group of features.
 
-    Scales are quantized too: `scale[o, g] = offset[o] + code[o, g] * step[o]`, with 8-bit codes, and a bfloat16 offset
-    and step per row. `levels` is a name in `slimtune.linalg.levels.LEVELS`; raises `FormatError` on another.
+    Scales are bfloat16, or where they are `nested`, quantized too: `scale[o, g] = offset[o, h] + code[o, g] * step[o,
+    h]` with 8-bit codes, and a bfloat16 offset and step for each run `h` of up to 256 scales of a row. `levels` is a
+    name in `slimtune.linalg.levels.LEVELS`; raises `FormatError` on another.
 
     Example:
-        >>> layout = Codebook(out_features=8, in_features=100, levels="nf4", group_size=64)
+        >>> layout = Codebook(out_features=8, in_features=100, levels="nf4", group_size=64, nested=True)
         >>> layout.bits, layout.groups, layout.tensors()["scale"]
         (4, 2, ((8, 2), torch.uint8))
     """
@@ -128,6 +132,7 @@ class Codebook:
     in_features: int
     levels: str
     group_size: int
+    nested: bool = False
 
     def __post_init__(self) -> None:
         if self.levels not in LEVELS:
@@ -145,19 +150,30 @@ class Codebook:
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name, shape and dtype of every stored tensor."""
-        return {
+        stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "codes": ((self.out_features, row_bytes(self.in_features, self.bits)), torch.uint8),
-            "scale": ((self.out_features, self.groups), torch.uint8),
-            "step": ((self.out_features, 1), torch.bfloat16),
-            "offset": ((self.out_features, 1), torch.bfloat16),
+            "scale": ((self.out_features, self.groups), torch.uint8 if self.nested else torch.bfloat16),
         }
+        if self.nested:
+            runs = self.out_features, -(-self.groups // NEST)
+            stored["step"] = stored["offset"] = runs, torch.bfloat16
+        return stored
+
+    def scales(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The scales as decoded, `dtype [out_features, groups]`."""
+        scale = tensors["scale"].to(dtype)
+        if not self.nested:
+            return scale
+        step, offset = (
+            tensors[name].to(dtype).repeat_interleave(NEST, 1)[:, : self.groups] for name in ("step", "offset")
+        )
+        return scale * step + offset
 
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The weight, `dtype [out_features, in_features]`."""
-        wide = torch.promote_types(dtype, torch.float32)
         return dequantize_codebook(
             tensors["codes"],
-            tensors["offset"].to(wide) + tensors["scale"] * tensors["step"].to(wide),
+            self.scales(tensors, torch.promote_types(dtype, torch.float32)),
             levels=LEVELS[self.levels],
             group_size=self.group_size,
             in_features=self.in_features,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from slimtune.linalg.lowrank import Factors
 from slimtune.quant.autograd import DequantizingMatmul
 from slimtune.quant.base import QTensor
 from slimtune.quant.layouts import Layout
@@ -45,6 +46,7 @@ class QuantLinear(nn.Module):
         for name, (shape, kind) in layout.tensors().items():
             self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))
         self.bias = _frozen(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
+        self.start: Factors | None = None  # what an adapter on this layer may start from; not saved with it
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, weight: QTensor) -> QuantLinear:

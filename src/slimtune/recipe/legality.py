@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from slimtune.errors import RecipeError
+from slimtune.lora.inits import INITS
 from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Quantize, Recipe, Step, Train
 
 
@@ -14,6 +15,7 @@ class State:
 
     quantized: bool = False
     adapter: bool = False
+    residual: bool = False  # whether it is known what quantization lost
 
 
 def check_order(recipe: Recipe, start: State = State()) -> list[State]:
@@ -37,6 +39,8 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
             return "a model with an adapter cannot be quantized", "put merge: {} before quantize, or quantize first"
         case Lora() if state.adapter:
             return "the model has an adapter already", "put merge: {} before the second lora step"
+        case Lora() if INITS[step.init].start is not None and not state.residual:
+            return "nothing is known of what quantization lost", "put a quantize step before it, in this recipe"
         case Train() if recipe.data.train is None:
             return "there is nothing to train on", "add data: {train: {path: FILE}}"
         case Train() if state.quantized and not state.adapter:
@@ -55,7 +59,7 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
 def _after(step: Step, state: State) -> State:
     match step:
         case Quantize():
-            return replace(state, quantized=True)
+            return replace(state, quantized=True, residual=True)
         case Lora():
             return replace(state, adapter=True)
         case Merge():
