@@ -114,28 +114,36 @@ def viterbi(x: Tensor, trellis: Trellis, overlap: Tensor | None = None, *, width
     shape = (count // width, steps, states // fan, width)
     minima = (x.new_empty(math.prod(shape)) if room is None else room[: math.prod(shape)]).view(shape)
     sides = torch.stack([x, torch.ones_like(x)], 1)
-    halves = x.new_empty(states * width)
+    cost = x.new_empty(states, width)
+    phases = [_phase(cost, fan, phase) for phase in range(order)]
+    slopes = trellis.slopes.unbind()
     for chunk, kept in enumerate(minima):
         part = slice(chunk * width, (chunk + 1) * width)
-        cost = x.new_zeros(states, width)
-        if overlap is not None:
+        if overlap is None:
+            cost.zero_()
+        else:
             column = torch.arange(width, device=x.device)
             cost.fill_(FAR).view(-1, fan, width)[_place(overlap[:, part], fan), :, column] = 0
-        for t in range(steps):
-            cost.addmm_(trellis.slopes[t % order], sides[t, :, part])
-            cube = cost.view(fan ** (t % order), fan, -1)
-            best = kept[t].view(len(cube), 1, -1)
-            _least(cube, halves, best)
+        for t, (side, best) in enumerate(zip(sides[:, :, part].unbind(), kept.unbind(), strict=True)):
+            cube, halves = phases[t % order]
+            best = best.view(len(cube), 1, -1)
+            cost.addmm_(slopes[t % order], side)
+            for one, other, into in halves:
+                torch.minimum(one, other, out=best if into is None else into)
             cube.copy_(best.expand_as(cube))
     return _trace(x, trellis, minima, overlap)
 
 
-def _least(cube: Tensor, room: Tensor, out: Tensor) -> None:
-    """The minimum of `cube` over dim 1 into `out`, in halves: each is one vectorised pass."""
-    while (width := cube.shape[1] // 2) > 1:
-        into, room = room[: cube.numel() // 2].view(len(cube), width, -1), room[cube.numel() // 2 :]
-        cube = torch.minimum(cube[:, :width], cube[:, width:], out=into)
-    torch.minimum(cube[:, :1], cube[:, 1:], out=out)
+def _phase(cost: Tensor, fan: int, phase: int) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor | None]]]:
+    """The costs as a cube with axis `phase` in the middle, and the operands of the minimum over it, half by half: each
+    is one vectorised pass. The last has no result of its own."""
+    cube = whole = cost.view(fan**phase, fan, -1)
+    halves: list[tuple[Tensor, Tensor, Tensor | None]] = []
+    while (half := whole.shape[1] // 2) > 1:
+        into = torch.empty_like(whole[:, :half], memory_format=torch.contiguous_format)
+        halves.append((whole[:, :half], whole[:, half:], into))
+        whole = into
+    return cube, [*halves, (whole[:, :1], whole[:, 1:], None)]
 
 
 def _trace(x: Tensor, trellis: Trellis, minima: Tensor, overlap: Tensor | None) -> Tensor:
@@ -143,21 +151,25 @@ def _trace(x: Tensor, trellis: Trellis, minima: Tensor, overlap: Tensor | None) 
     steps, count = x.shape
     order, (_, _, places, width) = trellis.order, minima.shape
     column = torch.arange(count, device=x.device)
-    offset = column // width * (steps * places * width) + column % width
+    first = column // width * (steps * places * width) + column % width
+    offsets = first + torch.arange(-1, steps - 1, device=x.device)[:, None] * (places * width)
     last = (steps - 1) % order
     if overlap is None:
         place = minima[:, -1].argmin(1).flatten()
     else:
         place = _place(overlap[[(axis - last - 1) % order for axis in range(order) if axis != last]], trellis.fan)
+    numbers, befores = trellis.number.unbind(), trellis.before.unbind()
     symbols = torch.empty(steps, count, dtype=torch.int64, device=x.device)
-    for t in reversed(range(steps)):
-        number = trellis.number[t % order].index_select(1, place)
-        before = trellis.before[t % order].index_select(1, place)
-        cost = number * (number - 2 * x[t])
+    rows = zip(range(steps), x.unbind(), symbols.unbind(), offsets.unbind(), strict=True)
+    for t, here, symbol, offset in reversed(list(rows)):
+        cost = numbers[t % order].index_select(1, place).sub_(here).square_()
+        before = befores[t % order].index_select(1, place)
         if t:
-            cost += minima.take(before * width + (offset + (t - 1) * places * width))
-        symbols[t] = cost.argmin(0) if t or overlap is None else overlap[0]
-        place = before.gather(0, symbols[t : t + 1]).squeeze(0)
+            cost += minima.take(torch.add(offset, before, alpha=width))
+        torch.argmin(cost, 0, out=symbol)
+        place = before.take(torch.add(column, symbol, alpha=count))
+    if overlap is not None:
+        symbols[0] = overlap[0]
     return symbols
 
 
