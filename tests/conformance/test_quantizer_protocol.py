@@ -26,11 +26,11 @@ def quantizer(name: str, **setting: Any) -> Any:
     """The quantizer with those of the settings that it has; a test of settings it has none of is not for it."""
     if setting.get("group_size") == -1 and not has_groups(name):
         setting = {key: value for key, value in setting.items() if key != "group_size"}  # whole rows are all it has
-    if setting.get("bits", QUANTIZERS[name]().bits) not in QUANTIZERS[name].widths:
-        pytest.skip(f"{name} has no width of {setting['bits']} bits")
     known = {field.name for field in fields(QUANTIZERS[name])}  # type: ignore[arg-type]
     if not setting.keys() <= known:
         pytest.skip(f"{name} has no {', '.join(setting.keys() - known)}")
+    if "bits" in setting and setting["bits"] not in QUANTIZERS[name].widths:  # type: ignore[attr-defined]
+        pytest.skip(f"{name} has no width of {setting['bits']} bits")
     return QUANTIZERS[name](**setting)
 
 
@@ -157,11 +157,21 @@ def test_is_no_worse_than_rounding_in_the_metric_it_optimises(
 
 
 @each
-def test_four_bits_in_groups_of_64_are_4_375_bits(name: str) -> None:
-    w, stats = weight_of(256), stats_of(256)
-    assert quantizer(name, bits=4, group_size=64)(w, stats).bits_per_weight == 4 + (16 + 8) / 64 == 4.375
-    assert quantizer(name, bits=4, group_size=64, sym=True)(w, stats).bits_per_weight == 4 + 16 / 64
-    assert quantizer(name, bits=3, group_size=-1)(w, stats).bits_per_weight == 3 + (16 + 8) / 256
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [64, -1])
+def test_a_weight_takes_its_bits_and_its_share_of_scale_and_zero_point(name: str, bits: int, group_size: int) -> None:
+    q = quantizer(name, bits=bits, group_size=group_size)(weight_of(256), stats_of(256))
+    if not isinstance(q.layout, Affine):
+        pytest.skip("not an affine layout")
+    # Scales are bfloat16; zero points are bytes, or bfloat16 where they are no whole numbers.
+    share = 16 + (16 if q.layout.float_zero else 8)
+    assert q.bits_per_weight == bits + share / (group_size if group_size > 0 else 256)
+
+
+@each
+def test_symmetric_grids_take_no_zero_points(name: str) -> None:
+    q = quantizer(name, bits=4, group_size=64, sym=True)(weight_of(256), stats_of(256))
+    assert q.bits_per_weight == 4 + 16 / 64
 
 
 @each

@@ -74,7 +74,7 @@ def test_tokens_of_another_width_are_an_error() -> None:
         SecondMoment(4).update(torch.zeros(2, 5))
 
 
-@pytest.mark.parametrize("features", [1, 5, 48])
+@pytest.mark.parametrize("features", [1, 5, 48, 131, 300])
 @pytest.mark.parametrize("damp", [0.01, 0.3])
 def test_factor_gives_the_damped_inverse(features: int, damp: float) -> None:
     x = correlated(4 * features, features).double()

@@ -68,7 +68,9 @@ def test_a_sweep_sets_every_code_to_the_best_of_all(columns: int, size: int) -> 
 def test_refitted_scales_are_the_least_squares_solution(columns: int, size: int) -> None:
     p = problem(columns, size)
     group = torch.arange(columns) // size
-    p["w"] = decoded(p) * (1 + 0.2 * torch.rand(len(p["scale"]), 5).double()[group]) + 0.01 * p["w"]  # none turns around
+    p["w"] = (
+        decoded(p) * (1 + 0.2 * torch.rand(len(p["scale"]), 5).double()[group]) + 0.01 * p["w"]
+    )  # none turns around
     root = torch.linalg.cholesky(p["h"]).T
     wanted = torch.empty_like(p["scale"])
     for row in range(5):

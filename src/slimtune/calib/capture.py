@@ -44,7 +44,7 @@ class _Replay(nn.Module):
 class _Once(nn.Module):
     """A part of a block whose weights are final: runs once per micro-batch, and is remembered from then on.
 
-    Where the part hands out what its `last` linear made, and the inputs of that linear were kept, the linear alone runs.
+    Where the part hands out what its `last` linear made, and the inputs of that linear were kept, it alone runs.
     """
 
     def __init__(self, stream: CalibrationStream, part: nn.Module, last: nn.Module, inputs: _Shelf | None) -> None:
@@ -140,9 +140,9 @@ def _taken_apart(output: Tensor | tuple[Any, ...]) -> tuple[Tensor, tuple[Any, .
 class CalibrationStream:
     """The calibration tokens on their way through the blocks of a model.
 
-    Use `calibration_stream`, then for every block in order: `enter` it, `collect` each of its stages, `settle` that when
-    its weights are final, and `advance` past the block. Memory: one output `[samples, length, hidden]` per stack and one
-    of each settled part, in bfloat16 where the passes run in it, and what one micro-batch needs inside one block.
+    Use `calibration_stream`, then for every block in order: `enter` it, `collect` each of its stages, `settle` that
+    when its weights are final, and `advance` past the block. Memory: one output `[samples, length, hidden]` per stack
+    and one of each settled part, in bfloat16 where the passes run in it, and what one micro-batch needs in one block.
 
     A float32 block computes in bfloat16 between `enter` and `advance` where the hardware has units for it.
     """

@@ -26,7 +26,10 @@ from slimtune.quant.linear import QuantLinear
 
 PACKAGE, OLDEST = "compressed-tensors", "0.17"
 ADAPTER = "adapter"
-REMEDY = "export safetensors, or quantize with a group_size of 32, 64 or -1 that divides the width"
+REMEDY = (
+    "export safetensors, or quantize with a method of whole zero points (rtn, optq) and a group_size of 32, 64 or -1 "
+    "that divides the width"
+)
 
 Scheme = tuple[int, int, bool]
 """Bits, group size (-1: a whole row), and whether the grid is symmetric: what the layers of a config group share."""
@@ -184,6 +187,8 @@ def _fault(layer: QuantLinear) -> str:
     layout = layer.layout
     if not isinstance(layout, Affine):
         return f"its layout is '{layout.tag}', not affine"
+    if layout.float_zero:
+        return "its zero points are not whole numbers"
     if layout.in_features % layout.group_size:
         return f"groups of {layout.group_size} do not divide {layout.in_features} input features"
     return ""

@@ -21,12 +21,39 @@ from torch import nn
 
 from slimtune.arch import ModelMap, bind
 from slimtune.errors import FormatError, RecipeError, nearest
+from slimtune.lora.fused import fused_lora
 from slimtune.quant.linear import QuantLinear
 
 
 class LoraQuantLinear(PeftLoraLinear):
-    """PEFT's LoRA layer around a `QuantLinear`. It trains and saves as PEFT's own; it cannot merge into packed
-    codes."""
+    """PEFT's LoRA layer around a `QuantLinear`. It saves as PEFT's own; it cannot merge into packed codes.
+
+    With one plain adapter, base and adapter run as one function (`slimtune.lora.fused`) in the dtype of the input. All
+    else (dropout in training, several adapters, DoRA and other variants) runs as in PEFT.
+    """
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`x` is `[..., in_features]`; returns `[..., out_features]`."""
+        base, active = self.get_base_layer(), self.active_adapters
+        if (
+            len(active) != 1
+            or active[0] not in self.lora_A
+            or args
+            or kwargs
+            or self.disable_adapters
+            or self.merged
+            or self.lora_variant
+            or self.lora_bias[active[0]]
+            or not isinstance(base, QuantLinear)
+            or (self.training and not isinstance(self.lora_dropout[active[0]], nn.Identity))
+        ):
+            return super().forward(x, *args, **kwargs)
+        name = active[0]
+        a, b = (
+            self.lora_A.get_submodule(name).get_parameter("weight"),
+            self.lora_B.get_submodule(name).get_parameter("weight"),
+        )
+        return fused_lora(x, base, a, b, self.scaling[name])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Packed codes cannot take a low-rank update: merge with `slimtune.merge`, which makes the base dense first."""

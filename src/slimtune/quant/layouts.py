@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from slimtune.errors import FormatError, RecipeError
-from slimtune.kernels.reference import dequantize_affine
+from slimtune.kernels.dispatch import dequantize_affine
+from slimtune.kernels.reference import dequantize_codebook
+from slimtune.linalg.levels import LEVELS
 from slimtune.linalg.packing import row_bytes
 from slimtune.quant.lattice import Lattice
 from slimtune.tables import Table
@@ -53,7 +55,8 @@ class Affine:
 
     Scales are bfloat16, so that loading a model in bfloat16, float16 or float32, or sharding it under a mixed-precision
     policy, never changes a weight; quantizers fit the codes to the rounded scale. Zero points are integers
-    (`symmetric` grids store none and mean `2**(bits - 1)`), as GPTQ and compressed-tensors files need them.
+    (`symmetric` grids store none and mean `2**(bits - 1)`), as GPTQ and compressed-tensors files need them; or, where
+    `float_zero`, any bfloat16. Raises `FormatError` on a symmetric grid with `float_zero`.
 
     Example:
         >>> layout = Affine(out_features=8, in_features=100, bits=3, group_size=64)
@@ -69,6 +72,11 @@ class Affine:
     bits: int
     group_size: int
     symmetric: bool = False
+    float_zero: bool = False
+
+    def __post_init__(self) -> None:
+        if self.symmetric and self.float_zero:
+            raise FormatError("a symmetric grid has no zero points", where="float_zero", got=True, wanted=False)
 
     @property
     def groups(self) -> int:
@@ -82,7 +90,8 @@ class Affine:
             "scale": ((self.out_features, self.groups), torch.bfloat16),
         }
         if not self.symmetric:
-            stored["zero"] = ((self.out_features, self.groups), torch.uint8)
+            kind = torch.bfloat16 if self.float_zero else torch.uint8
+            stored["zero"] = ((self.out_features, self.groups), kind)
         return stored
 
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -98,7 +107,64 @@ class Affine:
         )
 
 
-LAYOUTS: Table[type[Layout]] = Table("slimtune.layouts", {"affine": Affine, "e8p": Lattice})
+@dataclass(frozen=True)
+class Codebook:
+    """Codes of levels that need not be evenly spaced: `W = levels[code] * scale`, one scale per group of features.
+
+    Scales are quantized too: `scale[o, g] = offset[o] + code[o, g] * step[o]`, with 8-bit codes, and a bfloat16 offset
+    and step per row. `levels` is a name in `slimtune.linalg.levels.LEVELS`; raises `FormatError` on another.
+
+    Example:
+        >>> layout = Codebook(out_features=8, in_features=100, levels="nf4", group_size=64)
+        >>> layout.bits, layout.groups, layout.tensors()["scale"]
+        (4, 2, ((8, 2), torch.uint8))
+    """
+
+    tag: ClassVar[str] = "codebook"
+    rowwise: ClassVar[bool] = True
+
+    out_features: int
+    in_features: int
+    levels: str
+    group_size: int
+
+    def __post_init__(self) -> None:
+        if self.levels not in LEVELS:
+            raise FormatError("unknown levels", where="levels", got=self.levels, wanted=sorted(LEVELS))
+
+    @property
+    def bits(self) -> int:
+        """Width of a code."""
+        return (len(LEVELS[self.levels]) - 1).bit_length()
+
+    @property
+    def groups(self) -> int:
+        """Groups in a row; the last one is shorter where `group_size` does not divide `in_features`."""
+        return -(-self.in_features // self.group_size)
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name, shape and dtype of every stored tensor."""
+        return {
+            "codes": ((self.out_features, row_bytes(self.in_features, self.bits)), torch.uint8),
+            "scale": ((self.out_features, self.groups), torch.uint8),
+            "step": ((self.out_features, 1), torch.bfloat16),
+            "offset": ((self.out_features, 1), torch.bfloat16),
+        }
+
+    def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The weight, `dtype [out_features, in_features]`."""
+        wide = torch.promote_types(dtype, torch.float32)
+        return dequantize_codebook(
+            tensors["codes"],
+            tensors["offset"].to(wide) + tensors["scale"] * tensors["step"].to(wide),
+            levels=LEVELS[self.levels],
+            group_size=self.group_size,
+            in_features=self.in_features,
+            dtype=dtype,
+        )
+
+
+LAYOUTS: Table[type[Layout]] = Table("slimtune.layouts", {"affine": Affine, "codebook": Codebook, "e8p": Lattice})
 """Every layout by its tag. A third party's quantizer with a layout of its own registers it beside itself."""
 
 

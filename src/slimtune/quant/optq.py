@@ -78,7 +78,7 @@ class Optq:
         # Transposed, so that a column of the weight is one contiguous row.
         original = weight.T.to(torch.float64 if weight.dtype == torch.float64 else torch.float32).contiguous()
         order = torch.argsort(h.diagonal(), descending=True, stable=True) if self.desc_act else None
-        upper, damping = inverse_cholesky(h if order is None else h[order][:, order], self.damp_percent)
+        upper, damping = inverse_cholesky(h if order is None else h[order.unsqueeze(1), order], self.damp_percent)
         upper = upper.to(original.dtype)
         importance = h.diagonal().to(original.dtype)
         scale, zero = original.new_empty(2, -(-columns // size), rows)
@@ -95,7 +95,9 @@ class Optq:
         for start, stop in _spans(columns, columns if order is not None else size):
             inside, corner = w[start:stop], upper[start:stop, start:stop]
             errors = torch.empty_like(inside)
-            groups = (torch.arange(start, stop) if order is None else order[start:stop]).div(size, rounding_mode="floor")
+            groups = (torch.arange(start, stop) if order is None else order[start:stop]).div(
+                size, rounding_mode="floor"
+            )
             for k, (group, pivot) in enumerate(zip(groups.tolist(), corner.diagonal().tolist(), strict=True)):
                 if order is None and (start + k) % size == 0:
                     fit(w[start + k : start + k + size], start + k)

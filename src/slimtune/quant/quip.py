@@ -2,9 +2,9 @@
 
 Source: arXiv 2402.04396. Random signs and a Hadamard-type transform on both sides make the weights nearly normal and
 independent, and the Hessian is turned alike. Blocks of eight columns are then rounded one after another, and the
-columns still to come make up for the error ("block LDLQ"). With `U` the upper factor of the damped `H⁻¹` that OPTQ uses, too,
-the error of block `k` that is fed forward is `(w_k - q_k) U_kk⁻¹ U_k`; a paper that goes from the last block to the first
-has the same result for columns in reverse.
+columns still to come make up for the error ("block LDLQ"). With `U` the upper factor of the damped `H⁻¹` that OPTQ
+uses, too, the error of block `k` that is fed forward is `(w_k - q_k) U_kk⁻¹ U_k`; a paper that goes from the last block
+to the first has the same result for columns in reverse.
 """
 
 from __future__ import annotations

@@ -57,16 +57,13 @@ def refit(codes: Tensor, w: Tensor, h: Tensor, scale: Tensor, zero: Tensor, size
 
     A scale that would have to shrink below a tenth, or to turn around, stays as it is. Arguments as of `descend_`.
     """
-    columns, rows = w.shape
-    groups = len(scale)
+    rows, groups = w.shape[1], len(scale)
     chunk = max(1, ENTRIES // (groups * max(groups, size)))
-    return torch.cat(
-        [
-            _refit(*(t[:, start : start + chunk] for t in (codes, w, scale, zero)), h, size)
-            for start in range(0, rows, chunk)
-        ],
-        1,
-    )
+    parts = []
+    for start in range(0, rows, chunk):
+        part = slice(start, start + chunk)
+        parts.append(_refit(codes[:, part], w[:, part], scale[:, part], zero[:, part], h, size))
+    return torch.cat(parts, 1)
 
 
 def _refit(codes: Tensor, w: Tensor, scale: Tensor, zero: Tensor, h: Tensor, size: int) -> Tensor:

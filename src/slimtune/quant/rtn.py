@@ -80,13 +80,13 @@ def fit_grid(w: Tensor, bits: int, symmetric: bool, kind: GridKind, weight: Tens
 
 
 def affine_qtensor(
-    codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int, symmetric: bool
+    codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int, symmetric: bool, float_zero: bool = False
 ) -> QTensor:
     """Pack codes (`[out, in]`) and the scales and zero points of their groups (`[out, groups]`), all whole floats but
-    the scales."""
+    the scales, and the zero points where `float_zero`."""
     rows, columns = codes.shape
-    layout = Affine(rows, columns, bits, group_size, symmetric)
+    layout = Affine(rows, columns, bits, group_size, symmetric, float_zero)
     tensors = {"codes": pack(codes.to(torch.uint8), bits), "scale": scale.to(torch.bfloat16).contiguous()}
     if not symmetric:
-        tensors["zero"] = zero.to(torch.uint8).contiguous()
+        tensors["zero"] = zero.to(torch.bfloat16 if float_zero else torch.uint8).contiguous()
     return QTensor(tensors, layout)

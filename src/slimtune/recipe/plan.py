@@ -207,9 +207,14 @@ def _check_quantize(step: Quantize, modelmap: ModelMap, where: str) -> dict[str,
             wanted=f"a divisor of {', '.join(map(str, widths))}",
             remedy=f"use {' or '.join(map(str, divisors)) or '-1 (whole rows)'}",
         )
-    bits = step.options.get("bits", 16)
+    return {"bits": _stored_bits(method, step, group), "needs_data": bool(method.needs)}
+
+
+def _stored_bits(method: Quantizer, step: Quantize, group: int) -> float:
+    if not method.needs:  # what one row of it takes is quickly seen
+        return method(torch.zeros(1, 4096), {}).bits_per_weight
     per_group = (16 if step.options.get("sym") else 24) / group if group > 0 else 0
-    return {"bits": bits + per_group, "needs_data": bool(method.needs)}
+    return float(step.options.get("bits", 16) + per_group)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from slimtune.errors import RecipeError
+from slimtune.lora.attach import base_of
 from slimtune.train.callbacks import Progress, StepLog
 from slimtune.train.checkpoint import CheckpointingTrainer, last_checkpoint
 from slimtune.train.data import Collator, Example
+from slimtune.train.loss import chunked_loss
 from slimtune.train.options import TrainOptions
 
 
@@ -53,6 +55,10 @@ class _CountingTrainer(CheckpointingTrainer):
         mask = inputs.get("attention_mask")
         self.log_lines.tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with chunked_loss(base_of(self.accelerator.unwrap_model(model))):
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 class _HeldOut(TrainerCallback):
@@ -163,7 +169,8 @@ def heldout_loss(model: nn.Module, examples: Sequence[Example], collator: Collat
         shift = 0 if cast(Any, model).config.is_encoder_decoder else 1
         learnt = int((labels[:, shift:] != -100).sum())
         if learnt:
-            total += float(model(**batch, use_cache=False).loss) * learnt
+            with chunked_loss(base_of(model)):
+                total += float(model(**batch, use_cache=False).loss) * learnt
             count += learnt
     model.train(training)
     return total / count if count else float("nan")

@@ -1,0 +1,129 @@
+"""A packed linear and its adapter as one function, against the two of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pico import pico_inputs, pico_model
+from slimtune.arch import bind
+from slimtune.lora import attach
+from slimtune.lora.attach import LoraQuantLinear, add_lora
+from slimtune.lora.fused import fused_lora
+from slimtune.quant.apply import all_linear, quantize_
+from slimtune.quant.linear import QuantLinear
+from slimtune.quant.rtn import Rtn
+
+
+def layer(columns: int = 40, rows: int = 12, bias: bool = False, bits: int = 4) -> QuantLinear:
+    linear = nn.Linear(columns, rows, bias=bias)
+    return QuantLinear.from_linear(linear, Rtn(bits=bits, group_size=16)(linear.weight.detach(), {}))
+
+
+def factors(r: int, columns: int = 40, rows: int = 12, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    return torch.randn(r, columns, dtype=dtype).requires_grad_(), torch.randn(rows, r, dtype=dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (1, 1)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_value_and_gradients_are_those_of_the_formula(bits: int, shape: tuple[int, ...], bias: bool) -> None:
+    base, (a, b) = layer(bias=bias, bits=bits), factors(3)
+    x = torch.randn(*shape, 40, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(*shape, 12, dtype=torch.float64)
+    w = base.dequantize(torch.float64)
+    wanted = x @ w.T + 0.7 * (x @ a.T) @ b.T + (0 if base.bias is None else base.bias.double())
+    truth = torch.autograd.grad(wanted, (x, a, b), upstream)
+    got = fused_lora(x, base, a, b, 0.7)
+    torch.testing.assert_close(got, wanted)
+    for mine, theirs in zip(torch.autograd.grad(got, (x, a, b), upstream), truth, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_gradcheck() -> None:
+    base, (a, b) = layer(), factors(2)
+    x = torch.randn(3, 40, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *t: fused_lora(t[0], base, t[1], t[2], 1.3), (x, a, b))
+
+
+def test_only_the_input_and_thin_tensors_are_saved() -> None:
+    base, (a, b) = layer(400, 300), factors(2, 400, 300, torch.float32)
+    x = torch.randn(50, 400, requires_grad=True)
+    known = {t.untyped_storage().data_ptr() for t in (x, a, b, *base.parameters())}
+    new: list[int] = []
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in known:
+            new.append(t.numel() * t.element_size())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        fused_lora(x, base, a, b, 1.0)
+    assert new == [50 * 2 * 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_meet_float32_factors(dtype: torch.dtype) -> None:
+    base, (a, b) = layer(), factors(3, dtype=torch.float32)
+    x = torch.randn(4, 40).to(dtype).requires_grad_()
+    y = fused_lora(x, base, a, b, 0.5)
+    y.float().square().sum().backward()
+    assert y.dtype == dtype and x.grad is not None and x.grad.dtype == dtype
+    wanted = x.float() @ base.dequantize().T + 0.5 * (x.float() @ a.T) @ b.T
+    torch.testing.assert_close(y.float(), wanted, rtol=0.05, atol=0.2)
+    assert a.grad is not None and a.grad.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused_lora(x.float(), base, a, b, 0.5).dtype == torch.bfloat16
+
+
+def peft_model(dropout: float = 0.0) -> tuple[Any, dict[str, Tensor]]:
+    model: Any = pico_model("llama")
+    quantize_(model, bind(model), all_linear(Rtn(bits=4, group_size=8)))
+    wrapped = add_lora(model, r=2, lora_dropout=dropout)
+    for name, p in wrapped.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p)
+    return wrapped, pico_inputs(model)
+
+
+def outputs(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    loss = model(**inputs, labels=inputs["input_ids"]).loss
+    return loss.detach(), list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+
+
+def test_a_model_computes_what_peft_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = peft_model()
+    calls = []
+
+    def counted(*args: Any) -> Tensor:
+        calls.append(1)
+        return fused_lora(*args)
+
+    monkeypatch.setattr(attach, "fused_lora", counted)
+    loss, grads = outputs(model, inputs)
+    assert len(calls) == sum(isinstance(m, LoraQuantLinear) for m in model.modules()) > 5
+    monkeypatch.setattr(LoraQuantLinear, "forward", attach.PeftLoraLinear.forward)
+    wanted, theirs = outputs(model, inputs)
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
+    for mine, other in zip(grads, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5)
+
+
+def test_what_is_not_plain_is_left_to_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: object) -> Tensor:
+        raise AssertionError
+
+    monkeypatch.setattr(attach, "fused_lora", never)
+    model, inputs = peft_model(dropout=0.5)
+    model.train()
+    outputs(model, inputs)
+    with model.disable_adapter():
+        plain = model(**inputs).logits
+    with pytest.raises(AssertionError):
+        model.eval()(**inputs)
+    bare: Any = pico_model("llama")
+    quantize_(bare, bind(bare), all_linear(Rtn(bits=4, group_size=8)))
+    torch.testing.assert_close(bare(**inputs).logits, plain)
