@@ -20,7 +20,7 @@ from slimtune.kernels.dispatch import dequantize_affine
 from slimtune.kernels.reference import dequantize_codebook
 from slimtune.linalg.levels import LEVELS
 from slimtune.linalg.packing import row_bytes
-from slimtune.quant.lattice import Lattice
+from slimtune.quant.rotated import Lattice, Trellis
 from slimtune.tables import Table
 
 
@@ -164,7 +164,9 @@ class Codebook:
         )
 
 
-LAYOUTS: Table[type[Layout]] = Table("slimtune.layouts", {"affine": Affine, "codebook": Codebook, "e8p": Lattice})
+LAYOUTS: Table[type[Layout]] = Table(
+    "slimtune.layouts", {"affine": Affine, "codebook": Codebook, "e8p": Lattice, "trellis": Trellis}
+)
 """Every layout by its tag. A third party's quantizer with a layout of its own registers it beside itself."""
 
 
