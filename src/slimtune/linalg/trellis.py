@@ -30,7 +30,14 @@ STEPS = 256
 SEAM = 64
 """Steps around the seam that are walked first, to find where the ring closes."""
 
-SPREAD = {2: 1.0, 3: 1.0, 4: 1.0}
+_THREE = (2620, 459, 3713, 3010, 3460, 1988, 4095, 2002, 1548, 843, 3849, 1812)
+MASKS = {2: (1069, 3957, 2534, 173, 2802, 1999, 571, 1838, 252, 104, 2257, 1154), 3: _THREE, 4: _THREE}
+"""The disorder of the table. A random one has distortions of 0.0718, 0.0190 and 0.0049 on normal numbers; these 0.0697,
+0.0180 and 0.0046. Found among 300 random invertible maps that send the states which one state leads to, and those which
+lead to one, to different halves, quarters, ... of the numbers, by then flipping bits while that helped."""
+
+SPREAD = {2: 0.96, 3: 0.94, 4: 0.92}
+"""What normal numbers of variance 1 are multiplied by before they are encoded: the best in steps of 0.02."""
 
 LANES, CHUNK, TOGETHER = 16, 48, 192
 """Sequences come in multiples of the first (what products like), take a step together up to the second (the costs of
@@ -40,26 +47,25 @@ FAR = 1e30
 """The cost of a state that a walk may not start in."""
 
 
-@lru_cache(maxsize=16)
-def table(dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
-    """The number of every state, `[4096]`: the quantiles of the normal distribution in a fixed disorder.
+@lru_cache(maxsize=4)
+def table(bits: int) -> Tensor:
+    """The number of every state, float64 `[4096]`: the quantiles of the normal distribution, in disorder.
 
-    The disorder is an invertible hash of 12 bits (two multiplications, two shifts), so the table is made anew anywhere.
+    Bit `i` of a quantile's rank is the parity of the state's bits under `MASKS[bits][i]`: a linear map over two
+    elements, and a permutation.
 
-    >>> values = table()
+    >>> values = table(2)
     >>> abs(float(values.mean())) < 1e-12, round(float(values.square().mean()), 3)
     (True, 1.0)
     """
-    with torch.inference_mode(False):
-        x = torch.arange(1 << LENGTH, device="cpu")
-        for factor, shift in HASH:
-            x = x * factor % (1 << LENGTH)
-            x = x ^ x >> shift
-        level = (x.to(torch.float64) + 0.5) / (1 << LENGTH)
-        return (math.sqrt(2) * torch.erfinv(2 * level - 1)).to(device=device, dtype=dtype)
-
-
-HASH = ((0x9E5, 7), (0xB4D, 5), (0x6C3, 6))
+    state = torch.arange(1 << LENGTH, device="cpu")
+    rank = torch.zeros(1 << LENGTH, dtype=torch.float64, device="cpu")
+    for i, mask in enumerate(MASKS[bits]):
+        parity = state & mask
+        for shift in (8, 4, 2, 1):
+            parity = parity ^ parity >> shift
+        rank += (parity & 1) << i
+    return math.sqrt(2) * torch.erfinv(2 * (rank + 0.5) / (1 << LENGTH) - 1)
 
 
 @dataclass(frozen=True)
@@ -239,10 +245,10 @@ def decode(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
 @lru_cache(maxsize=16)
 def _trellis(bits: int, dtype: torch.dtype, device: torch.device) -> Trellis:
     with torch.inference_mode(False):
-        return Trellis.of(table(dtype, device), bits)
+        return Trellis.of(table(bits).to(device, dtype), bits)
 
 
 @lru_cache(maxsize=16)
 def _scaled(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return (table() / SPREAD[bits]).to(device=device, dtype=dtype)
+        return (table(bits) / SPREAD[bits]).to(device=device, dtype=dtype)
