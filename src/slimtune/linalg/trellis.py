@@ -70,7 +70,7 @@ def table(bits: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Trellis:
-    """Index tables of a trellis whose state `s` stands for `numbers[s]`, with `fan` symbols a step.
+    """Index tables of a trellis whose state `s` stands for `numbers[s]`, two or more symbols a state, `fan` to choose of.
 
     A state is a cube of `order` axes, and step `t` (phase `p = t mod order`) takes the minimum over axis `p`. Place `r`
     of that minimum comes from `fan` states, one for each symbol `j` that is dropped: `number[p, j, r]` is the number of

@@ -16,7 +16,7 @@ from slimtune.quant.base import QTensor, Stats
 from slimtune.quant.incoherent import BITS, check, quantize
 from slimtune.quant.rotated import Lattice
 
-SPREAD = 0.9
+SPREAD = 0.95
 """Where the weights lie in the lattice: errors that are fed back widen them."""
 
 
