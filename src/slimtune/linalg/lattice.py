@@ -1,8 +1,8 @@
 """Eight numbers at a time, rounded to points of the lattice E8: 2, 3 or 4 bits a number.
 
-E8P has 65,536 points `t ± 1/4`, where `t` has half-odd coordinates and an even sum. Their magnitudes come from 256 rows:
-all 227 with coordinates in {1/2, 3/2, 5/2} and a squared norm of at most 10, and 29 of the 56 with squared norm 12. The
-even sum leaves seven signs free; the last follows. Source: QuIP# (arXiv 2402.04396), section 4; any 29 rows serve.
+E8P has 65,536 points `t ± 1/4`, where `t` has half-odd coordinates and an even sum. Their magnitudes are 256 rows:
+all 227 with coordinates in {1/2, 3/2, 5/2} and a squared norm of at most 10, and 29 of the 56 with squared norm 12.
+The even sum leaves seven signs free; the last follows. Source: QuIP# (arXiv 2402.04396), section 4; any 29 rows serve.
 A code is `row | signs of coordinates 0 to 6 << 8 | shift << 15`; a sign bit of 1 means negative, a shift of 1 `-1/4`.
 
 At 4 bits a second code of E8P stands for what the first one leaves, magnified; at 3 bits it is one of 256 short vectors
@@ -22,8 +22,8 @@ WIDTH = 8
 """Coordinates of a point."""
 
 SPREAD = {2: 1.04, 3: 0.99, 4: 0.89}
-"""What normal numbers of variance 1 are multiplied by before they are encoded, by bits: the values of least mean squared
-error on 2^17 random vectors, in steps of 0.01, for 3 and 4 bits searched together with `RESIDUAL`."""
+"""What normal numbers of variance 1 are multiplied by before they are encoded, by bits: the values of least mean
+squared error on 2^17 random vectors, in steps of 0.01, for 3 and 4 bits searched together with `RESIDUAL`."""
 
 RESIDUAL = {3: 2.04, 4: 3.85}
 """What the rest is multiplied by before it is encoded again, in steps of 0.02 and 0.05."""
@@ -79,10 +79,10 @@ def roots(dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
 def nearest(x: Tensor) -> Tensor:
     """The code of the E8P point nearest to each vector: `x` is `[n, 8]`, the result int64 `[n]`.
 
-    Exact, with the costs of 2 x 256 rows for all 65,536 points. For `y = x ∓ 1/4` a row `t` costs `|t|² - 2 t·|y|`, and
-    where the signs of `y` would make the sum odd, `4 min t_i |y_i|` for the cheapest flip. All but the last 29 rows come
-    with every permutation of theirs, and every one of them has a coordinate 1/2: the best permutation has it where `|y|`
-    is least, so `2 min |y_i|` may stand for the flip of any of them.
+    Exact, with the costs of 2 x 256 rows for all 65,536 points. For `y = x ∓ 1/4` a row `t` costs `|t|² - 2 t·|y|`,
+    and where the signs of `y` would make the sum odd, `4 min t_i |y_i|` for the cheapest flip. All but the last 29 rows
+    come with every permutation of theirs, and each has a coordinate 1/2: the best permutation has it where `|y|` is
+    least, so `2 min |y_i|` may stand for the flip of any of them.
     """
     return _chunked(_nearest, x)
 
@@ -90,8 +90,8 @@ def nearest(x: Tensor) -> Tensor:
 def encode(x: Tensor, bits: int) -> Tensor:
     """Codes of vectors of normal numbers of variance 1: `x` is `[n, 8]`, the result uint8 `[n, bits]`.
 
-    Bytes 0 and 1 are the code of E8P, the low one first; at 4 bits, bytes 2 and 3 are that of the magnified rest, and at
-    3 bits byte 2 is the rest's among `roots`.
+    Bytes 0 and 1 are the code of E8P, the low one first; at 4 bits, bytes 2 and 3 are that of the magnified rest, and
+    at 3 bits byte 2 is the rest's among `roots`.
     """
     x = x * SPREAD[bits]
     code = nearest(x)

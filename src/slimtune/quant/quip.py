@@ -50,7 +50,8 @@ class Quip:
         tensors = quantize(
             weight, stats, Points(self.bits), spread=SPREAD, damp=self.damp_percent, seed=self.seed, sweeps=self.sweeps
         )
-        return QTensor(tensors, Lattice(*weight.shape, self.bits))
+        rows, columns = weight.shape
+        return QTensor(tensors, Lattice(rows, columns, self.bits))
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Layouts of weights in a rotated basis: `W = diag(sign_out) Hᵀ C H diag(sign_in)`, with `C` read from codes.
 
-`H` is the orthogonal transform of `slimtune.linalg.hadamard`, of the width of the side it is on. `sign_out` carries the
-scales of the rows; both signs are bfloat16, for the reason that the scales of `Affine` are, and quantizers fit the codes
-to the rounded scales. A row of `C` is a part of every row of the weight, so a slice of the codes is no smaller weight
-(`rowwise` is false). Sides that the codes do not divide are padded with zeros *before* they are rotated.
+`H` is the orthogonal transform of `slimtune.linalg.hadamard`, of the width of the side it is on. `sign_out` carries
+the scales of the rows; both signs are bfloat16, for the reason that the scales of `Affine` are, and quantizers fit the
+codes to the rounded scales. A row of `C` is a part of every row of the weight, so a slice of the codes is no smaller
+weight (`rowwise` is false). Sides that the codes do not divide are padded with zeros *before* they are rotated.
 """
 
 from __future__ import annotations

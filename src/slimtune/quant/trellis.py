@@ -27,7 +27,8 @@ class Trellis:
 
     Example:
         >>> g = torch.Generator().manual_seed(0)
-        >>> w, x = torch.randn(16, 96, generator=g), torch.randn(500, 96, generator=g) @ torch.randn(96, 96, generator=g)
+        >>> w, x = torch.randn(16, 96, generator=g), torch.randn(500, 96, generator=g)
+        >>> x = x @ torch.randn(96, 96, generator=g)
         >>> h = x.T @ x / 500
         >>> loss = lambda q: float(((q.dequantize() - w) @ h * (q.dequantize() - w)).sum())
         >>> from slimtune.quant.optq import Optq
@@ -51,7 +52,8 @@ class Trellis:
         tensors = quantize(
             weight, stats, Walks(self.bits), spread=SPREAD, damp=self.damp_percent, seed=self.seed, sweeps=self.sweeps
         )
-        return QTensor(tensors, rotated.Trellis(*weight.shape, self.bits))
+        rows, columns = weight.shape
+        return QTensor(tensors, rotated.Trellis(rows, columns, self.bits))
 
 
 class Walks:
