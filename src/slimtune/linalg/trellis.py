@@ -33,8 +33,9 @@ SEAM = 64
 _THREE = (2620, 459, 3713, 3010, 3460, 1988, 4095, 2002, 1548, 843, 3849, 1812)
 MASKS = {2: (1069, 3957, 2534, 173, 2802, 1999, 571, 1838, 252, 104, 2257, 1154), 3: _THREE, 4: _THREE}
 """The disorder of the table. A random one has distortions of about 0.0712, 0.0190 and 0.0053 on normal numbers; these
-have 0.0698, 0.0179 and 0.0046. Found among 300 random invertible maps that send the states which one state leads to, and those which
-lead to one, to different halves, quarters, ... of the numbers, by then flipping bits while that helped."""
+have 0.0698, 0.0179 and 0.0046. Found among 300 random invertible maps that send the states which one state leads to,
+and those which lead to one, to different halves, quarters, ... of the numbers, by then flipping bits while that helped.
+"""
 
 SPREAD = {2: 0.98, 3: 0.95, 4: 0.92}
 """What normal numbers of variance 1 are multiplied by before they are encoded: the best in steps of 0.02."""
@@ -193,8 +194,8 @@ def closed(x: Tensor, trellis: Trellis, *, width: int = 0, room: Tensor | None =
     """Symbols, int64 `[steps, sequences]`, of closed walks near the sequences `[steps, sequences]`.
 
     Two shortest paths: a free one through the steps on both sides of the seam, which says what the symbols at the seam
-    should be, then the best of all walks that begin and end with those. (Nearly the best closed walk: that would take as
-    many paths as there are overlaps.)
+    should be, then the best of all walks that begin and end with those. (Nearly the best closed walk; that one would
+    take as many paths as there are overlaps.)
     """
     side = min(SEAM, len(x)) // 2
     seam = viterbi(torch.cat([x[-side:], x[:side]]), trellis, width=width, room=room)

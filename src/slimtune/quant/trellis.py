@@ -31,8 +31,8 @@ class Trellis:
         >>> x = x @ torch.randn(96, 96, generator=g)
         >>> h = x.T @ x / 500
         >>> loss = lambda q: float(((q.dequantize() - w) @ h * (q.dequantize() - w)).sum())
-        >>> from slimtune.quant.optq import Optq
-        >>> loss(Trellis(bits=2)(w, {"hessian": h})) < loss(Optq(bits=2, group_size=-1)(w, {"hessian": h}))
+        >>> from slimtune.quant.rtn import Rtn
+        >>> loss(Trellis(bits=2)(w, {"hessian": h})) < 0.4 * loss(Rtn(bits=2, group_size=32)(w, {}))
         True
     """
 
