@@ -20,7 +20,7 @@ from slimtune.kernels.dispatch import unpack_as
 from slimtune.kernels.reference import apply_grid_, dequantize_codebook
 from slimtune.linalg.levels import LEVELS
 from slimtune.linalg.packing import row_bytes
-from slimtune.quant.lattice import Lattice
+from slimtune.quant.rotated import Lattice, Trellis
 from slimtune.quant.scattered import SCALES, Scattered, check_scales, one_rounding
 from slimtune.tables import Table
 
@@ -182,7 +182,8 @@ class Codebook:
 
 
 LAYOUTS: Table[type[Layout]] = Table(
-    "slimtune.layouts", {"affine": Affine, "codebook": Codebook, "e8p": Lattice, "scattered": Scattered}
+    "slimtune.layouts",
+    {"affine": Affine, "codebook": Codebook, "e8p": Lattice, "trellis": Trellis, "scattered": Scattered},
 )
 """Every layout by its tag. A third party's quantizer with a layout of its own registers it beside itself."""
 
