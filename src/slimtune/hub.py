@@ -51,6 +51,15 @@ class SlimtuneQuantizer(HfQuantizer):
                 _allocate_(model, name, facts)
         return model
 
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
+        from slimtune.quant.linear import QuantLinear
+        from slimtune.quant.scattered import Scattered
+
+        for name, module in model.named_modules():
+            if isinstance(module, QuantLinear) and isinstance(module.layout, Scattered):
+                module.layout.check(module.qtensor.tensors["group"], name)
+        return model
+
     def is_serializable(self) -> bool:
         """Yes: packed tensors are ordinary parameters."""
         return True

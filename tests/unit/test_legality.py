@@ -1,5 +1,6 @@
 """Which orders of steps are accepted, and that every other one is refused with its reason."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from slimtune.recipe.schema import Recipe, recipe_from
 DATA = {"train": {"path": "a.jsonl"}}
 SPEED = {"evaluate": {"speed": True}}
 R4 = {"rotate": {"online": ["r4"]}}
+RESIDUAL = {"lora": {"init": "residual"}}
 PEFT, PACKED, DENSE = ({"export": {"format": f}} for f in ("peft", "compressed-tensors", "safetensors"))
 
 
@@ -29,6 +31,7 @@ def recipe(*steps: Any, data: dict[str, Any] = DATA) -> Recipe:
         ("quantize", PACKED, "lora", "train", PEFT, "merge", DENSE),
         ("quantize", "lora", "train", "merge", "quantize", "lora", "train", PEFT),
         ("lora", "train", "train", PEFT),
+        ("quantize", SPEED, RESIDUAL, "train", PEFT),
         ("lora", "train", "merge", "train"),
         (DENSE,),
         ("rotate", "quantize", "lora", "train", PEFT, PACKED),
@@ -45,6 +48,8 @@ def test_an_order_that_can_work_is_accepted(steps: tuple[Any, ...]) -> None:
     [
         (("quantize", "quantize"), "steps[1].quantize", "quantized already", "merge"),
         (("lora", "quantize"), "steps[1].quantize", "with an adapter cannot be quantized", "merge: {} before quantize"),
+        ((RESIDUAL,), "steps[0].lora", "what quantization lost", "a quantize step before"),
+        (("quantize", "lora", "merge", RESIDUAL), "steps[3].lora", "what quantization lost", "a quantize step before"),
         (("lora", SPEED, "lora"), "steps[2].lora", "has an adapter already", "merge"),
         (("quantize", "train"), "steps[1].train", "packed weights do not train", "lora step before"),
         (("merge",), "steps[0].merge", "no adapter to merge", "after lora"),
@@ -78,7 +83,8 @@ def test_training_without_data_is_refused() -> None:
 
 def test_the_state_is_the_one_before_each_step() -> None:
     states = check_order(recipe("quantize", "lora", "merge", SPEED))
-    assert states == [State(), State(quantized=True), State(quantized=True, adapter=True), State()]
+    packed = State(quantized=True, residual=True)
+    assert states == [State(), packed, replace(packed, adapter=True), State()]
 
 
 def test_a_model_that_is_rotated_to_begin_with_is_not_rotated_again() -> None:
@@ -92,3 +98,5 @@ def test_a_model_that_is_quantized_to_begin_with_is_not_quantized_again() -> Non
     assert check_order(recipe(PACKED), State(quantized=True)) == [State(quantized=True)]
     with pytest.raises(RecipeError, match="quantized already"):
         check_order(recipe("quantize"), State(quantized=True))
+    with pytest.raises(RecipeError, match="what quantization lost"):
+        check_order(recipe(RESIDUAL), State(quantized=True))

@@ -19,7 +19,7 @@ from slimtune.arch import bind
 from slimtune.errors import FormatError, RecipeError
 from slimtune.lora.attach import LoraQuantLinear, add_lora, base_of, has_adapter, load_adapter, plain
 from slimtune.lora.merge import merge
-from slimtune.lora.options import INITS, LoraOptions
+from slimtune.lora.options import LoraOptions
 from slimtune.quant import QuantLinear
 from slimtune.quant.apply import all_linear, quantize_
 from slimtune.quant.rtn import Rtn
@@ -136,7 +136,7 @@ def test_seed_and_init_say_how_the_factors_start() -> None:
 
     assert same(factors(seed=1), factors(seed=1))
     assert not same(factors(seed=1), factors(seed=2))
-    kaiming, gaussian = (factors(init_lora_weights=init) for init in (INITS["default"], INITS["gaussian"]))
+    kaiming, gaussian = (factors(init=init) for init in ("default", "gaussian"))
     assert not same(kaiming, gaussian)
     assert not any(bool(p.any()) for name, p in gaussian.items() if "lora_B" in name)
 

@@ -6,55 +6,87 @@ import torch
 
 from oracles import bfloat16, split
 from slimtune.errors import FormatError, RecipeError
-from slimtune.linalg.levels import LEVELS, normal_float
-from slimtune.linalg.packing import unpack
+from slimtune.kernels.reference import dequantize_codebook
+from slimtune.linalg.levels import LEVELS
+from slimtune.linalg.packing import pack, unpack
 from slimtune.quant.layouts import Codebook, layout_from_dict
-from slimtune.quant.nf4 import Nf4
+from slimtune.quant.nf4 import Nf4, nest
 
-# The appendix of arXiv 2305.14314, seven decimals.
-PUBLISHED = [
-    -1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
-    0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0,
-]  # fmt: skip
+NF4 = torch.tensor(LEVELS["nf4"])
 
 
-def textbook(row: np.ndarray, size: int) -> np.ndarray:
-    """One row: blocks by their greatest magnitude, magnitudes in 8 bits, every weight to the nearest level."""
+def textbook_scales(magnitudes: list[float], double_quant: bool) -> list[float]:
+    """The scales of a row as stored: in bfloat16, or in 8 bits between the least and the greatest of a run of 256."""
+    if not double_quant:
+        return [bfloat16(m) for m in magnitudes]
+    stored: list[float] = []
+    for start in range(0, len(magnitudes), 256):
+        run = magnitudes[start : start + 256]
+        offset = bfloat16(min(run))
+        step = bfloat16(max(0.0, (max(run) - offset) / 255))
+        stored += [offset + (min(max(round((m - offset) / step), 0), 255) * step if step else 0.0) for m in run]
+    return stored
+
+
+def textbook(row: np.ndarray, size: int, double_quant: bool) -> np.ndarray:
+    """One row: blocks by their greatest magnitude, every weight to the nearest level."""
     groups = split(len(row), size)
-    magnitudes = [float(np.abs(row[g]).max()) for g in groups]
-    offset = bfloat16(min(magnitudes))
-    step = bfloat16(max(0.0, (max(magnitudes) - offset) / 255))
+    scales = textbook_scales([float(np.abs(row[g]).max()) for g in groups], double_quant)
     value = np.zeros(len(row))
-    for g, magnitude in zip(groups, magnitudes, strict=True):
-        scale = offset + (min(max(round((magnitude - offset) / step), 0), 255) * step if step else 0)
+    for g, scale in zip(groups, scales, strict=True):
         for j in g:
-            value[j] = min((level * scale for level in PUBLISHED), key=lambda v, w=row[j]: abs(v - w))
+            value[j] = min((level * scale for level in NF4.tolist()), key=lambda v, w=row[j]: abs(v - w))
     return value
 
 
-def test_levels_are_the_published_ones() -> None:
-    np.testing.assert_allclose(LEVELS["nf4"], PUBLISHED, rtol=0, atol=2e-7)
-    assert LEVELS["nf4"] == normal_float(4) == tuple(sorted(LEVELS["nf4"])) and LEVELS["nf4"][7] == 0
+def test_levels_are_those_of_their_construction() -> None:
+    """As bitsandbytes makes them: quantiles in float64 of float32 probabilities, divided in float32."""
+    above, below = (torch.special.ndtri(torch.linspace(0.9677083, 0.5, n)[:-1].double()).float() for n in (9, 8))
+    levels = torch.cat([-below, torch.zeros(1), above]).sort().values
+    torch.testing.assert_close(levels / levels.max(), NF4, rtol=0, atol=1e-7)
+    # The paper's table (appendix E), in thousandths.
+    published = "-1000 -696 -525 -395 -284 -185 -91 0 80 161 246 338 441 563 723 1000"
+    assert [round(1000 * level) for level in NF4.tolist()] == [int(level) for level in published.split()]
 
 
-@pytest.mark.parametrize(("columns", "size"), [(96, 32), (75, 32), (40, 64), (50, -1)])
-def test_equals_the_textbook(columns: int, size: int) -> None:
-    w = torch.randn(6, columns, dtype=torch.float64) * torch.rand(6, columns, dtype=torch.float64)
-    got = Nf4(block_size=size)(w, {}).dequantize(torch.float64).numpy()
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(("columns", "size"), [(96, 32), (75, 32), (40, 64), (50, -1), (1203, 4)])
+def test_equals_the_textbook(columns: int, size: int, double_quant: bool) -> None:
+    w = torch.randn(4, columns, dtype=torch.float64) * torch.rand(4, columns, dtype=torch.float64)
+    got = Nf4(size, double_quant)(w, {}).dequantize(torch.float64).numpy()
     for r, row in enumerate(w.numpy()):
-        np.testing.assert_allclose(got[r], textbook(row, size), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(got[r], textbook(row, size, double_quant), rtol=1e-12, atol=0)
 
 
 def test_a_weight_takes_four_bits_and_its_share_of_two_kinds_of_scales() -> None:
     assert Nf4()(torch.randn(8, 256), {}).bits_per_weight == 4 + 8 / 64 + 2 * 16 / 256
     assert Nf4(block_size=128)(torch.randn(8, 4096), {}).bits_per_weight == 4 + 8 / 128 + 2 * 16 / 4096
+    assert Nf4()(torch.randn(1, 2 * 64 * 256), {}).bits_per_weight == 4 + 8 / 64 + 32 / (64 * 256)
+    assert Nf4(double_quant=False)(torch.randn(8, 256), {}).bits_per_weight == 4 + 16 / 64
+
+
+def test_scales_in_8_bits_lose_little() -> None:
+    w = torch.randn(64, 640)
+    nested, plain = ((Nf4(double_quant=d)(w, {}).dequantize() - w).square().sum() for d in (True, False))
+    assert abs(float(nested / plain) - 1) < 2e-3
+
+
+def test_nested_scales_are_half_a_step_off_at_most() -> None:
+    scale = torch.rand(3, 600) + torch.tensor([[0.0], [1.0], [1e-6]])
+    scale[1, 300:] *= 100  # in a run of its own from 512 on
+    layout, tensors = Codebook(3, 600, "nf4", 1, nested=True), nest(scale)
+    off = (layout.scales(tensors, torch.float32) - scale).abs()
+    spread = torch.stack([part.amax(1) - part.amin(1) for part in scale.split(256, 1)], 1)
+    # Half a step, and the roundings of offset and range to bfloat16.
+    bound = spread / 510 + (2**-8) * scale.split(256, 1)[0].amin(1, keepdim=True) + spread * 2**-8
+    assert bool((off <= bound.repeat_interleave(256, 1)[:, :600] + 2**-8 * scale.amin(1, keepdim=True)).all())
 
 
 def test_every_level_is_used_and_reached() -> None:
     q = Nf4()(torch.randn(64, 192), {})
     assert len(unpack(q.tensors["codes"], 4, 192).unique()) == 16
-    levels = torch.tensor(PUBLISHED).repeat(3, 4) * torch.tensor([[0.5], [2.0], [3e-5]])
-    torch.testing.assert_close(Nf4(block_size=16)(levels, {}).dequantize(), levels, rtol=1e-2, atol=0)
+    levels = NF4.repeat(3, 4) * torch.tensor([[0.5], [2.0], [2.0**-15]])
+    assert torch.equal(Nf4(block_size=16)(levels, {}).dequantize(), levels)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -62,6 +94,17 @@ def test_every_level_is_used_and_reached() -> None:
 def test_decoding_rounds_once(dtype: torch.dtype, columns: int) -> None:
     q = Nf4()(torch.randn(8, columns), {})
     assert torch.equal(q.dequantize(dtype), q.dequantize(torch.float32).to(dtype))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(("columns", "size"), [(64, 16), (60, 20), (37, 16)])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_a_code_of_any_width_is_looked_up(bits: int, columns: int, size: int, wide: torch.dtype) -> None:
+    codes = torch.randint(0, 2**bits, (5, columns))
+    levels, scale = torch.randn(2**bits, dtype=wide), torch.rand(5, -(-columns // size), dtype=wide)
+    packed = pack(codes.to(torch.uint8), bits)
+    got = dequantize_codebook(packed, scale, levels=levels.tolist(), group_size=size, in_features=columns, dtype=wide)
+    assert torch.equal(got, levels[codes] * scale[:, torch.arange(columns) // size]) and got.is_contiguous()
 
 
 def test_a_block_of_zeros_beside_others_stays_zero() -> None:

@@ -75,7 +75,7 @@ def test_the_entry_points_are_those_of_its_pyproject() -> None:
 def test_tables_list_it_and_import_it_only_when_asked() -> None:
     assert "slimtune_signs" not in sys.modules
     assert set(NAMES) < set(QUANTIZERS) and "rtn" in QUANTIZERS
-    assert list(LAYOUTS) == ["affine", "codebook", "e8p", "signs"]
+    assert list(LAYOUTS) == ["affine", "codebook", "e8p", "trellis", "scattered", "signs"]
     assert "slimtune_signs" not in sys.modules
     assert QUANTIZERS["signs"].__module__ == "slimtune_signs"
     with pytest.raises(RecipeError, match="no quantizer named 'sings'") as caught:

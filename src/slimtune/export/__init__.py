@@ -6,6 +6,7 @@ from pathlib import Path
 
 from slimtune.export.base import Exporter, Manifest, Source, largest_difference, probe_logits
 from slimtune.export.compressed_tensors import CompressedTensorsExporter
+from slimtune.export.gptq import GptqExporter
 from slimtune.export.peft import PeftExporter
 from slimtune.export.safetensors import SafetensorsExporter
 from slimtune.files import whole_folder
@@ -13,7 +14,12 @@ from slimtune.tables import Table
 
 EXPORTERS: Table[type[Exporter]] = Table(
     "slimtune.exporters",
-    {"compressed-tensors": CompressedTensorsExporter, "peft": PeftExporter, "safetensors": SafetensorsExporter},
+    {
+        "compressed-tensors": CompressedTensorsExporter,
+        "gptq": GptqExporter,
+        "peft": PeftExporter,
+        "safetensors": SafetensorsExporter,
+    },
 )
 """Every export format by its recipe name."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slimtune.calib.capture import model_inputs
 from slimtune.errors import FormatError
 from slimtune.lora.attach import base_of
+from slimtune.quant.linear import QuantLinear
 from slimtune.rotate.record import rotation_of, write_rotation
 
 
@@ -69,6 +70,23 @@ def own_state(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, 
     return {k: t.detach().to(dtype if dtype and t.is_floating_point() else t.dtype) for k, t in tensors.items()}
 
 
+def packed_state(
+    modules: Mapping[str, nn.Module],
+    dtype: torch.dtype,
+    packed: Callable[[QuantLinear, torch.dtype], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """The state dict of a model given as its modules by name: `packed` writes its `QuantLinear`s, everything else is in
+    `dtype`."""
+    state: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        tensors = own_state(module, dtype)
+        if isinstance(module, QuantLinear):
+            tensors = {leaf: tensor for leaf, tensor in tensors.items() if leaf not in module.names}
+            tensors |= packed(module, dtype)
+        state.update({f"{name}.{leaf}" if name else leaf: tensor for leaf, tensor in tensors.items()})
+    return state
+
+
 def write_folder(
     model: nn.Module,
     state: Mapping[str, Tensor],
@@ -88,8 +106,10 @@ def write_folder(
     base = cast(PreTrainedModel, base_of(model))
     config = base.config
     # With its quantizer in place, transformers would write the tensors in memory, adapter and all, instead of `state`.
-    flags: tuple[str, ...] = ("hf_quantizer", "is_quantized", "quantization_method")
+    flags: tuple[str, ...] = ("hf_quantizer", "is_quantized", "quantization_method", "_weight_conversions")
     facts = {key: base.__dict__.pop(key) for key in flags if key in base.__dict__}
+    if facts.get("_weight_conversions") is not None:  # names on disk; but how others packed weights is not undone
+        base.__dict__["_weight_conversions"] = [c for c in facts["_weight_conversions"] if _has_reverse(c)]
     base.config = deepcopy(config)
     base.config.__dict__.pop("quantization_config", None)
     if quantization is not None:
@@ -105,6 +125,14 @@ def write_folder(
     basis = rotation_of(base)
     if basis is not None:
         write_rotation(basis, folder)
+
+
+def _has_reverse(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:  # reason: it is how transformers says that an operation has no reverse
+        return False
+    return True
 
 
 PROBE = tuple(range(3, 3 + 48))

@@ -17,9 +17,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from slimtune.errors import BackendMissing, FormatError, RecipeError
-from slimtune.export.base import Source, own_state, probe_logits, write_folder
+from slimtune.export.base import Source, packed_state, probe_logits, write_folder
+from slimtune.export.foreign import exact
 from slimtune.export.load import read_model
-from slimtune.linalg.packing import pack
+from slimtune.linalg.packing import pack, words
 from slimtune.lora.attach import has_adapter, load_adapter, plain, save_adapter
 from slimtune.quant.layouts import Affine, Layout
 from slimtune.quant.linear import QuantLinear
@@ -58,7 +59,7 @@ class CompressedTensorsExporter:
         dense = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
         write_folder(
             source.model,
-            packed_state(modules, source.dtype),
+            packed_state(modules, source.dtype, packed_layer),
             folder,
             dtype=source.dtype,
             quantization=quantization_config(schemes, dense),
@@ -155,18 +156,6 @@ def quantization_config(schemes: dict[Scheme, list[str]], dense: list[str]) -> d
     }
 
 
-def packed_state(modules: dict[str, nn.Module], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The state dict: packed tensors under their names in compressed-tensors, everything else in `dtype`."""
-    state: dict[str, Tensor] = {}
-    for name, module in modules.items():
-        tensors = own_state(module, dtype)
-        if isinstance(module, QuantLinear):
-            tensors = {leaf: tensor for leaf, tensor in tensors.items() if leaf not in module.names}
-            tensors |= packed_layer(module, dtype)
-        state.update({f"{name}.{leaf}" if name else leaf: tensor for leaf, tensor in tensors.items()})
-    return state
-
-
 def packed_layer(layer: QuantLinear, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of an affine layer as compressed-tensors names and packs them.
 
@@ -174,13 +163,14 @@ def packed_layer(layer: QuantLinear, dtype: torch.dtype) -> dict[str, Tensor]:
     `dtype`, because readers decode in the dtype of the scales: in bfloat16 they would round a float32 model's weights.
     """
     layout, tensors = cast(Affine, layer.layout), layer.qtensor.tensors
+    scale = tensors["scale"]
     packed = {
-        "weight_packed": _words(tensors["codes"]),
-        "weight_scale": tensors["scale"].to(dtype),
+        "weight_packed": words(tensors["codes"]),
+        "weight_scale": scale.to(dtype) if exact(scale, dtype) else scale,
         "weight_shape": torch.tensor([layout.out_features, layout.in_features]),
     }
     if not layout.symmetric:
-        packed["weight_zero_point"] = _words(pack(tensors["zero"].T, layout.bits)).T.contiguous()
+        packed["weight_zero_point"] = words(pack(tensors["zero"].T, layout.bits)).T.contiguous()
     return packed
 
 
@@ -197,11 +187,6 @@ def fault_of(layout: Layout) -> str:
 
 def _scheme(layout: Affine) -> Scheme:
     return layout.bits, layout.group_size, layout.symmetric
-
-
-def _words(octets: Tensor) -> Tensor:
-    """Packed rows seen as int32 (not by `view` alone: a single row may have any stride)."""
-    return octets.flatten().view(torch.int32).view(len(octets), -1)
 
 
 def _spoken(scheme: Scheme) -> str:

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,13 +27,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from slimtune.arch import bind
 from slimtune.arch.weights import Checkpoint
 from slimtune.errors import BackendMissing, FormatError, RecipeError, UnknownArchitecture, nearest
-from slimtune.export.native import settle_, write_model
+from slimtune.export.foreign import PackedFormat, packed_format, read_layers
+from slimtune.export.native import FILES, settle_, write_model
 from slimtune.files import whole_folder
-from slimtune.hub import register
+from slimtune.hub import SlimtuneConfig, register
+from slimtune.quant.blackbox import adopt_
+from slimtune.quant.layouts import layout_to_dict
 from slimtune.rotate.online import attach_online_
 from slimtune.rotate.record import mark_, read_rotation
 
@@ -90,17 +95,54 @@ def load(model: str, *, dtype: str = "float32", lazy: bool = False) -> Loaded:
             if not lazy:
                 loaded.materialise_()
             return loaded
-    return Loaded(read_model(folder, DTYPES[dtype]), tokenizer, name)
+    elif packed := packed_format(_quantization(config)):
+        return Loaded(read_packed(folder, packed, DTYPES[dtype]), tokenizer, name)
+    read = read_model(folder, DTYPES[dtype])
+    adopt_(read)
+    return Loaded(read, tokenizer, name)
 
 
 def read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model in `folder`, as transformers loads it, in evaluation mode.
 
-    Raises `FormatError` when it cannot, or when a weight is missing: transformers alone would draw it at random.
+    Raises `FormatError` when it cannot, or when a weight is missing: transformers alone would draw it at random;
+    `BackendMissing` when it wants a package for that.
     """
     config = read_config(folder)
+    return _loaded(partial(auto_class(config).from_pretrained, folder), config, dtype, folder)
+
+
+def read_packed(folder: Path, format: PackedFormat, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in `folder` with its packed linears, which others wrote in `format`, as `QuantLinear`s.
+
+    Everything else is loaded by transformers. Raises `FormatError` as `read_model` and `read_layers` do.
+    """
+    config = read_config(folder)
+    del config.quantization_config
+    checkpoint, empty = Checkpoint(folder), empty_model(config, dtype)
+    layers, taken = read_layers(checkpoint, format, empty, partial(_renamed, get_model_conversion_mapping(empty)))
+    groups = [{**layout_to_dict(layer.layout), "modules": [name]} for name, layer in layers.items()]
+    config.quantization_config = SlimtuneConfig(groups=groups).to_dict()  # as transformers reads it from a file
+    state = checkpoint.read(checkpoint.files.keys() - taken)
+    for name, layer in layers.items():
+        state.update({f"{name}.{leaf}": tensor for leaf, tensor in layer.tensors.items()})
+    model = _loaded(partial(type(empty).from_pretrained, None, state_dict=state), config, dtype, folder)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.config._name_or_path = str(folder)
+    settle_(model)
+    return model
+
+
+def _loaded(
+    from_pretrained: Callable[..., Any], config: PretrainedConfig, dtype: torch.dtype, folder: Path
+) -> PreTrainedModel:
     try:
-        model, facts = auto_class(config).from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+        model, facts = from_pretrained(config=config, dtype=dtype, output_loading_info=True)
+    except ImportError as error:
+        raise BackendMissing(
+            "transformers needs another package to load this model", where=str(folder), got=str(error)[:400]
+        ) from error
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise FormatError("the model folder cannot be loaded", where=str(folder), got=str(error)[:400]) from error
     if facts["missing_keys"]:
@@ -114,7 +156,20 @@ def _rotated_(model: nn.Module, folder: Path, config: PretrainedConfig) -> None:
     basis = read_rotation(folder, config)
     if basis is not None:
         mark_(model, basis)
-        attach_online_(model, bind(model))
+        attach_online_(model)
+
+
+def _quantization(config: PretrainedConfig) -> Mapping[str, Any]:
+    """What `config.json` says of the quantization, as plain values."""
+    facts = config.quantization_config
+    return facts if isinstance(facts, Mapping) else cast(Mapping[str, Any], facts.to_dict())
+
+
+def _renamed(conversions: list[Any], name: str) -> str:
+    """The name in the model of a tensor that is called `name` on disk (LLaVA's differ)."""
+    for conversion in conversions:
+        name = conversion.rename_source_key(name)[0]
+    return name
 
 
 def locate(model: str) -> tuple[Path, str]:
@@ -150,6 +205,10 @@ def read_config(folder: Path) -> PretrainedConfig:
     if not isinstance(facts, dict) or "model_type" not in facts:
         raise FormatError("config.json names no model_type", where=str(path))
     register()
+    quantization = facts.get("quantization_config")
+    method = quantization.get("quant_method", "bitsandbytes") if isinstance(quantization, dict) else "bitsandbytes"
+    if method not in ("bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING):  # transformers would load it as if dense
+        raise FormatError("unknown quantization method", where=str(path), got=method)
     try:
         return cast(PretrainedConfig, AutoConfig.from_pretrained(folder))
     except ValueError as error:
@@ -291,7 +350,7 @@ def _downloaded(model: str, *, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.jinja", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
+    patterns = [pattern for pattern in FILES if weights or pattern != "*.safetensors"]
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -8,17 +8,23 @@ method through its quantizer registry. See `docs/formats.md`.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from slimtune.errors import RecipeError
 from slimtune.export.base import own_state, write_folder
 from slimtune.hub import METHOD, SlimtuneConfig, SlimtuneQuantizer
 from slimtune.lora.attach import plain
+from slimtune.quant.blackbox import BlackBox
 from slimtune.quant.layouts import layout_to_dict
 from slimtune.quant.linear import QuantLinear
+
+FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors")
+"""What a model folder is made of; nothing in it can run code."""
 
 
 def config_of(model: nn.Module) -> SlimtuneConfig:
@@ -49,7 +55,14 @@ def settle_(model: PreTrainedModel) -> None:
 def write_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, shard: str = "5GB"
 ) -> None:
-    """Write `model`, without any adapter on it, and its tokenizer to the existing folder `folder`."""
+    """Write `model`, without any adapter on it, and its tokenizer to the existing folder `folder`.
+
+    A model with black boxes is frozen, so it is a copy of the folder that it was loaded from. Raises `RecipeError`
+    where it was loaded from none.
+    """
+    if any(isinstance(module, BlackBox) for module in plain(model).values()):
+        _copy(model, folder)
+        return
     settle_(model)
     state = {
         f"{name}.{leaf}" if name else leaf: tensor
@@ -60,3 +73,16 @@ def write_model(
     write_folder(model, state, folder, dtype=model.dtype, quantization=quantization, shard=shard)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def _copy(model: PreTrainedModel, folder: Path) -> None:
+    source = Path(model.name_or_path or "")
+    if not (source / "config.json").is_file():
+        raise RecipeError(
+            "layers that another package quantized can be copied, not written, and their folder is not known",
+            got=model.name_or_path or "a model made in memory",
+            remedy="save the adapter alone, or merge it into a dense model",
+        )
+    for pattern in FILES:
+        for path in source.glob(pattern):
+            shutil.copyfile(path, folder / path.name)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slimtune.export.base import Source, own_state, write_folder
 from slimtune.export.load import read_model
 from slimtune.lora.attach import base_of, plain
-from slimtune.quant.linear import QuantLinear
+from slimtune.quant.blackbox import FROZEN
 
 
 class SafetensorsExporter:
@@ -45,9 +45,9 @@ def merged_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     for name, layer in plain(model).items():
         module = base.get_submodule(name)
         tensors = own_state(layer, dtype)
-        if isinstance(layer, QuantLinear):
+        if isinstance(layer, FROZEN):
             tensors = {leaf: tensor for leaf, tensor in tensors.items() if leaf not in layer.names}
-        if isinstance(layer, QuantLinear) or isinstance(module, BaseTunerLayer):
+        if isinstance(layer, FROZEN) or isinstance(module, BaseTunerLayer):
             tensors["weight"] = _merged_weight(module, layer).to(dtype)
         state.update({f"{name}.{leaf}" if name else leaf: tensor for leaf, tensor in tensors.items()})
     return state
@@ -55,7 +55,7 @@ def merged_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _merged_weight(module: nn.Module, layer: nn.Module) -> Tensor:
-    if isinstance(layer, QuantLinear):
+    if isinstance(layer, FROZEN):
         weight = layer.dequantize(torch.float32)
     else:
         weight = cast(Tensor, layer.weight).detach().to(torch.float32, copy=True)

@@ -46,17 +46,24 @@ def dequantize_codebook(
     Args:
         codes: packed codes, uint8 `[out, row_bytes(in_features, bits)]`, where there are `2**bits` levels.
         scale: `[out, groups]`, float32 or float64; the arithmetic runs in its dtype.
-        levels: what the codes stand for.
+        levels: what the codes stand for; a power of two of them.
         group_size: input features that share a scale; the last group may be shorter.
         in_features: columns of the weight.
         dtype: dtype of the result.
     """
     rows, groups = scale.shape
     bits = (len(levels) - 1).bit_length()
-    table = torch.tensor(levels, dtype=scale.dtype, device=scale.device)
-    q = unpack(codes, bits, in_features)
-    unit = table.index_select(0, q.reshape(-1).to(torch.int32)).view(rows, in_features)
+    table, index = torch.tensor(levels, dtype=scale.dtype, device=scale.device), codes
+    if 8 % bits:
+        index = unpack(codes, bits, in_features)
+    else:  # one look-up decodes all codes of a byte, the lowest bits first
+        table = torch.cartesian_prod(*[table] * (8 // bits)).view(256, -1).flip(1)
+        if table.shape[1] * table.element_size() == 8:  # as one word: twice as fast
+            table = table.view(torch.int64)
+    found = table.index_select(0, index.reshape(-1).to(torch.int32)).view(scale.dtype)
+    weight = found.view(rows, -1)[:, :in_features]
     if groups * group_size == in_features:
-        return (unit.view(rows, groups, group_size) * scale.unsqueeze(-1)).to(dtype).view(rows, in_features)
-    group = torch.arange(in_features, device=q.device) // group_size
-    return (unit * scale[:, group]).to(dtype)
+        weight.unflatten(1, (groups, group_size)).mul_(scale.unsqueeze(-1))
+    else:
+        weight *= scale.repeat_interleave(group_size, 1)[:, :in_features]
+    return weight.to(dtype).contiguous()

@@ -83,3 +83,13 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
     shifts = torch.arange(8, device=packed.device, dtype=wide) * bits
     codes: Tensor = ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).to(torch.uint8).view(rows, groups * 8)[:, :length]
     return codes
+
+
+def words(octets: Tensor) -> Tensor:
+    """Packed rows, uint8 `[rows, n]`, seen as int32 words `[rows, n / 4]`, as other formats store them."""
+    return octets.flatten().view(torch.int32).view(len(octets), -1)  # a single row may have any stride
+
+
+def octets(words: Tensor) -> Tensor:
+    """Rows of int32 words as packed rows: the inverse of `words`."""
+    return words.flatten().view(torch.uint8).view(len(words), -1)

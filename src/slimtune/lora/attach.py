@@ -17,21 +17,23 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from slimtune.arch import ModelMap, bind
 from slimtune.errors import FormatError, RecipeError, nearest
 from slimtune.lora.fused import fused_lora
+from slimtune.lora.inits import INITS
+from slimtune.quant.blackbox import FROZEN, BlackBox, adopt_
 from slimtune.quant.linear import QuantLinear
 from slimtune.rotate.online import attach_online_
 from slimtune.rotate.record import require_basis, rotation_of, write_hash
 
 
 class LoraQuantLinear(PeftLoraLinear):
-    """PEFT's LoRA layer around a `QuantLinear`. It saves as PEFT's own; it cannot merge into packed codes.
+    """PEFT's LoRA layer around a `QuantLinear` or `BlackBox`. It saves as PEFT's own; it cannot merge into codes.
 
     With one plain adapter, base and adapter run as one function (`slimtune.lora.fused`) in the dtype of the input. All
-    else (dropout in training, several adapters, DoRA and other variants) runs as in PEFT.
+    else (dropout in training, several adapters, DoRA and other variants, layers ready for decoding) runs as in PEFT.
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -46,7 +48,8 @@ class LoraQuantLinear(PeftLoraLinear):
             or self.merged
             or self.lora_variant
             or self.lora_bias[active[0]]
-            or not isinstance(base, QuantLinear)
+            or not isinstance(base, FROZEN)
+            or (isinstance(base, QuantLinear) and base.small is not None and not torch.is_grad_enabled())
             or (self.training and not isinstance(self.lora_dropout[active[0]], nn.Identity))
         ):
             return super().forward(x, *args, **kwargs)
@@ -59,7 +62,7 @@ class LoraQuantLinear(PeftLoraLinear):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Packed codes cannot take a low-rank update: merge with `slimtune.merge`, which makes the base dense first."""
-        if isinstance(self.get_base_layer(), QuantLinear):
+        if isinstance(self.get_base_layer(), FROZEN):
             raise RecipeError(
                 "an adapter cannot be merged into packed weights",
                 remedy="use slimtune.merge (or the recipe step merge: {}), which writes a dense 16-bit model",
@@ -75,29 +78,31 @@ def add_lora(
     lora_dropout: float = 0.0,
     target_modules: str | Sequence[str] = "all-linear",
     use_rslora: bool = False,
-    init_lora_weights: bool | str = True,
+    init: str = "default",
     base_name: str = "",
     seed: int = 0,
 ) -> PeftModel:
     """Wrap `model` (changed in place) in a `PeftModel` with fresh LoRA factors on the chosen linears.
 
     Args:
-        model: a Hugging Face model, dense or with `QuantLinear`s, without an adapter.
+        model: a Hugging Face model, dense or quantized, by slimtune or by others, without an adapter.
         r: rank of the factors.
         lora_alpha: the update is scaled by `lora_alpha / r` (`/ sqrt(r)` with `use_rslora`).
         lora_dropout: dropout on the adapter's input.
         target_modules: `all-linear` (every linear inside the blocks), or names, or one regular expression.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
-        init_lora_weights: PEFT's field: `True` (Kaiming A, zero B) or `"gaussian"`.
+        init: how the factors start: a name in `slimtune.lora.inits.INITS`.
         base_name: what `adapter_config.json` calls the base: the original model, whose users can load the adapter.
         seed: of the random factors.
 
-    Raises `RecipeError` when a target matches no linear, or the model has an adapter already.
+    Raises `RecipeError` when a target matches no linear, the model has an adapter already, or `init` asks for what
+    quantization lost and no target was quantized so that it is known.
     """
     if isinstance(model, PeftModel):
         raise RecipeError("the model has an adapter already", remedy="merge it before adding another")
     if r < 1:
         raise RecipeError("r out of range", got=r, wanted="a positive number")
+    adopt_(model)
     modelmap = bind(model)
     config = LoraConfig(
         r=r,
@@ -105,18 +110,29 @@ def add_lora(
         lora_dropout=lora_dropout,
         target_modules=resolve_targets(modelmap, model, target_modules),
         use_rslora=use_rslora,
-        init_lora_weights=cast(Any, init_lora_weights),
+        init_lora_weights=cast(Any, INITS[init].peft),
         task_type="SEQ_2_SEQ_LM" if cast(Any, model).config.is_encoder_decoder else "CAUSAL_LM",
     )
+    if INITS[init].start is not None and not any(layer.start for layer in _quantized(model)):
+        raise RecipeError(
+            "nothing is known of what quantization lost",
+            where="init",
+            got=init,
+            remedy="quantize in the same recipe, or with slimtune.quantize(..., residual_rank=r)",
+        )
     _know_quantized(config)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
         wrapped = cast(PeftModel, get_peft_model(cast(Any, model), config))
+    if INITS[init].start is not None:
+        _start_(wrapped)
+    for layer in _quantized(wrapped):
+        layer.start = None
     if base_name:  # PEFT puts the folder that the model was loaded from
         wrapped.peft_config["default"].base_model_name_or_path = base_name
-    attach_online_(wrapped.get_base_model(), modelmap)
+    attach_online_(wrapped.get_base_model())
     return wrapped
 
 
@@ -140,17 +156,17 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
             "not an adapter folder", where=str(folder), wanted="adapter_config.json and adapter_model.safetensors"
         )
     require_basis(model, folder)
-    modelmap = bind(model)
     try:
         config = LoraConfig.from_pretrained(str(folder))
         name = config.base_model_name_or_path
         _know_quantized(config)
+        adopt_(model)
         with _quiet():
             wrapped = PeftModel.from_pretrained(cast(Any, model), str(folder), config=config, is_trainable=trainable)
     except (ValueError, TypeError, RuntimeError, KeyError, OSError) as error:
         raise FormatError("the adapter does not fit the model", where=str(folder), got=str(error)[:300]) from error
     wrapped.peft_config["default"].base_model_name_or_path = name
-    attach_online_(wrapped.get_base_model(), modelmap)
+    attach_online_(wrapped.get_base_model())
     return wrapped
 
 
@@ -191,13 +207,31 @@ def resolve_targets(modelmap: ModelMap, model: nn.Module, targets: str | Sequenc
 def _quiet() -> Iterator[None]:
     """Without PEFT's warnings about a layer type it has just been told of, and about transformers' newer names."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Unsupported layer type .*QuantLinear", category=UserWarning)
+        warnings.filterwarnings(
+            "ignore", message="Unsupported layer type .*(QuantLinear|BlackBox)", category=UserWarning
+        )
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         yield
 
 
+def _quantized(model: nn.Module) -> list[QuantLinear]:
+    return [module for module in model.modules() if isinstance(module, QuantLinear)]
+
+
+@torch.no_grad()
+def _start_(model: nn.Module) -> None:
+    """Give the factors of each quantized layer what was kept for them; where that has a lower rank, the rest of A stays
+    as it is, and the rest of B zero."""
+    for layer in model.modules():
+        if isinstance(layer, LoraQuantLinear) and (start := cast(QuantLinear, layer.get_base_layer()).start):
+            a, b = (cast(Tensor, factors["default"].weight) for factors in (layer.lora_A, layer.lora_B))
+            rank, share = min(len(a), len(start.a)), layer.scaling["default"] ** -0.5
+            a[:rank] = share * start.a[:rank]
+            b[:, :rank] = share * start.b[:, :rank]
+
+
 def _know_quantized(config: LoraConfig) -> None:
-    config._register_custom_module({QuantLinear: LoraQuantLinear})
+    config._register_custom_module(dict.fromkeys(FROZEN, LoraQuantLinear))
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -213,7 +247,8 @@ def base_of(model: nn.Module) -> nn.Module:
 def plain(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of the model without its adapter, by the names they have there.
 
-    LoRA layers are looked through: `q_proj` is the base layer, and the factors are not listed.
+    LoRA layers are looked through: `q_proj` is the base layer, and the factors are not listed. Nor is what is inside a
+    black box.
     """
     modules: dict[str, nn.Module] = {}
     hidden: list[str] = []
@@ -225,4 +260,6 @@ def plain(model: nn.Module) -> dict[str, nn.Module]:
             modules[name] = module.get_base_layer()
         else:
             modules[name] = module
+            if isinstance(module, BlackBox):
+                hidden.append(f"{name}.")
     return modules

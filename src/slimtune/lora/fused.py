@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from slimtune.quant.blackbox import BlackBox
 from slimtune.quant.layouts import Layout
 from slimtune.quant.linear import QuantLinear
 
@@ -59,7 +60,7 @@ class _PackedLora(torch.autograd.Function):
         return (to_x, to_a, to_b, *(None,) * (3 + len(packed)))
 
 
-def fused_lora(x: Tensor, base: QuantLinear, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def fused_lora(x: Tensor, base: QuantLinear | BlackBox, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """`base(x) + scaling (x Aᵀ) Bᵀ` in the dtype of `x`, or of autocast.
 
     Args:

@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from slimtune.arch import bind
 from slimtune.errors import RecipeError
 from slimtune.lora.attach import base_of, has_adapter
 from slimtune.quant.apply import dequantize_
@@ -40,5 +39,5 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     for parameter in merged.parameters():  # buffers keep their dtype: rotary frequencies need float32
         parameter.data = parameter.data.to(dtype)
         parameter.requires_grad_(True)
-    attach_online_(merged, bind(merged))
+    attach_online_(merged)
     return merged

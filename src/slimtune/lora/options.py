@@ -7,10 +7,6 @@ from typing import Literal
 
 from slimtune.errors import RecipeError
 
-INITS: dict[str, bool | str] = {"default": True, "gaussian": "gaussian"}
-"""Ways to start the factors, by recipe name, as PEFT's `init_lora_weights`: A is Kaiming uniform, or Gaussian; B
-zero."""
-
 
 @dataclass(frozen=True)
 class LoraOptions:
@@ -23,7 +19,9 @@ class LoraOptions:
         default="all-linear", metadata={"help": "all-linear, a list of names, or a regular expression"}
     )
     use_rslora: bool = field(default=False, metadata={"help": "scale by lora_alpha / sqrt(r)"})
-    init: Literal["default", "gaussian"] = field(default="default", metadata={"help": "how the factors start"})
+    init: Literal["default", "gaussian", "residual"] = field(
+        default="default", metadata={"help": "how the factors start; residual: from what quantization lost"}
+    )
 
     def __post_init__(self) -> None:
         if self.r < 1:

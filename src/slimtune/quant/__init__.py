@@ -7,10 +7,12 @@ from slimtune.quant.nf4 import Nf4
 from slimtune.quant.optq import Optq
 from slimtune.quant.quip import Quip
 from slimtune.quant.rtn import Rtn
+from slimtune.quant.trellis import Trellis
 from slimtune.tables import Table
 
 QUANTIZERS: Table[type[Quantizer]] = Table(
-    "slimtune.quantizers", {"rtn": Rtn, "optq": Optq, "hqq": Hqq, "nf4": Nf4, "quip": Quip}
+    "slimtune.quantizers",
+    {"rtn": Rtn, "optq": Optq, "hqq": Hqq, "nf4": Nf4, "quip": Quip, "trellis": Trellis},
 )
 """Every quantizer by its recipe name. Adding one: a file in this folder, and a row here."""
 

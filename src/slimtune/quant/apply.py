@@ -20,8 +20,13 @@ from slimtune.arch import Block, ModelMap, Port
 from slimtune.calib.capture import CalibrationStream, calibration_stream
 from slimtune.errors import CalibrationError, FormatError, RecipeError, ShapeError
 from slimtune.kernels.memory import release
-from slimtune.quant.base import QTensor, Quantizer
+from slimtune.linalg.lowrank import Factors
+from slimtune.quant.base import QTensor, Quantizer, Stats
+from slimtune.quant.blackbox import FROZEN
 from slimtune.quant.linear import QuantLinear
+
+Start = Callable[[Tensor, Tensor, Stats], Factors]
+"""What an adapter on a layer will start from, given its weight, the weight as quantized, and the statistics."""
 
 Choose = Callable[[Port], "Quantizer | str"]
 """Which method a port gets, or the reason why it gets none."""
@@ -63,11 +68,13 @@ class QuantizeFacts:
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A finished layer: its port's name, its weight in few bits, and the error that was measured."""
+    """A finished layer: its port's name, its weight in few bits, the error that was measured, and where an adapter
+    starts, if that was asked for."""
 
     name: str
     weight: QTensor
     error: float
+    start: Factors | None = None
 
 
 class BlockStore(Protocol):
@@ -107,6 +114,7 @@ def quantize_(
     batch_size: int = 4,
     materialise: Callable[[nn.Module, str], None] | None = None,
     store: BlockStore | None = None,
+    start: Start | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> QuantizeFacts:
     """Quantize the chosen linears of `model` in place.
@@ -119,13 +127,14 @@ def quantize_(
         batch_size: windows that run through a block together.
         materialise: loads the weights of the block called by the second argument.
         store: where finished blocks are kept and looked for.
+        start: finds what an adapter will start from; it is kept as `QuantLinear.start`.
         progress: called with (finished blocks, all blocks).
 
     Raises `CalibrationError` when a method needs statistics and there are no tokens or they are not finite,
     `RecipeError` when nothing is chosen, `ShapeError` when a chosen layer is not a plain linear (any more) and
     `FormatError` when a weight is not finite.
     """
-    start = time.perf_counter()
+    began = time.perf_counter()
     chosen = {port.name: choose(port) for port in modelmap.ports}
     methods = {name: method for name, method in chosen.items() if not isinstance(method, str)}
     if not methods:
@@ -154,7 +163,7 @@ def quantize_(
             if layers is None:
                 layers = []
                 for index in range(len(block.stages)):
-                    layers += _quantize_stage(module, block, index, methods, weights, stream)
+                    layers += _quantize_stage(module, block, index, methods, weights, stream, start)
                     if stream is not None:
                         stream.settle(block, index)
                 if store is not None:
@@ -166,13 +175,13 @@ def quantize_(
             if stream is not None:
                 stream.advance(block, last=number == len(modelmap.blocks))
             for layer in layers:
-                _replace_(module, _within(block, layer.name), layer.weight)
+                _replace_(module, _within(block, layer.name), layer)
             finished.extend(layers)
             release()
             if progress is not None:
                 progress(number, len(modelmap.blocks))
     skipped = tuple(Skipped(name, method) for name, method in chosen.items() if isinstance(method, str))
-    return _facts(finished, skipped, time.perf_counter() - start)
+    return _facts(finished, skipped, time.perf_counter() - began)
 
 
 def _quantize_stage(
@@ -182,6 +191,7 @@ def _quantize_stage(
     methods: dict[str, Quantizer],
     weights: dict[str, Tensor],
     stream: CalibrationStream | None,
+    start: Start | None,
 ) -> list[QuantizedLayer]:
     """Quantize the layers of a block that share one input, and let the block compute with the result from here on."""
     ports = [port for port in block.stages[stage] if port.name in methods]
@@ -203,9 +213,11 @@ def _quantize_stage(
             raise FormatError("a weight is not finite", where=port.name, remedy="get the model's files again")
         quantized = methods[port.name](weight, stats)
         dense = quantized.dequantize()
-        error = _relative_error(weight.to(torch.float32), dense, stats.get("hessian"))
+        exact = weight.to(torch.float32)
+        error = _relative_error(exact, dense, stats.get("hessian"))
+        factors = start(exact, dense, stats) if start is not None else None
         module.get_parameter(name).copy_(dense)
-        layers.append(QuantizedLayer(port.name, quantized, error))
+        layers.append(QuantizedLayer(port.name, quantized, error, factors))
     return layers
 
 
@@ -219,12 +231,14 @@ def _relative_error(weight: Tensor, dense: Tensor, hessian: Tensor | None) -> fl
     return max(energy(off), 0.0) / max(energy(weight), torch.finfo(torch.float32).tiny)
 
 
-def _replace_(block: nn.Module, path: str, weight: QTensor) -> None:
+def _replace_(block: nn.Module, path: str, layer: QuantizedLayer) -> None:
     parent, _, leaf = path.rpartition(".")
     owner = block.get_submodule(parent)
     linear = owner.get_submodule(leaf)
     assert isinstance(linear, nn.Linear)  # as quantize_ found
-    setattr(owner, leaf, QuantLinear.from_linear(linear, weight))
+    quantized = QuantLinear.from_linear(linear, layer.weight)
+    quantized.start = layer.start
+    setattr(owner, leaf, quantized)
 
 
 def _within(block: Block, name: str) -> str:
@@ -242,13 +256,13 @@ def _facts(layers: list[QuantizedLayer], skipped: tuple[Skipped, ...], seconds: 
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype) -> int:
-    """Turn every `QuantLinear` of `model` into a dense, frozen linear of `dtype`, in place; returns how many there
-    were."""
-    quantized = [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
+    """Turn every quantized linear of `model`, `QuantLinear` or `BlackBox`, into a dense, frozen one of `dtype`, in
+    place; returns how many there were."""
+    quantized = [name for name, module in model.named_modules() if isinstance(module, FROZEN)]
     for name in quantized:
         parent, _, leaf = name.rpartition(".")
         owner = model.get_submodule(parent)
         layer = owner.get_submodule(leaf)
-        assert isinstance(layer, QuantLinear)
+        assert isinstance(layer, FROZEN)
         setattr(owner, leaf, layer.to_linear(dtype))
     return len(quantized)

@@ -20,8 +20,12 @@ from slimtune.kernels.dispatch import unpack_as
 from slimtune.kernels.reference import apply_grid_, dequantize_codebook
 from slimtune.linalg.levels import LEVELS
 from slimtune.linalg.packing import row_bytes
-from slimtune.quant.lattice import Lattice
+from slimtune.quant.rotated import Lattice, Trellis
+from slimtune.quant.scattered import SCALES, Scattered, check_scales, one_rounding
 from slimtune.tables import Table
+
+NEST = 256
+"""Scales of a row that share an offset and a step, where scales are quantized too."""
 
 
 class Layout(Protocol):
@@ -54,9 +58,10 @@ class Affine:
     """Integer codes on a uniform grid per group of input features: `W = (code - zero) * scale`.
 
     Scales are bfloat16, so that loading a model in bfloat16, float16 or float32, or sharding it under a mixed-precision
-    policy, never changes a weight; quantizers fit the codes to the rounded scale. Zero points are integers
-    (`symmetric` grids store none and mean `2**(bits - 1)`), as GPTQ and compressed-tensors files need them; or, where
-    `float_zero`, any bfloat16. Raises `FormatError` on a symmetric grid with `float_zero`.
+    policy, never changes a weight; quantizers fit the codes to the rounded scale. A layer that others quantized keeps
+    the `scale_dtype` it came with. Zero points are integers (`symmetric` grids store none and mean `2**(bits - 1)`), as
+    GPTQ and compressed-tensors files need them; or, where `float_zero`, any bfloat16. Raises `FormatError` on a
+    symmetric grid with `float_zero`, and on an unknown `scale_dtype`.
 
     Example:
         >>> layout = Affine(out_features=8, in_features=100, bits=3, group_size=64)
@@ -73,8 +78,10 @@ class Affine:
     group_size: int
     symmetric: bool = False
     float_zero: bool = False
+    scale_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
+        check_scales(self.scale_dtype)
         if self.symmetric and self.float_zero:
             raise FormatError("a symmetric grid has no zero points", where="float_zero", got=True, wanted=False)
 
@@ -87,7 +94,7 @@ class Affine:
         """Name, shape and dtype of every stored tensor."""
         stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "codes": ((self.out_features, row_bytes(self.in_features, self.bits)), torch.uint8),
-            "scale": ((self.out_features, self.groups), torch.bfloat16),
+            "scale": ((self.out_features, self.groups), SCALES[self.scale_dtype]),
         }
         if not self.symmetric:
             kind = torch.bfloat16 if self.float_zero else torch.uint8
@@ -97,7 +104,8 @@ class Affine:
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The weight, `dtype [out_features, in_features]`, rounded once."""
         # A code less its zero point is exact in half precision where both are whole.
-        work = torch.promote_types(dtype, torch.float32) if self.float_zero else dtype
+        least = torch.float32 if self.float_zero else dtype
+        work = torch.promote_types(one_rounding(dtype, self.scale_dtype), least)
         codes = unpack_as(tensors["codes"], self.bits, self.in_features, work)
         zero = None if self.symmetric else tensors["zero"]
         return apply_grid_(codes, tensors["scale"], zero, bits=self.bits, group_size=self.group_size).to(dtype)
@@ -107,11 +115,12 @@ class Affine:
 class Codebook:
     """Codes of levels that need not be evenly spaced: `W = levels[code] * scale`, one scale per group of features.
 
-    Scales are quantized too: `scale[o, g] = offset[o] + code[o, g] * step[o]`, with 8-bit codes, and a bfloat16 offset
-    and step per row. `levels` is a name in `slimtune.linalg.levels.LEVELS`; raises `FormatError` on another.
+    Scales are bfloat16, or where they are `nested`, quantized too: `scale[o, g] = offset[o, h] + code[o, g] * step[o,
+    h]` with 8-bit codes, and a bfloat16 offset and step for each run `h` of up to 256 scales of a row. `levels` is a
+    name in `slimtune.linalg.levels.LEVELS`; raises `FormatError` on another.
 
     Example:
-        >>> layout = Codebook(out_features=8, in_features=100, levels="nf4", group_size=64)
+        >>> layout = Codebook(out_features=8, in_features=100, levels="nf4", group_size=64, nested=True)
         >>> layout.bits, layout.groups, layout.tensors()["scale"]
         (4, 2, ((8, 2), torch.uint8))
     """
@@ -123,6 +132,7 @@ class Codebook:
     in_features: int
     levels: str
     group_size: int
+    nested: bool = False
 
     def __post_init__(self) -> None:
         if self.levels not in LEVELS:
@@ -140,19 +150,30 @@ class Codebook:
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name, shape and dtype of every stored tensor."""
-        return {
+        stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "codes": ((self.out_features, row_bytes(self.in_features, self.bits)), torch.uint8),
-            "scale": ((self.out_features, self.groups), torch.uint8),
-            "step": ((self.out_features, 1), torch.bfloat16),
-            "offset": ((self.out_features, 1), torch.bfloat16),
+            "scale": ((self.out_features, self.groups), torch.uint8 if self.nested else torch.bfloat16),
         }
+        if self.nested:
+            runs = self.out_features, -(-self.groups // NEST)
+            stored["step"] = stored["offset"] = runs, torch.bfloat16
+        return stored
+
+    def scales(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The scales as decoded, `dtype [out_features, groups]`."""
+        scale = tensors["scale"].to(dtype)
+        if not self.nested:
+            return scale
+        step, offset = (
+            tensors[name].to(dtype).repeat_interleave(NEST, 1)[:, : self.groups] for name in ("step", "offset")
+        )
+        return scale * step + offset
 
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The weight, `dtype [out_features, in_features]`."""
-        wide = torch.promote_types(dtype, torch.float32)
         return dequantize_codebook(
             tensors["codes"],
-            tensors["offset"].to(wide) + tensors["scale"] * tensors["step"].to(wide),
+            self.scales(tensors, torch.promote_types(dtype, torch.float32)),
             levels=LEVELS[self.levels],
             group_size=self.group_size,
             in_features=self.in_features,
@@ -160,7 +181,10 @@ class Codebook:
         )
 
 
-LAYOUTS: Table[type[Layout]] = Table("slimtune.layouts", {"affine": Affine, "codebook": Codebook, "e8p": Lattice})
+LAYOUTS: Table[type[Layout]] = Table(
+    "slimtune.layouts",
+    {"affine": Affine, "codebook": Codebook, "e8p": Lattice, "trellis": Trellis, "scattered": Scattered},
+)
 """Every layout by its tag. A third party's quantizer with a layout of its own registers it beside itself."""
 
 

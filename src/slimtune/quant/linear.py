@@ -8,9 +8,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from slimtune.linalg.lowrank import Factors
 from slimtune.quant.autograd import DequantizingMatmul
 from slimtune.quant.base import QTensor
 from slimtune.quant.layouts import Layout
+
+SmallProduct = Callable[[Tensor], Tensor]
+"""`x Wᵀ` from a copy of the weight that is made for a few rows."""
+
+FEW = 32
+"""Rows up to which a `SmallProduct` is used."""
 
 
 class QuantLinear(nn.Module):
@@ -45,6 +52,8 @@ class QuantLinear(nn.Module):
         for name, (shape, kind) in layout.tensors().items():
             self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))
         self.bias = _frozen(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
+        self.start: Factors | None = None  # what an adapter on this layer may start from; not saved with it
+        self.small: SmallProduct | None = None  # see slimtune.quant.decoding
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, weight: QTensor) -> QuantLinear:
@@ -60,6 +69,9 @@ class QuantLinear(nn.Module):
         """`x` is `[..., in_features]`; returns `[..., out_features]` in the dtype of `x`, or of autocast."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.small is not None and not torch.is_grad_enabled() and x.numel() <= FEW * self.in_features:
+            small = self.small(x)
+            return small if self.bias is None else small + self.bias.to(small.dtype)
         y: Tensor = DequantizingMatmul.apply(x, self.layout, self.names, *(getattr(self, name) for name in self.names))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

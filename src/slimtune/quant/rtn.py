@@ -58,12 +58,14 @@ def check_affine(bits: int, group_size: int) -> None:
     """Raise `RecipeError` unless the affine layout has this width and group size."""
     if bits not in AFFINE_BITS:
         raise RecipeError("bits out of range", where="bits", got=bits, wanted=f"one of {AFFINE_BITS}")
-    if group_size != -1 and group_size < 1:
+    check_group(group_size)
+
+
+def check_group(size: int, name: str = "group_size") -> None:
+    """Raise `RecipeError` unless `size`, a field called `name`, is a group size or -1."""
+    if size != -1 and size < 1:
         raise RecipeError(
-            "group_size out of range",
-            where="group_size",
-            got=group_size,
-            wanted="a positive number, or -1 for whole rows",
+            f"{name} out of range", where=name, got=size, wanted="a positive number, or -1 for whole rows"
         )
 
 

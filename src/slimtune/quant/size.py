@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
+from slimtune.quant.blackbox import BlackBox
 from slimtune.quant.linear import QuantLinear
 
 
@@ -42,6 +43,10 @@ def model_size(modules: Mapping[str, nn.Module], linears: frozenset[str]) -> Siz
             count = module.out_features * module.in_features
             parameters += count - sum(t.numel() for t in packed.tensors.values())
             stored = packed.bytes
+        elif isinstance(module, BlackBox):
+            count, stored = module.out_features * module.in_features, module.bytes
+            parameters += count
+            size += stored
         elif isinstance(module, nn.Linear):
             count, stored = module.weight.numel(), module.weight.numel() * module.weight.element_size()
         else:

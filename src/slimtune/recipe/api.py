@@ -20,8 +20,9 @@ from slimtune.export.load import DTYPES, Loaded
 from slimtune.export.load import load as load_model
 from slimtune.lora.attach import add_lora as attach
 from slimtune.lora.attach import base_of
+from slimtune.lora.inits import residual
 from slimtune.lora.merge import merge as merge_adapter
-from slimtune.lora.options import INITS, LoraOptions
+from slimtune.lora.options import LoraOptions
 from slimtune.quant import QUANTIZERS
 from slimtune.quant.apply import QuantizeFacts, all_linear, quantize_
 from slimtune.recipe.document import read_recipe
@@ -59,14 +60,15 @@ def quantize(
     calibration: DataSource | str | Tensor | None = None,
     ignore: Sequence[str] = (),
     seed: int = 0,
+    residual_rank: int = 0,
     facts: Callable[[QuantizeFacts], None] = lambda _: None,
     **options: Any,
 ) -> nn.Module:
     """`model` (changed in place) with the linears of its blocks quantized by `method`, whose fields are `options`.
 
     `calibration` is token windows `[samples, length]`, or a data source or file
-    (then `tokenizer` is needed). `facts` is called
-    with what was done to each layer.
+    (then `tokenizer` is needed). With a `residual_rank`, `add_lora(model, init="residual")` may follow, up to that `r`.
+    `facts` is called with what was done to each layer.
     """
     quantizer = build(QUANTIZERS[method], options, method)
     tokens = calibration if isinstance(calibration, Tensor) else None
@@ -76,9 +78,9 @@ def quantize(
             raise RecipeError("calibration text needs the model's tokenizer", remedy="pass tokenizer=")
         samples = source.samples or DEFAULT_SAMPLES
         tokens = calibration_tokens(read_rows(source), tokenizer, samples, source.length, seed, str(source))
-    modelmap = bind(model)
-    facts(quantize_(model, modelmap, all_linear(quantizer, ignore), tokens=tokens))
-    attach_online_(model, modelmap)
+    start = (lambda weight, base, stats: residual(weight, base, residual_rank, stats)) if residual_rank > 0 else None
+    facts(quantize_(model, bind(model), all_linear(quantizer, ignore), tokens=tokens, start=start))
+    attach_online_(model)
     return model
 
 
@@ -92,7 +94,7 @@ def add_lora(model: nn.Module, *, seed: int = 0, base_name: str = "", **options:
         lora_dropout=chosen.lora_dropout,
         target_modules=chosen.target_modules,
         use_rslora=chosen.use_rslora,
-        init_lora_weights=INITS[chosen.init],
+        init=chosen.init,
         base_name=base_name,
         seed=seed,
     )

@@ -12,11 +12,13 @@ from torch import Tensor
 from slimtune.arch import Block
 from slimtune.errors import FormatError
 from slimtune.files import whole_file
+from slimtune.linalg.lowrank import Factors
 from slimtune.quant.apply import QuantizedLayer
 from slimtune.quant.base import QTensor
 from slimtune.quant.layouts import layout_from_dict, layout_to_dict
 
 META = "layers"
+START = ":start"
 
 
 class FolderStore:
@@ -36,6 +38,9 @@ class FolderStore:
             for layer in layers
         }
         tensors = {f"{layer.name}:{key}": t.cpu() for layer in layers for key, t in layer.weight.tensors.items()}
+        for layer in layers:
+            if layer.start is not None:
+                tensors |= {f"{layer.name}{START}:{key}": t.cpu() for key, t in layer.start._asdict().items()}
         with whole_file(self._path(block)) as partial:
             save_file(tensors, partial, metadata={META: json.dumps(facts)})
 
@@ -52,7 +57,12 @@ class FolderStore:
                 layer, _, name = key.rpartition(":")
                 tensors.setdefault(layer, {})[name] = tensor
             return [
-                QuantizedLayer(name, QTensor(tensors[name], layout_from_dict(f["layout"], *f["shape"])), f["error"])
+                QuantizedLayer(
+                    name,
+                    QTensor(tensors[name], layout_from_dict(f["layout"], *f["shape"])),
+                    f["error"],
+                    Factors(**tensors[name + START]) if name + START in tensors else None,
+                )
                 for name, f in facts.items()
             ]
         except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from slimtune.errors import RecipeError
+from slimtune.lora.inits import INITS
 from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Quantize, Recipe, Rotate, Step, Train
 
 
@@ -16,6 +17,7 @@ class State:
     adapter: bool = False
     rotated: bool = False
     online: tuple[str, ...] = ()
+    residual: bool = False  # whether it is known what quantization lost
 
 
 def check_order(recipe: Recipe, start: State = State()) -> list[State]:
@@ -45,6 +47,8 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
             return "a model with an adapter cannot be quantized", "put merge: {} before quantize, or quantize first"
         case Lora() if state.adapter:
             return "the model has an adapter already", "put merge: {} before the second lora step"
+        case Lora() if INITS[step.init].start is not None and not state.residual:
+            return "nothing is known of what quantization lost", "put a quantize step before it, in this recipe"
         case Train() if recipe.data.train is None:
             return "there is nothing to train on", "add data: {train: {path: FILE}}"
         case Train() if state.quantized and not state.adapter:
@@ -53,9 +57,9 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
             return "there is no adapter to merge", "put merge after lora and train"
         case Export(format="peft") if not state.adapter:
             return "there is no adapter to export", "put export: {format: peft} after lora, before merge"
-        case Export(format="compressed-tensors") if not state.quantized:
+        case Export(format="compressed-tensors" | "gptq") if not state.quantized:
             return "there are no packed weights to export", "put a quantize step before, or export safetensors"
-        case Export(format="safetensors" | "compressed-tensors") if state.online:
+        case Export(format="safetensors" | "compressed-tensors" | "gptq") if state.online:
             return (
                 f"no other engine runs the online transform {', '.join(state.online)}: it would load another model",
                 "rotate with online: [], or keep the run's own model folder",
@@ -70,9 +74,9 @@ def _after(step: Step, state: State) -> State:
         case Rotate():
             return replace(state, rotated=True, online=step.online)
         case Quantize():
-            return replace(state, quantized=True)
+            return replace(state, quantized=True, residual=True)
         case Lora():
             return replace(state, adapter=True)
         case Merge():
-            return replace(state, quantized=False, adapter=False)
+            return replace(state, quantized=False, adapter=False, residual=False)
     return state

@@ -6,6 +6,7 @@ term by term; `docs/LOG.md` has the measurements behind its constants.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,7 @@ from slimtune.calib.rows import FILES, DataSource, read_rows
 from slimtune.calib.stats import STATISTICS
 from slimtune.errors import RecipeError, nearest
 from slimtune.evaluate.inference import require_positions
-from slimtune.export import EXPORTERS
-from slimtune.export.compressed_tensors import fault_of
+from slimtune.export import EXPORTERS, compressed_tensors, gptq
 from slimtune.export.load import DTYPES, empty_model, model_config
 from slimtune.kernels.precision import bfloat16_units
 from slimtune.lora.attach import resolve_targets
@@ -39,6 +39,9 @@ CALIBRATION_BATCH = 4
 """Windows that run through a block together."""
 
 DEFAULT_SAMPLES = 128
+
+HOLDS = {"compressed-tensors": compressed_tensors.fault_of, "gptq": gptq.fault_of}
+"""Why a packed format cannot hold weights of a layout."""
 
 
 @dataclass(frozen=True)
@@ -186,20 +189,21 @@ def _check_fit(step: Step, number: int, recipe: Recipe, model: Any, modelmap: Mo
 
 
 def _check_packable(step: Quantize, later: tuple[Step, ...], modelmap: ModelMap, where: str) -> None:
-    """compressed-tensors holds affine weights without a shorter last group: say so before hours of work, not after."""
+    """Packed formats hold affine weights without a shorter last group: say so before hours of work, not after."""
     group = step.options.get("group_size", -1)
-    wanted = any(isinstance(s, Export) and s.format == "compressed-tensors" for s in later)
-    if wanted and (fault := fault_of(_sample(quantizer_of(step, where)).layout)):
-        raise RecipeError(
-            "compressed-tensors cannot hold what this method makes",
-            where=f"{where}.method",
-            got=f"{step.method}: {fault}",
-            remedy="use rtn or optq, or export safetensors",
-        )
+    packed = [s.format for s in later if isinstance(s, Export) and s.format in HOLDS]
+    for kind in packed:
+        if fault := HOLDS[kind](_sample(quantizer_of(step, where), group).layout):
+            raise RecipeError(
+                f"{kind} cannot hold what this method makes",
+                where=f"{where}.method",
+                got=f"{step.method}: {fault}",
+                remedy="use rtn or optq, or export safetensors",
+            )
     ragged = [p.name for p in modelmap.linears if group > 0 and group < p.in_features and p.in_features % group]
-    if wanted and ragged:
+    if packed and ragged:
         raise RecipeError(
-            "the group size does not divide every layer, which compressed-tensors needs",
+            f"the group size does not divide every layer, which {packed[0]} needs",
             where=f"{where}.group_size",
             got=f"{group}; {', '.join(ragged[:3])}{' ...' if len(ragged) > 3 else ''}",
             remedy="use a group size that does, or -1 (whole rows), or export safetensors",
@@ -226,14 +230,15 @@ def _check_quantize(step: Quantize, modelmap: ModelMap, where: str) -> dict[str,
     return {"bits": _stored_bits(method, step, group), "needs_data": bool(method.needs)}
 
 
-def _sample(method: Quantizer) -> QTensor:
-    """What the method makes of a small weight of zeros and independent inputs."""
+def _sample(method: Quantizer, group: int) -> QTensor:
+    """What the method makes of a small weight of zeros, in whole groups, and independent inputs."""
+    width = math.lcm(64, max(group, 1))
     stats = {}
     for name in method.needs:
-        statistic = STATISTICS[name](64, torch.device("cpu"))
-        statistic.update(torch.eye(64))
+        statistic = STATISTICS[name](width, torch.device("cpu"))
+        statistic.update(torch.eye(width))
         stats[name] = statistic.result()
-    return method(torch.zeros(8, 64), stats)
+    return method(torch.zeros(32, width), stats)
 
 
 def _stored_bits(method: Quantizer, step: Quantize, group: int) -> float:

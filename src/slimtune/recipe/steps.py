@@ -21,9 +21,10 @@ from slimtune.evaluate.tasks import tasks
 from slimtune.export import Source, export
 from slimtune.export.load import DTYPES, Loaded
 from slimtune.lora.attach import add_lora, base_of, plain
+from slimtune.lora.inits import INITS
 from slimtune.lora.merge import merge
-from slimtune.lora.options import INITS
-from slimtune.quant.apply import all_linear, quantize_
+from slimtune.quant.apply import Start, all_linear, quantize_
+from slimtune.quant.linear import QuantLinear
 from slimtune.quant.size import Size, model_size
 from slimtune.recipe.blocks import FolderStore
 from slimtune.recipe.plan import CALIBRATION_BATCH, DEFAULT_SAMPLES, calibration_source, quantizer_of
@@ -73,7 +74,7 @@ def run_step(session: Session, step: Step, number: int) -> Facts:
         case Quantize():
             return _quantize(session, step, number)
         case Lora():
-            return _lora(session, step)
+            return _lora(session, step, number)
         case Train():
             return _train(session, step, number)
         case Merge():
@@ -158,10 +159,11 @@ def _quantize(session: Session, step: Quantize, number: int) -> Facts:
         batch_size=CALIBRATION_BATCH,
         materialise=session.loaded.materialise,
         store=FolderStore(place) if place is not None else None,
+        start=_start(session.recipe.steps[number + 1 :]),
         progress=_blocks_done(session),
     )
     session.loaded.materialise_()
-    attach_online_(session.model, modelmap)
+    attach_online_(session.model)
     return {**facts, **result.to_dict()}
 
 
@@ -173,7 +175,29 @@ def _blocks_done(session: Session) -> Callable[[int, int], None]:
     return progress
 
 
-def _lora(session: Session, step: Lora) -> Facts:
+def _start(later: Sequence[Step]) -> Start | None:
+    """How the adapter that comes next starts, where that is found while quantizing."""
+    lora = next((step for step in later if isinstance(step, Lora)), None)
+    start = INITS[lora.init].start if lora is not None else None
+    if lora is None or start is None:
+        return None
+    rank = lora.r
+    return lambda weight, base, stats: start(weight, base, rank, stats)
+
+
+def _recall_starts_(session: Session, number: int) -> None:
+    """Give the quantized layers of a resumed run what the quantize step before step `number` kept for them."""
+    quantized = max(n for n, step in enumerate(session.recipe.steps[:number]) if isinstance(step, Quantize))
+    place = session.place(f"step-{quantized}-blocks")
+    assert place is not None, "a run that is resumed has a folder"
+    for block in bind(session.model).blocks:
+        for layer in FolderStore(place).load(block) or ():
+            cast(QuantLinear, session.model.get_submodule(layer.name)).start = layer.start
+
+
+def _lora(session: Session, step: Lora, number: int) -> Facts:
+    if INITS[step.init].start is not None and session.resume:
+        _recall_starts_(session, number)
     model = add_lora(
         session.whole(),
         r=step.r,
@@ -181,7 +205,7 @@ def _lora(session: Session, step: Lora) -> Facts:
         lora_dropout=step.lora_dropout,
         target_modules=step.target_modules,
         use_rslora=step.use_rslora,
-        init_lora_weights=INITS[step.init],
+        init=step.init,
         base_name=session.loaded.name,
         seed=session.recipe.seed,
     )
@@ -189,7 +213,13 @@ def _lora(session: Session, step: Lora) -> Facts:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     targets = sorted(cast(Any, model).peft_config["default"].target_modules)
     session.say(f"  {trainable:,} trainable parameters on {', '.join(targets[:8])}{' ...' if len(targets) > 8 else ''}")
-    return {"r": step.r, "lora_alpha": step.lora_alpha, "targets": targets, "trainable_parameters": trainable}
+    return {
+        "init": step.init,
+        "r": step.r,
+        "lora_alpha": step.lora_alpha,
+        "targets": targets,
+        "trainable_parameters": trainable,
+    }
 
 
 def _train(session: Session, step: Train, number: int) -> Facts:

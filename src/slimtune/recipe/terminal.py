@@ -9,7 +9,7 @@ from slimtune.arch import FAMILIES
 from slimtune.errors import RecipeError, nearest
 from slimtune.export import EXPORTERS
 from slimtune.export.load import BUNDLED
-from slimtune.lora.options import INITS
+from slimtune.lora.inits import INITS
 from slimtune.quant import QUANTIZERS
 from slimtune.recipe.plan import Plan
 
@@ -33,7 +33,7 @@ def listing(what: str) -> list[Row]:
     tables = {
         "models": lambda: [{"name": name, "hub": hub, "package": pkg} for name, (pkg, _, hub) in BUNDLED.items()],
         "quantizers": lambda: [_method(name, QUANTIZERS[name]) for name in QUANTIZERS],
-        "inits": lambda: [{"name": name, "init_lora_weights": value} for name, value in INITS.items()],
+        "inits": lambda: [{"name": name, "what": init.what} for name, init in INITS.items()],
         "families": lambda: [{"name": name, "model_types": list(FAMILIES[name].model_types)} for name in FAMILIES],
         "exporters": lambda: [{"name": name, "what": _first_line(EXPORTERS[name])} for name in EXPORTERS],
     }

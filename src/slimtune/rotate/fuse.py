@@ -99,7 +99,7 @@ def rotate_(
         if norm.feeds and basis.residual:
             _plain_(model.get_submodule(norm.name), norm, basis)
     mark_(model, basis)
-    attach_online_(model, modelmap)
+    attach_online_(model)
     error = _difference(_probe(model, modelmap), before)
     limit = TOLERANCE[before.dtype]
     if not error <= limit:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from slimtune.arch import ModelMap, Port
+from slimtune.arch import Port, bind
 from slimtune.rotate.basis import online
 from slimtune.rotate.record import rotation_of
 from slimtune.rotate.turn import Turn
@@ -28,8 +28,8 @@ class OnlineTransform:
         return self.turn(args[0]), *args[1:]
 
 
-def attach_online_(model: nn.Module, modelmap: ModelMap) -> tuple[Port, ...]:
-    """Put the online transforms of a rotated model where they belong; returns the ports that have one.
+def attach_online_(model: nn.Module) -> tuple[Port, ...]:
+    """Put the online transforms of a rotated model, or of an adapter's base, where they belong; returns their ports.
 
     Needed again whenever modules were replaced: quantized, or wrapped by an adapter, whose factors read the transformed
     input too. Hooks that are there already, anywhere in the model, are taken away first.
@@ -41,7 +41,7 @@ def attach_online_(model: nn.Module, modelmap: ModelMap) -> tuple[Port, ...]:
     basis, ports = rotation_of(model), []
     if basis is None:
         return ()
-    for port in modelmap.ports:
+    for port in bind(model).ports:
         for turn in online(basis, port):
             model.get_submodule(port.name).register_forward_pre_hook(OnlineTransform(turn), prepend=True)
             ports.append(port)

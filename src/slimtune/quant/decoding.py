@@ -1,0 +1,70 @@
+"""Packed layers made ready for a few tokens at a time, as when a model writes.
+
+Decoding a whole weight for one token costs far more than the token's product. Affine weights of up to 4 bits are laid
+out for PyTorch's int4 product, which takes them as they are; any other weight is decoded once and kept in bfloat16,
+where memory allows. Both are copies beside the stored tensors, made at the start and dropped at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from slimtune.kernels.cpu import int4_weight
+from slimtune.linalg.packing import unpack
+from slimtune.quant.base import QTensor
+from slimtune.quant.layouts import Affine
+from slimtune.quant.linear import QuantLinear, SmallProduct
+
+SPARE = 0.5
+"""Of the memory that is available, how much kept weights may take."""
+
+
+@contextmanager
+def decoding(model: nn.Module) -> Iterator[None]:
+    """Within the block, packed linears of `model` on a CPU run a few rows at a time from prepared copies, in bfloat16.
+
+    Without gradients only, and for up to `slimtune.quant.linear.FEW` rows; all else runs as ever. Layers for which
+    there is no fast product and no memory stay as they are.
+    """
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear) and m.weight.device.type == "cpu"]
+    budget = SPARE * psutil.virtual_memory().available
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                layer.small = _int4(layer.qtensor)
+                size = 2 * layer.in_features * layer.out_features
+                if layer.small is None and size < budget:
+                    layer.small, budget = Kept(layer.dequantize(torch.bfloat16)), budget - size
+        yield
+    finally:
+        for layer in layers:
+            layer.small = None
+
+
+class Kept:
+    """A weight that was decoded once: `bfloat16 [out, in]`."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x Wᵀ` in the dtype of `x`, computed in bfloat16: `[..., in]` to `[..., out]`."""
+        return (x.to(torch.bfloat16) @ self.weight.T).to(x.dtype)
+
+
+def _int4(weight: QTensor) -> SmallProduct | None:
+    layout = weight.layout
+    if not isinstance(layout, Affine) or layout.bits > 4:
+        return None
+    codes = unpack(weight.tensors["codes"], layout.bits, layout.in_features)
+    group = layout.in_features if layout.groups == 1 else layout.group_size
+    product = int4_weight(
+        codes, weight.tensors["scale"], weight.tensors.get("zero"), bits=layout.bits, group_size=group
+    )
+    return cast("SmallProduct | None", product)

@@ -1,0 +1,163 @@
+"""Incoherence, and rounding by blocks with error feedback: what lattice and trellis codes share.
+
+Source: QuIP# (arXiv 2402.04396), sections 3 and 4. Random signs and a Hadamard-type transform on both sides make the
+entries of a weight nearly normal and independent; the Hessian is turned alike. Blocks of columns are then rounded one
+after another, and the columns still to come make up for the error ("block LDLQ"). With `U` the upper factor of the
+damped `H⁻¹` that OPTQ uses, too, the error of block `k` that is fed forward is `(w_k - q_k) U_kk⁻¹ U_k`; a paper that
+goes from the last block to the first has the same result for columns in reverse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from slimtune.errors import RecipeError, ShapeError
+from slimtune.linalg.hadamard import transform
+from slimtune.linalg.hessian import inverse_cholesky
+from slimtune.quant.base import Stats
+
+BITS = (2, 3, 4)
+
+SPAN = 128
+"""Columns whose corrections are gathered before the rest of the weight is touched (a speed choice, not a result)."""
+
+
+class Code(Protocol):
+    """A code for tiles of `rows` by `columns` normal numbers of variance 1."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile."""
+
+    @property
+    def columns(self) -> int:
+        """Columns of a tile."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes, uint8 `[m, bytes]`, of a column of `m` tiles (`[m * rows, columns]`)."""
+
+    def decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """The numbers that codes stand for, `dtype [m * rows, columns]`."""
+
+
+@dataclass(frozen=True)
+class Turned:
+    """A weight and its damped Hessian in the rotated basis, padded, with what turns the weight back.
+
+    `w` (`[rows, columns]`) has entries of root mean square `spread`, `h` and `upper` (`UᵀU = H⁻¹`) are `[columns,
+    columns]`; `sign_out`, `sign_in` are as a layout stores them.
+    """
+
+    w: Tensor
+    h: Tensor
+    upper: Tensor
+    sign_out: Tensor
+    sign_in: Tensor
+
+
+def check(bits: int, damp_percent: float, sweeps: int) -> None:
+    """Raise `RecipeError` where a field is out of range."""
+    if bits not in BITS:
+        raise RecipeError("bits out of range", where="bits", got=bits, wanted=f"one of {BITS}")
+    if not 0 < damp_percent < 1:
+        raise RecipeError("damp_percent out of range", got=damp_percent, wanted="between 0 and 1")
+    if sweeps < 0:
+        raise RecipeError("sweeps out of range", got=sweeps, wanted="a number of rounds")
+
+
+def quantize(
+    weight: Tensor, stats: Stats, code: Code, *, spread: float, damp: float, seed: int, sweeps: int
+) -> dict[str, Tensor]:
+    """The stored tensors of a weight (float `[out, in]`) given `stats["hessian"]` (`[in, in]`).
+
+    Args:
+        weight: float64 stays float64; all others are computed in float32.
+        stats: with the Hessian.
+        code: for the tiles.
+        spread: standard deviation at which the code meets the weights, in units of the one that it is made for.
+            Less than 1 leaves room for the errors that are fed back.
+        damp: the first dampening, a fraction of the Hessian's mean diagonal.
+        seed: of the signs.
+        sweeps: rounds of coordinate descent after the rounding.
+    """
+    turned = turn(weight, stats["hessian"], code, spread=spread, damp=damp, seed=seed)
+    codes, values = round_blocks(turned.w, turned.upper, code)
+    for _ in range(sweeps):
+        descend_(codes, values, turned, code)
+    signs = {"sign_out": turned.sign_out, "sign_in": turned.sign_in}
+    return {"codes": codes.transpose(0, 1).flatten(1).contiguous(), **signs}
+
+
+def turn(weight: Tensor, hessian: Tensor, code: Code, *, spread: float, damp: float, seed: int) -> Turned:
+    """The rotated problem. Every row is divided by its root mean square first, so none is lost among greater ones."""
+    rows, columns = weight.shape
+    if tuple(hessian.shape) != (columns, columns):
+        raise ShapeError("the Hessian does not fit the weight", got=list(hessian.shape), wanted=[columns, columns])
+    generator = torch.Generator().manual_seed(seed)
+    sign_in, sign_out = (_signs(size, generator).to(weight.device) for size in (columns, rows))
+    size = weight.to(torch.float64).square().mean(1).sqrt() / spread
+    sign_out = (sign_out * size).to(torch.bfloat16)
+    w = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    scale = torch.where(sign_out == 0, 1, sign_out).to(w.dtype)  # a row of zeros: the scale 0 and any codes
+    down, across = -rows % code.rows, -columns % code.columns
+    w = transform(transform(pad(w / scale[:, None] * sign_in, (0, across, 0, down))), 0)
+    h = pad(hessian.to(torch.float64) * sign_in * sign_in[:, None], (0, across, 0, across))
+    h = transform(transform(h), 0)
+    upper, damping = inverse_cholesky(h, damp)
+    h.diagonal().add_(damping * h.diagonal().mean())
+    return Turned(w, h.to(w.dtype), upper.to(w.dtype), sign_out, sign_in.to(torch.bfloat16))
+
+
+def _signs(size: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, (size,), generator=generator).double().mul_(2).sub_(1)
+
+
+def round_blocks(w: Tensor, upper: Tensor, code: Code) -> tuple[Tensor, Tensor]:
+    """Codes `[blocks, m, bytes]` of `w` (`[rows, columns]`), block by block with error feedback, and what they stand
+    for (`[rows, columns]`). `upper` is the factor of `inverse_cholesky`."""
+    w = w.clone()
+    codes = []
+    for start in range(0, w.shape[1], SPAN):
+        inside, corner = w[:, start : start + SPAN], upper[start : start + SPAN, start : start + SPAN]
+        errors = torch.empty_like(inside)
+        for k in range(0, inside.shape[1], code.columns):
+            here, after = slice(k, k + code.columns), slice(k + code.columns, None)
+            codes.append(code.encode(inside[:, here]))
+            values = code.decode(codes[-1], w.dtype)
+            off = inside[:, here] - values
+            errors[:, here] = torch.linalg.solve_triangular(corner[here, here], off, upper=True, left=False)
+            inside[:, after].addmm_(errors[:, here], corner[here, after], alpha=-1)
+            inside[:, here] = values  # no later block looks at it again
+        w[:, start + SPAN :].addmm_(errors, upper[start : start + SPAN, start + SPAN :], alpha=-1)
+    return torch.stack(codes), w
+
+
+def descend_(codes: Tensor, values: Tensor, turned: Turned, code: Code) -> None:
+    """Round every block again to what is best given all others, and keep what lowers the loss: one sweep, in place.
+
+    Without a code the best block is `values_k + (E H)_k H_kk⁻¹` with `E` the error. The loss is `tr(E H Eᵀ)`; it never
+    rises. `codes` and `values` as from `round_blocks`.
+    """
+    h, columns = turned.h, values.shape[1]
+    gradient = (turned.w - values) @ h
+    for start in range(0, columns, SPAN):
+        stop = min(start + SPAN, columns)
+        steps = values.new_zeros(len(values), stop - start)
+        for k in range(start, stop, code.columns):
+            here, local, after = slice(k, k + code.columns), slice(k - start, k - start + code.columns), slice(k, stop)
+            now, slope, corner = values[:, here], gradient[:, here], h[here, here]
+            tried = code.encode(now + torch.linalg.solve(corner, slope, left=False))
+            step = code.decode(tried, values.dtype) - now
+            gain = (step * (2 * slope - step @ corner)).sum(1).view(-1, code.rows).sum(1)
+            better = gain > 0
+            step *= better.repeat_interleave(code.rows)[:, None]
+            codes[k // code.columns][better] = tried[better]
+            values[:, here] += step
+            steps[:, local] = step
+            gradient[:, after].addmm_(step, h[here, after], alpha=-1)
+        gradient[:, stop:].addmm_(steps, h[start:stop, stop:], alpha=-1)

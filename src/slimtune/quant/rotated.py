@@ -1,0 +1,99 @@
+"""Layouts of weights in a rotated basis: `W = diag(sign_out) Hᵀ C H diag(sign_in)`, with `C` read from codes.
+
+`H` is the orthogonal transform of `slimtune.linalg.hadamard`, of the width of the side it is on. `sign_out` carries
+the scales of the rows; both signs are bfloat16, for the reason that the scales of `Affine` are, and quantizers fit the
+codes to the rounded scales. A row of `C` is a part of every row of the weight, so a slice of the codes is no smaller
+weight (`rowwise` is false). Sides that the codes do not divide are padded with zeros *before* they are rotated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from slimtune.linalg import lattice, trellis
+from slimtune.linalg.hadamard import transform
+
+TILE = 16
+"""Rows and columns of a tile of trellis codes, which is one sequence."""
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """Eight columns of a row are one point of a lattice (E8P), at 3 and 4 bits the sum of two: `bits` bytes.
+
+    Example:
+        >>> Lattice(out_features=4, in_features=20, bits=2).tensors()["codes"]
+        ((4, 6), torch.uint8)
+    """
+
+    tag: ClassVar[str] = "e8p"
+    rowwise: ClassVar[bool] = False
+
+    out_features: int
+    in_features: int
+    bits: int
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name, shape and dtype of every stored tensor."""
+        blocks = -(-self.in_features // lattice.WIDTH)
+        return {"codes": ((self.out_features, blocks * self.bits), torch.uint8), **_signs(self)}
+
+    def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The weight, `dtype [out_features, in_features]`; computed in float32 at least, rounded once."""
+        codes = tensors["codes"].view(self.out_features, -1, self.bits)
+        return _turned_back(lattice.decode(codes, _wide(dtype)).flatten(1), tensors, dtype)
+
+
+@dataclass(frozen=True)
+class Trellis:
+    """Sixteen rows and columns are one closed walk through a trellis, `32 * bits` bytes, in the order of its rows.
+
+    Dim 0 of the codes is `ceil(out / 16)`.
+
+    Example:
+        >>> Trellis(out_features=20, in_features=64, bits=3).tensors()["codes"]
+        ((2, 384), torch.uint8)
+    """
+
+    tag: ClassVar[str] = "trellis"
+    rowwise: ClassVar[bool] = False
+
+    out_features: int
+    in_features: int
+    bits: int
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name, shape and dtype of every stored tensor."""
+        down, across = -(-self.out_features // TILE), -(-self.in_features // TILE)
+        return {"codes": ((down, across * 32 * self.bits), torch.uint8), **_signs(self)}
+
+    def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The weight, `dtype [out_features, in_features]`; computed in float32 at least, rounded once."""
+        codes = tensors["codes"]
+        tiles = trellis.decode(codes.view(-1, 32 * self.bits), self.bits, _wide(dtype))
+        rotated = tiles.view(len(codes), -1, TILE, TILE).transpose(1, 2).reshape(len(codes) * TILE, -1)
+        return _turned_back(rotated, tensors, dtype)
+
+
+def _signs(layout: Lattice | Trellis) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {
+        "sign_out": ((layout.out_features,), torch.bfloat16),
+        "sign_in": ((layout.in_features,), torch.bfloat16),
+    }
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _turned_back(rotated: Tensor, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """The weight of a rotated one. Autocast would round its products to half precision."""
+    out, into = tensors["sign_out"].to(rotated.dtype), tensors["sign_in"].to(rotated.dtype)
+    with torch.autocast(rotated.device.type, enabled=False):
+        plain = transform(transform(rotated, inverse=True), 0, inverse=True)[: len(out), : len(into)]
+    return (plain * out[:, None] * into).to(dtype)
