@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import slimtune
-from pico import PICO, logits, pico_inputs, pico_model, pico_tokenizer
+from pico import PICO, VOCAB_SIZE, logits, pico_inputs, pico_model, pico_tokenizer
 from slimtune.arch import bind
 from slimtune.errors import FormatError, RecipeError
 from slimtune.export import Source, export
@@ -35,7 +35,8 @@ def relative(got: Tensor, wanted: Tensor) -> float:
 def saved(folder: Path, family: str = "llama-tied", **options: Any) -> Any:
     """A rotated pico model, written to `folder` as a run does."""
     model = pico_model(family)
-    rotate_(model, bind(model), Rotation(**options))
+    tokens = torch.randint(6, VOCAB_SIZE, (3, 12), generator=torch.Generator().manual_seed(3))
+    rotate_(model, bind(model), Rotation(**options), tokens=tokens)
     folder.mkdir()
     write_model(model, pico_tokenizer(), folder)
     return model
@@ -51,9 +52,10 @@ def with_noise(model: nn.Module) -> PeftModel:
     return wrapped
 
 
+@pytest.mark.parametrize("kind", ["hadamard", "learned"])
 @every_pico
-def test_a_rotated_model_comes_back_with_its_basis(family: str, tmp_path: Path) -> None:
-    model = saved(tmp_path / "m", family, online=("r4", "heads"), seed=7)
+def test_a_rotated_model_comes_back_with_its_basis(family: str, kind: str, tmp_path: Path) -> None:
+    model = saved(tmp_path / "m", family, kind=kind, steps=3, online=("r4", "heads"), seed=7)
     back = load(str(tmp_path / "m")).model
     inputs = pico_inputs(model)
     torch.testing.assert_close(logits(back, inputs), logits(model, inputs))

@@ -30,7 +30,7 @@ from slimtune.recipe.plan import DEFAULT_SAMPLES, Plan
 from slimtune.recipe.plan import plan as make_plan
 from slimtune.recipe.run import run as run_recipe
 from slimtune.recipe.schema import Recipe, build, recipe_from, step_from
-from slimtune.recipe.steps import Session, examples_of, run_step
+from slimtune.recipe.steps import LEARNED_WINDOWS, Session, examples_of, run_step
 from slimtune.rotate.fuse import RotateFacts, rotate_
 from slimtune.rotate.online import attach_online_
 from slimtune.rotate.options import Rotation
@@ -46,9 +46,21 @@ def load(model: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTraine
     return loaded.model, loaded.tokenizer
 
 
-def rotate(model: nn.Module, *, facts: Callable[[RotateFacts], None] = lambda _: None, **options: Any) -> nn.Module:
-    """`model` (changed in place) in another basis, with the same outputs; `options` are the fields of `rotate`."""
-    facts(rotate_(model, bind(base_of(model)), build(Rotation, options, "rotate")))
+def rotate(
+    model: nn.Module,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration: DataSource | str | Tensor | None = None,
+    facts: Callable[[RotateFacts], None] = lambda _: None,
+    **options: Any,
+) -> nn.Module:
+    """`model` (changed in place) in another basis, with the same outputs; `options` are the fields of `rotate`.
+
+    `calibration`, as in `quantize`, is what a learned rotation learns from.
+    """
+    rotation = build(Rotation, options, "rotate")
+    tokens = _windows(calibration, tokenizer, LEARNED_WINDOWS, rotation.seed)
+    facts(rotate_(model, bind(base_of(model)), rotation, tokens=tokens))
     return model
 
 
@@ -71,13 +83,7 @@ def quantize(
     `facts` is called with what was done to each layer.
     """
     quantizer = build(QUANTIZERS[method], options, method)
-    tokens = calibration if isinstance(calibration, Tensor) else None
-    if isinstance(calibration, DataSource | str):
-        source = _source(calibration)
-        if tokenizer is None:
-            raise RecipeError("calibration text needs the model's tokenizer", remedy="pass tokenizer=")
-        samples = source.samples or DEFAULT_SAMPLES
-        tokens = calibration_tokens(read_rows(source), tokenizer, samples, source.length, seed, str(source))
+    tokens = _windows(calibration, tokenizer, DEFAULT_SAMPLES, seed)
     start = (lambda weight, base, stats: residual(weight, base, residual_rank, stats)) if residual_rank > 0 else None
     facts(quantize_(model, bind(model), all_linear(quantizer, ignore), tokens=tokens, start=start))
     attach_online_(model)
@@ -161,6 +167,19 @@ def run(
 ) -> dict[str, Any]:
     """Run a recipe into the folder `output`; returns the report."""
     return run_recipe(_recipe(recipe), Path(output), resume=resume, overwrite=overwrite, say=say)
+
+
+def _windows(
+    calibration: DataSource | str | Tensor | None, tokenizer: PreTrainedTokenizerBase | None, samples: int, seed: int
+) -> Tensor | None:
+    """Token windows of calibration data, or those that it is; `samples` where the source does not say how many."""
+    if calibration is None or isinstance(calibration, Tensor):
+        return calibration
+    source = _source(calibration)
+    if tokenizer is None:
+        raise RecipeError("calibration text needs the model's tokenizer", remedy="pass tokenizer=")
+    rows = read_rows(source)
+    return calibration_tokens(rows, tokenizer, source.samples or samples, source.length, seed, str(source))
 
 
 def _source(source: DataSource | str) -> DataSource:
