@@ -41,6 +41,9 @@ Facts = dict[str, Any]
 OUTLIER_WINDOWS = 4, 512
 """Windows, and tokens in each at most, on which a rotate step looks at activations."""
 
+OUTLIER_ROWS = 4000
+"""Rows of the data, from the first on, that these windows are cut from."""
+
 LEARNED_WINDOWS = 16
 """Windows from which a rotation is learned, at most."""
 
@@ -100,7 +103,7 @@ def _rotate(session: Session, step: Rotate) -> Facts:
     source = data.calibration or data.train or DataSource(builtin="pydocs")
     length = within_positions(model, min(source.length, OUTLIER_WINDOWS[1]))
     samples = OUTLIER_WINDOWS[0] + (LEARNED_WINDOWS if step.kind == "learned" else 0)
-    rows, tokenizer = read_rows(source), session.loaded.tokenizer
+    rows, tokenizer = read_rows(source)[:OUTLIER_ROWS], session.loaded.tokenizer
     windows = calibration_tokens(rows, tokenizer, samples, length, session.recipe.seed, str(source))
     tokens = windows[: OUTLIER_WINDOWS[0]]  # looked at, not learnt from, where there are others
     rest = windows[OUTLIER_WINDOWS[0] :]

@@ -103,11 +103,11 @@ def _activations(
 def _descend(turn: Turn, x: Tensor, steps: int, seed: int) -> Tensor:
     """The matrices `[heads, n, n]`, float64, that make `x` `[tokens, heads, n]` flattest, from those of `turn` on."""
     n = turn.width
-    eye = torch.eye(n, dtype=torch.float64).repeat(1, turn.heads)
+    eye = torch.eye(n, dtype=torch.float64, device=x.device).repeat(1, turn.heads)
     start = turn(eye).unflatten(-1, (turn.heads, n)).transpose(0, 1)  # rows of each head's matrix
     size = x.square().mean(-1, keepdim=True).sqrt()
     x = torch.einsum("thn,hnm->thm", x / size.clamp(min=1e-12), start.float())
-    free = torch.eye(n).repeat(turn.heads, 1, 1).requires_grad_()
+    free = torch.eye(n, device=x.device).repeat(turn.heads, 1, 1).requires_grad_()
     optimizer = torch.optim.Adam([free], lr=RATE)
     generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad():
