@@ -70,7 +70,7 @@ def input_errors(model: Any, modelmap: ModelMap, tokens: Tensor) -> dict[str, fl
 
     with reading(model, modelmap, measure):
         for window in tokens.split(2):
-            model(window, use_cache=False)
+            model.base_model(window, use_cache=False)
     return {name: sum(values) / len(values) for name, values in sums.items()}
 
 
@@ -95,7 +95,6 @@ def measured(model: Any, text: Tensor, look: Tensor) -> dict[str, Any]:
     with reading(model, modelmap, lambda _, x: rounded(x)):
         facts["perplexity_w16a4"] = perplexity(model, text, length=LENGTH).value
     slimtune.quantize(model, "rtn", bits=4, group_size=-1, sym=True)
-    facts["perplexity_w4a16"] = perplexity(model, text, length=LENGTH).value
     with reading(model, modelmap, lambda _, x: rounded(x)):
         facts["perplexity_w4a4"] = perplexity(model, text, length=LENGTH).value
     return facts
@@ -111,15 +110,16 @@ def main() -> None:
     torch.set_num_threads(1)
     model, tokenizer = slimtune.load(arguments.model)
     text = text_tokens(read_text(arguments.text), tokenizer)
-    look, text = text[TOKENS : TOKENS + 4 * LENGTH].view(4, LENGTH), text[:TOKENS]
+    look, text = text[TOKENS : TOKENS + 2 * LENGTH].view(2, LENGTH), text[:TOKENS]
     rows = read_rows(DataSource(path=arguments.calibration))
     learnt = calibration_tokens(rows, tokenizer, 16, LENGTH, 0, "calibration")
     with torch.no_grad():
         wanted = model(look, use_cache=False).logits
     results = [{"kind": "none", **measured(model, text, look)}]
-    arms = [("hadamard", 0, online) for online in ONLINE] + [("learned", 0, online) for online in ONLINE]
-    arms += [(kind, seed, ONLINE[-1]) for kind in ("hadamard", "learned") for seed in SEEDS[1:]]
-    arms += [("orthogonal", seed, ONLINE[-1]) for seed in SEEDS]
+    print(json.dumps(results[0]), flush=True)
+    arms = [(kind, 0, online) for online in (ONLINE[0], ONLINE[2], ONLINE[1]) for kind in ("hadamard", "learned")]
+    arms += [("orthogonal", 0, ONLINE[2])]
+    arms += [(kind, seed, ONLINE[2]) for seed in SEEDS[1:] for kind in ("hadamard", "learned")]
     for kind, seed, online in arms:
         model, _ = slimtune.load(arguments.model)
         start = time.process_time()

@@ -125,6 +125,15 @@ def test_seeds_and_kinds_give_other_rotations() -> None:
     assert rotated("llama", torch.float32)[1].sha256 == hashes[0]
 
 
+def test_every_attention_and_every_head_turns_otherwise() -> None:
+    model = pico_model()
+    rotate_(model, bind(model), Rotation())
+    basis = rotation_of(model)
+    assert basis is not None
+    signs = [basis.values_turn(number).signs[head].tolist() for number in range(2) for head in range(2)]
+    assert len({tuple(row) for row in signs}) == 4
+
+
 def test_a_rotation_that_changes_the_logits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(change: Change, x: Tensor, *, inverse: bool = False) -> Tensor:
         return x

@@ -127,6 +127,18 @@ def test_online_transforms_survive_quantizing_adapters_and_merging(family: str) 
     assert rotation_of(merged) is not None
 
 
+@pytest.mark.parametrize("family", ["t5", "t5-gated", "llama-tied"])
+def test_a_merged_model_with_a_head_of_its_own_comes_back(family: str, tmp_path: Path) -> None:
+    """T5 scales its outputs by the flag with which other models say that they are tied."""
+    model = pico_model(family)
+    rotate_(model, bind(model), Rotation())
+    merged = merge(with_noise(model))
+    inputs = pico_inputs(merged)
+    (tmp_path / "m").mkdir()
+    write_model(merged, pico_tokenizer(), tmp_path / "m")
+    torch.testing.assert_close(logits(load(str(tmp_path / "m")).model, inputs), logits(merged, inputs))
+
+
 def test_a_missing_or_foreign_rotation_file_is_an_error(tmp_path: Path) -> None:
     saved(tmp_path / "m", seed=1)
     saved(tmp_path / "other", seed=2)
