@@ -129,7 +129,6 @@ def test_online_transforms_survive_quantizing_adapters_and_merging(family: str) 
 
 @pytest.mark.parametrize("family", ["t5", "t5-gated", "llama-tied"])
 def test_a_merged_model_with_a_head_of_its_own_comes_back(family: str, tmp_path: Path) -> None:
-    """T5 scales its outputs by the flag with which other models say that they are tied."""
     model = pico_model(family)
     rotate_(model, bind(model), Rotation())
     merged = merge(with_noise(model))
@@ -212,12 +211,21 @@ def test_a_run_goes_on_after_its_rotation(tmp_path: Path, monkeypatch: pytest.Mo
     """Killed in the quantize step, the run finds the rotated model, its online transforms and its basis again."""
     data = tmp_path / "text.txt"
     data.write_text("It is what it is, and 2 and 3 is 5.\n" * 20)
+    measure = {"evaluate": {"perplexity": {"text": str(data)}, "length": 32}}
     facts = {
         "model": str(save_pico(tmp_path / "base", "llama-tied")),
         "data": {"calibration": {"path": str(data), "length": 32}},
-        "steps": [{"rotate": {"online": ["r4"]}}, {"quantize": {"method": "rtn", "group_size": 8}}, {"lora": {"r": 2}}],
+        "steps": [
+            {"rotate": {"online": ["r4"]}},
+            {"quantize": {"method": "rtn", "group_size": 8}},
+            measure,
+            {"lora": {"r": 2}},
+            measure,
+        ],
     }
     whole = run(recipe_from(facts), tmp_path / "whole")
+    measured = [metric["value"] for metric in whole["metrics"] if metric["name"] == "text_perplexity"]
+    assert measured[1] == pytest.approx(measured[0], rel=1e-4)  # a fresh adapter changes nothing
     with monkeypatch.context() as patch:
         patch.setattr("slimtune.recipe.steps.quantize_", interrupt)
         with pytest.raises(KeyboardInterrupt):
