@@ -31,7 +31,7 @@ class LoraQuantLinear(PeftLoraLinear):
     """PEFT's LoRA layer around a `QuantLinear` or `BlackBox`. It saves as PEFT's own; it cannot merge into codes.
 
     With one plain adapter, base and adapter run as one function (`slimtune.lora.fused`) in the dtype of the input. All
-    else (dropout in training, several adapters, DoRA and other variants, layers made ready for decoding) runs as in PEFT.
+    else (dropout in training, several adapters, DoRA and other variants, prepared layers) runs as in PEFT.
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
