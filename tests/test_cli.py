@@ -15,8 +15,9 @@ import slimtune
 from pico import save_pico
 from slimtune.cli import _bytes, _guarded, app
 from slimtune.errors import RecipeError
+from slimtune.recipe.shell import recipe_of
 
-VERBS = ("run", "plan", "quantize", "finetune", "evaluate", "generate", "export", "report", "list", "version")
+VERBS = ("run", "plan", "rotate", "quantize", "finetune", "evaluate", "generate", "export", "report", "list", "version")
 Command = Callable[..., tuple[str, str]]
 
 
@@ -127,6 +128,26 @@ def test_quantize_takes_the_fields_of_its_method(
     )  # fmt: skip
     skipped = json.loads((out / "report.json").read_text())["steps"][0]["facts"]["skipped"]
     assert sum("down_proj" in entry["name"] for entry in skipped) == 2
+
+
+def test_rotate_keeps_the_outputs_and_tells_of_outliers(command: Command, place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    data = f"{{path: {place / 'sums.jsonl'}, samples: 2, length: 32}}"
+    _, err = command("rotate", place / "base", "--online", "r4", "--seed", "4", "--calibration", data, "-o", out)
+    assert "residual: rotated" in err and "kurtosis" in err
+    facts = json.loads((out / "report.json").read_text())["steps"][0]["facts"]
+    assert (facts["seed"], facts["online"], facts["residual"]) == (4, ["r4"], "rotated")
+    assert facts["logit_error"] < 1e-5 and len(facts["layers"]) == 14
+    assert "Activations and the rotation" in (out / "report.html").read_text()
+    assert json.loads((out / "model" / "rotation.json").read_text())["sha256"] == facts["sha256"]
+    texts = [
+        command("generate", model, "--prompt", "What", "--max-new-tokens", "8")[0] for model in (place / "base", out)
+    ]
+    assert texts[0] == texts[1]
+    wrong = ["rotate", str(out / "model"), "-o", str(tmp_path / "twice")]
+    assert _guarded(lambda: app(wrong, standalone_mode=True)) == 2
+    with pytest.raises(RecipeError, match="no such online transform"):
+        recipe_of("m", ("rotate",), ["--online", "r5"], "x")
 
 
 def test_quantize_calibrates_on_a_file(command: Command, place: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         merge,
         plan,
         quantize,
+        rotate,
         run,
     )
 
@@ -40,6 +41,7 @@ __all__ = [
     "merge",
     "plan",
     "quantize",
+    "rotate",
     "run",
 ]
 

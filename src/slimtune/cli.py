@@ -90,6 +90,12 @@ def _one_step(verb: str, steps: tuple[str, ...], help: str) -> None:
 
 
 _one_step(
+    "rotate",
+    ("rotate",),
+    "Rotate a model: the same outputs, activations without outliers. Options are the keys of the recipe's rotate step: "
+    "--kind hadamard --online r4, and --calibration FILE (whose outliers to report), --dtype, --seed.",
+)
+_one_step(
     "quantize",
     ("quantize",),
     "Quantize a model. Options are the keys of the recipe's quantize step: --method optq --bits 4 --group-size 64 ... "

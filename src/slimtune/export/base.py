@@ -16,6 +16,7 @@ from slimtune.calib.capture import model_inputs
 from slimtune.errors import FormatError
 from slimtune.lora.attach import base_of
 from slimtune.quant.linear import QuantLinear
+from slimtune.rotate.record import rotation_of, write_rotation
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def write_folder(
     """Write config and `state`, without what `model` ties, as a Hugging Face folder: the one way slimtune writes
     models.
 
-    `config.json` says `dtype`, and `quantization` as its `quantization_config` (none by default). `model` lends
+    `config.json` says `dtype`, and `quantization` as its `quantization_config` (none by default); a rotated model's
+    folder has its rotation. `model` lends
     transformers' writer its class and its config, and is afterwards as it was: an adapter on it is not written.
     """
     base = cast(PreTrainedModel, base_of(model))
@@ -120,6 +122,9 @@ def write_folder(
     finally:
         base.config = config
         base.__dict__.update(facts)
+    basis = rotation_of(base)
+    if basis is not None:
+        write_rotation(basis, folder)
 
 
 def _has_reverse(conversion: Any) -> bool:

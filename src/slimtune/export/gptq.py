@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from slimtune.errors import FormatError, RecipeError
 from slimtune.export.base import Source, packed_state, write_folder
 from slimtune.export.foreign import WIDTHS, Scheme, exact
 from slimtune.export.load import load
-from slimtune.export.peft import PeftExporter
 from slimtune.files import write_json
 from slimtune.linalg.packing import pack, words
-from slimtune.lora.attach import base_of, has_adapter, load_adapter, plain
+from slimtune.lora.attach import base_of, has_adapter, load_adapter, plain, save_adapter
 from slimtune.quant.layouts import Affine, Layout
 from slimtune.quant.linear import QuantLinear
 
@@ -59,7 +59,8 @@ class GptqExporter:
         write_json(folder / "quantize_config.json", quantization)  # where AutoGPTQ and its kin look
         source.tokenizer.save_pretrained(folder)
         if has_adapter(source.model):
-            PeftExporter().write(source, folder / ADAPTER)
+            (folder / ADAPTER).mkdir()
+            save_adapter(cast(PeftModel, source.model), folder / ADAPTER)
 
     def read_back(self, source: Source, folder: Path) -> nn.Module:
         """The model as slimtune reads the format. Raises `FormatError` unless every weight is bit for bit `source`'s.

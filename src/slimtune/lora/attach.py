@@ -25,6 +25,8 @@ from slimtune.lora.fused import fused_lora
 from slimtune.lora.inits import INITS
 from slimtune.quant.blackbox import FROZEN, BlackBox, adopt_
 from slimtune.quant.linear import QuantLinear
+from slimtune.rotate.online import attach_online_
+from slimtune.rotate.record import require_basis, rotation_of, write_hash
 
 
 class LoraQuantLinear(PeftLoraLinear):
@@ -130,15 +132,30 @@ def add_lora(
         layer.start = None
     if base_name:  # PEFT puts the folder that the model was loaded from
         wrapped.peft_config["default"].base_model_name_or_path = base_name
+    attach_online_(wrapped.get_base_model())
     return wrapped
 
 
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the active adapter to the existing `folder`, as PEFT does, with the hash of the basis it was trained in."""
+    # Only linears are adapted. Left to itself, PEFT asks the hub whether the vocabulary has grown.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    basis = rotation_of(model)
+    if basis is not None:
+        write_hash(basis, folder)
+
+
 def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> PeftModel:
-    """`model` with the stock PEFT adapter in `folder`. Raises `FormatError` when it is not one, or does not fit."""
+    """`model` with the stock PEFT adapter in `folder`.
+
+    Raises `FormatError` when it is not one, does not fit, or was trained in another basis than the model's.
+    """
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
         raise FormatError(
             "not an adapter folder", where=str(folder), wanted="adapter_config.json and adapter_model.safetensors"
         )
+    require_basis(model, folder)
     try:
         config = LoraConfig.from_pretrained(str(folder))
         name = config.base_model_name_or_path
@@ -149,6 +166,7 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
     except (ValueError, TypeError, RuntimeError, KeyError, OSError) as error:
         raise FormatError("the adapter does not fit the model", where=str(folder), got=str(error)[:300]) from error
     wrapped.peft_config["default"].base_model_name_or_path = name
+    attach_online_(wrapped.get_base_model())
     return wrapped
 
 

@@ -5,14 +5,16 @@ The base of the sum is the *dequantized* base the adapter was trained on, not th
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from slimtune.errors import RecipeError
-from slimtune.lora.attach import has_adapter
+from slimtune.lora.attach import base_of, has_adapter
 from slimtune.quant.apply import dequantize_
+from slimtune.rotate.online import attach_online_
 
 
 def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -28,8 +30,14 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.to(torch.float32)
-    merged = cast(nn.Module, cast(Any, model).merge_and_unload(safe_merge=True))
+    config = cast(Any, base_of(model)).config
+    tied = config.tie_word_embeddings
+    with warnings.catch_warnings():  # PEFT unties where input and output weights differ, and T5 scales by that flag
+        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer", category=UserWarning)
+        merged = cast(nn.Module, cast(Any, model).merge_and_unload(safe_merge=True))
+    config.tie_word_embeddings = tied
     for parameter in merged.parameters():  # buffers keep their dtype: rotary frequencies need float32
         parameter.data = parameter.data.to(dtype)
         parameter.requires_grad_(True)
+    attach_online_(merged)
     return merged

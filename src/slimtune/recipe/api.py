@@ -31,6 +31,9 @@ from slimtune.recipe.plan import plan as make_plan
 from slimtune.recipe.run import run as run_recipe
 from slimtune.recipe.schema import Recipe, build, recipe_from, step_from
 from slimtune.recipe.steps import Session, examples_of, run_step
+from slimtune.rotate.fuse import RotateFacts, rotate_
+from slimtune.rotate.online import attach_online_
+from slimtune.rotate.options import Rotation
 from slimtune.train.data import Collator, padding_id
 from slimtune.train.loop import TrainFacts
 from slimtune.train.loop import finetune as train_model
@@ -41,6 +44,12 @@ def load(model: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTraine
     """A model and its tokenizer, by hub id, folder, `.gguf` file or bundled name."""
     loaded = load_model(model, dtype=dtype)
     return loaded.model, loaded.tokenizer
+
+
+def rotate(model: nn.Module, *, facts: Callable[[RotateFacts], None] = lambda _: None, **options: Any) -> nn.Module:
+    """`model` (changed in place) in another basis, with the same outputs; `options` are the fields of `rotate`."""
+    facts(rotate_(model, bind(base_of(model)), build(Rotation, options, "rotate")))
+    return model
 
 
 def quantize(
@@ -71,6 +80,7 @@ def quantize(
         tokens = calibration_tokens(read_rows(source), tokenizer, samples, source.length, seed, str(source))
     start = (lambda weight, base, stats: residual(weight, base, residual_rank, stats)) if residual_rank > 0 else None
     facts(quantize_(model, bind(model), all_linear(quantizer, ignore), tokens=tokens, start=start))
+    attach_online_(model)
     return model
 
 

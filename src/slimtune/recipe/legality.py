@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from slimtune.errors import RecipeError
 from slimtune.lora.inits import INITS
-from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Quantize, Recipe, Step, Train
+from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Quantize, Recipe, Rotate, Step, Train
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,8 @@ class State:
 
     quantized: bool = False
     adapter: bool = False
+    rotated: bool = False
+    online: tuple[str, ...] = ()
     residual: bool = False  # whether it is known what quantization lost
 
 
@@ -33,6 +35,12 @@ def check_order(recipe: Recipe, start: State = State()) -> list[State]:
 
 def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | None:
     match step:
+        case Rotate() if state.rotated:
+            return "the model is rotated already", "keep one rotate step: a second rotation adds nothing"
+        case Rotate() if state.quantized:
+            return "packed weights cannot be rotated", "put rotate before quantize"
+        case Rotate() if state.adapter:
+            return "a model with an adapter cannot be rotated", "put rotate before lora, or merge: {} before rotate"
         case Quantize() if state.quantized:
             return "the model is quantized already", "keep one quantize step, or merge: {} before the second"
         case Quantize() if state.adapter:
@@ -51,6 +59,11 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
             return "there is no adapter to export", "put export: {format: peft} after lora, before merge"
         case Export(format="compressed-tensors" | "gptq") if not state.quantized:
             return "there are no packed weights to export", "put a quantize step before, or export safetensors"
+        case Export(format="safetensors" | "compressed-tensors" | "gptq") if state.online:
+            return (
+                f"no other engine runs the online transform {', '.join(state.online)}: it would load another model",
+                "rotate with online: [], or keep the run's own model folder",
+            )
         case Evaluate() if not (step.perplexity or step.tasks or step.speed):
             return "evaluate has nothing to measure", "give it perplexity, tasks or speed: true"
     return None
@@ -58,10 +71,12 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
 
 def _after(step: Step, state: State) -> State:
     match step:
+        case Rotate():
+            return replace(state, rotated=True, online=step.online)
         case Quantize():
             return replace(state, quantized=True, residual=True)
         case Lora():
             return replace(state, adapter=True)
         case Merge():
-            return State()
+            return replace(state, quantized=False, adapter=False, residual=False)
     return state

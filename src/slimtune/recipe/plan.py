@@ -26,7 +26,8 @@ from slimtune.lora.attach import resolve_targets
 from slimtune.quant import QUANTIZERS, QTensor, Quantizer
 from slimtune.quant.apply import all_linear
 from slimtune.recipe.legality import State, check_order
-from slimtune.recipe.schema import Evaluate, Export, Lora, Quantize, Recipe, Step, Train, build, to_dict
+from slimtune.recipe.schema import Evaluate, Export, Lora, Quantize, Recipe, Rotate, Step, Train, build, to_dict
+from slimtune.rotate.record import KEY
 
 RUNTIME_BYTES = 90_000_000
 """What the matrix libraries set up at the first product, beyond what the imports take (measured)."""
@@ -108,6 +109,8 @@ def resolve(recipe: Recipe) -> Recipe:
                     remedy="add data: {calibration: {builtin: pydocs}} or a file, or use method: rtn",
                 )
             step = replace(step, options=options)
+        if isinstance(step, Rotate) and step.seed == -1:
+            step = replace(step, seed=recipe.seed)
         if isinstance(step, Export) and step.format not in EXPORTERS:
             raise RecipeError(
                 "unknown format",
@@ -139,7 +142,9 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
     """
     recipe = resolve(recipe)
     config = model_config(recipe.model)
-    states = check_order(recipe, State(quantized="quantization_config" in config.__dict__))
+    noted = config.__dict__.get(KEY, {})
+    start = State("quantization_config" in config.__dict__, rotated=bool(noted), online=tuple(noted.get("online", ())))
+    states = check_order(recipe, start)
     model = empty_model(config, DTYPES[recipe.dtype])
     modelmap = bind(model)
     shape = _Shape.of(model, modelmap, recipe)
@@ -155,6 +160,8 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
             shape = replace(shape, adapter=sum(step.r * (p.in_features + p.out_features) for p in ports))
         _check_fit(step, number, recipe, model, modelmap, where)
         held, flops = shape.demand(step, state, recipe)
+        if isinstance(step, Rotate) and shape.tied:  # the head becomes a weight of its own
+            shape = replace(shape, tied=False, parameters=shape.parameters + shape.vocabulary * shape.hidden)
         steps.append(StepPlan(step.name, baseline + held, flops))
     peak = max(step.memory_bytes for step in steps)
     free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
@@ -294,6 +301,10 @@ class _Shape:
                 return work + 4 * self.largest, 2 * self.parameters * tokens * len(step.perplexity)
             case Lora():
                 return self.resident(state.quantized), 0
+            case Rotate():
+                head = self.vocabulary * self.hidden * self.dense_bytes if self.tied else 0
+                probe = 3 * 128 * self.vocabulary * 8  # logits before and after, compared in float64
+                return self.resident(False) + head + max(24 * self.largest, probe), 0
         return self.resident(False) + 4 * self.largest, 0
 
     def _quantize(self, recipe: Recipe, *, whole: bool) -> tuple[int, int]:

@@ -33,6 +33,10 @@ _FACTS: dict[str, Any] = {
         "layers?": [{"name": str, "error?": float, "bits?": float}],
         "skipped?": [{"name": str, "reason": str}],
     },
+    "rotate": {
+        "layers?": [{"name": str, "kurtosis_before": float, "kurtosis_after": float, "peak_before": float}],
+        "channels?": {"name": str, "before": [float], "after": [float]},
+    },
     "train": {"sample?": str},
 }
 _WORDS = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}

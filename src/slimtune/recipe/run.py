@@ -29,11 +29,11 @@ from slimtune.export.load import load, locate
 from slimtune.export.native import write_model
 from slimtune.files import whole_folder, write_json, write_text
 from slimtune.kernels.memory import PeakMemory
-from slimtune.lora.attach import base_of, load_adapter
+from slimtune.lora.attach import base_of, load_adapter, save_adapter
 from slimtune.recipe.document import write_recipe
 from slimtune.recipe.plan import Plan, plan
 from slimtune.recipe.report import read_report, write_html
-from slimtune.recipe.schema import Evaluate, Lora, Merge, Quantize, Recipe, Step, Train, to_dict
+from slimtune.recipe.schema import Evaluate, Lora, Merge, Quantize, Recipe, Rotate, Step, Train, to_dict
 from slimtune.recipe.steps import Session, run_step, size_of
 
 Say = Callable[[str], None]
@@ -193,7 +193,7 @@ def _session(recipe: Recipe, output: Path, state: dict[str, Any], say: Say, *, r
 def _changes_base(step: Step, recipe: Recipe, number: int) -> bool:
     """Whether a step changes weights other than an adapter's."""
     if not isinstance(step, Train):
-        return isinstance(step, Quantize | Merge)
+        return isinstance(step, Rotate | Quantize | Merge)
     before = recipe.steps[:number]
     loras = [n for n, s in enumerate(before) if isinstance(s, Lora)]
     merges = [n for n, s in enumerate(before) if isinstance(s, Merge)]
@@ -206,8 +206,7 @@ def _keep(session: Session, step: Step, number: int, output: Path) -> None:
         _write_base(session, output / "checkpoints" / f"step-{number}-model")
     elif isinstance(step, Lora | Train):
         with whole_folder(output / "checkpoints" / f"step-{number}-adapter") as partial:
-            cast(PeftModel, session.model).save_pretrained(str(partial), save_embedding_layers=False)
-            (partial / "README.md").unlink(missing_ok=True)
+            save_adapter(cast(PeftModel, session.model), partial)
 
 
 def _publish(recipe: Recipe, output: Path, number: int) -> None:

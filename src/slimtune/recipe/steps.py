@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from slimtune.arch import bind
 from slimtune.calib.data import calibration_tokens, text_tokens
 from slimtune.calib.formats import normalise, render
+from slimtune.calib.outliers import Outliers, outliers
 from slimtune.calib.rows import DataSource, is_text, read_rows, read_text
 from slimtune.evaluate.perplexity import perplexity
 from slimtune.evaluate.speed import speed
@@ -26,12 +28,20 @@ from slimtune.quant.linear import QuantLinear
 from slimtune.quant.size import Size, model_size
 from slimtune.recipe.blocks import FolderStore
 from slimtune.recipe.plan import CALIBRATION_BATCH, DEFAULT_SAMPLES, calibration_source, quantizer_of
-from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Quantize, Recipe, Step, Train
+from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Quantize, Recipe, Rotate, Step, Train
+from slimtune.rotate.fuse import rotate_
+from slimtune.rotate.online import attach_online_
+from slimtune.rotate.options import Rotation
 from slimtune.train.data import Collator, Example, pack, padding_id, tokenize, tokenize_seq2seq
 from slimtune.train.loop import finetune
 from slimtune.train.options import TrainOptions
 
 Facts = dict[str, Any]
+
+OUTLIER_WINDOWS = 4, 512
+"""Windows, and tokens in each at most, on which a rotate step looks at activations."""
+
+WHEN = ("before", "after")
 
 
 @dataclass
@@ -59,6 +69,8 @@ class Session:
 def run_step(session: Session, step: Step, number: int) -> Facts:
     """Do one step; `session.model` is the result. Returns the facts for the report."""
     match step:
+        case Rotate():
+            return _rotate(session, step)
         case Quantize():
             return _quantize(session, step, number)
         case Lora():
@@ -77,6 +89,48 @@ def run_step(session: Session, step: Step, number: int) -> Facts:
 def size_of(model: nn.Module) -> Size:
     """The size of a model as it is, adapter aside."""
     return model_size(plain(model), frozenset(port.name for port in bind(model).linears))
+
+
+def _rotate(session: Session, step: Rotate) -> Facts:
+    model, data = session.whole(), session.recipe.data
+    modelmap = bind(model)
+    source = data.calibration or data.train or DataSource(builtin="pydocs")
+    length = within_positions(model, min(source.length, OUTLIER_WINDOWS[1]))
+    rows, tokenizer = read_rows(source), session.loaded.tokenizer
+    tokens = calibration_tokens(rows, tokenizer, OUTLIER_WINDOWS[0], length, session.recipe.seed, str(source))
+    before = outliers(model, modelmap, tokens)
+    result = rotate_(model, modelmap, Rotation(**vars(step)))
+    after = outliers(model, modelmap, tokens)
+    for part in ("residual", "values"):
+        session.say(f"  {part}: {getattr(result, part)}")
+    session.say(f"  logits differ by {result.logit_error:.1e}, relative to their size")
+    facts = outlier_facts(before, after)
+    session.say(f"  mean kurtosis of linear inputs {facts['kurtosis_before']:.3g} -> {facts['kurtosis_after']:.3g}")
+    return {**result.to_dict(), "windows": {"source": str(source), "samples": len(tokens), "length": length}, **facts}
+
+
+def outlier_facts(before: dict[str, Outliers], after: dict[str, Outliers]) -> Facts:
+    """What a change did to the inputs of all linears, and a picture of the one that was most uneven."""
+    layers: list[Facts] = [
+        {
+            "name": name,
+            "kurtosis_before": was.kurtosis,
+            "kurtosis_after": after[name].kurtosis,
+            "peak_before": was.peak,
+            "peak_after": after[name].peak,
+        }
+        for name, was in before.items()
+    ]
+    worst = max(before, key=lambda name: before[name].kurtosis)
+    return {
+        **{f"kurtosis_{when}": fmean(layer[f"kurtosis_{when}"] for layer in layers) for when in WHEN},
+        "layers": layers,
+        "channels": {
+            "name": worst,
+            "before": list(before[worst].channels),
+            "after": list(after[worst].channels),
+        },
+    }
 
 
 def _quantize(session: Session, step: Quantize, number: int) -> Facts:
@@ -109,6 +163,7 @@ def _quantize(session: Session, step: Quantize, number: int) -> Facts:
         progress=_blocks_done(session),
     )
     session.loaded.materialise_()
+    attach_online_(session.model)
     return {**facts, **result.to_dict()}
 
 
