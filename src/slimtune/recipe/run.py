@@ -29,7 +29,7 @@ from slimtune.export.load import load, locate
 from slimtune.export.native import write_model
 from slimtune.files import whole_folder, write_json, write_text
 from slimtune.kernels.memory import PeakMemory
-from slimtune.lora.attach import base_of, load_adapter
+from slimtune.lora.attach import base_of, load_adapter, save_adapter
 from slimtune.recipe.document import write_recipe
 from slimtune.recipe.plan import Plan, plan
 from slimtune.recipe.report import read_report, write_html
@@ -206,8 +206,7 @@ def _keep(session: Session, step: Step, number: int, output: Path) -> None:
         _write_base(session, output / "checkpoints" / f"step-{number}-model")
     elif isinstance(step, Lora | Train):
         with whole_folder(output / "checkpoints" / f"step-{number}-adapter") as partial:
-            cast(PeftModel, session.model).save_pretrained(str(partial), save_embedding_layers=False)
-            (partial / "README.md").unlink(missing_ok=True)
+            save_adapter(cast(PeftModel, session.model), partial)
 
 
 def _publish(recipe: Recipe, output: Path, number: int) -> None:
