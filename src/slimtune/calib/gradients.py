@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from slimtune.errors import CalibrationError, FormatError
 from slimtune.files import whole_file
-from slimtune.linalg.sketch import Triples, exact, from_left, from_right, gaussian, one_pass, orthonormal, overlap
+from slimtune.linalg.sketch import Triples, from_left, from_right, gaussian, one_pass, orthonormal, overlap
 
 Batch = Mapping[str, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -175,7 +175,7 @@ def _backward(
 ) -> float:
     with torch.enable_grad():
         value = loss(model, batch)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
     found = float(value.detach())
     if not (math.isfinite(found) and work.finite()):
         name = _first_not_finite(model, layers, batch, loss) or work.not_finite()
@@ -427,8 +427,8 @@ def _tapped(layers: Mapping[str, nn.Module], work: _Work) -> Iterator[None]:
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No parameter requires a gradient, and dropout is off; blocks that recompute their activations go on doing so.
 
-    The embedding's outputs require gradients: reentrant checkpointing looks at a block's inputs. Everything is as it was at
-    the end, whatever happens.
+    The embedding's outputs require gradients: reentrant checkpointing looks at a block's inputs. Everything is as it was
+    at the end, whatever happens.
     """
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]

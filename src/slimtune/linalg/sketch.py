@@ -1,8 +1,8 @@
 """The leading singular triples of a matrix that is never formed, from its products with thin matrices.
 
-`Y = G P` and `Z = Q G` are linear in `G`: they add up over whatever `G` is a sum of. Gaussian `P` and `Q` come back from
-their seed. The theory is that of Halko, Martinsson and Tropp (arXiv 0909.4061) and, for one pass, of Tropp, Yurtsever,
-Udell and Cevher (arXiv 1609.00048).
+`Y = G P` and `Z = Q G` are linear in `G`: they add up over whatever `G` is a sum of. Gaussian `P` and `Q` come back
+from their seed. The theory is that of Halko, Martinsson and Tropp (arXiv 0909.4061) and, for one pass, of Tropp,
+Yurtsever, Udell and Cevher (arXiv 1609.00048).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def gaussian(rows: int, columns: int, seed: int, device: torch.device | str = "c
 
 def exact(matrix: Tensor, rank: int) -> Triples:
     """The leading triples by a full SVD in float64: what the others are measured by."""
-    return _signed(*torch.linalg.svd(matrix.to(torch.float64), full_matrices=False), rank, matrix.dtype)
+    u, s, vh = torch.linalg.svd(matrix.to(torch.float64), full_matrices=False)
+    return _signed(u, s, vh, rank, matrix.dtype)
 
 
 def one_pass(y: Tensor, z: Tensor, left: Tensor, rank: int) -> Triples:
@@ -75,7 +76,8 @@ def from_right(y: Tensor, p: Tensor, rank: int) -> Triples:
 
 def orthonormal(matrix: Tensor) -> Tensor:
     """An orthonormal basis of the range of a tall `matrix`, in its dtype."""
-    return torch.linalg.qr(matrix.to(torch.float64)).Q.to(matrix.dtype)
+    q: Tensor = torch.linalg.qr(matrix.to(torch.float64)).Q
+    return q.to(matrix.dtype)
 
 
 def overlap(first: Tensor, second: Tensor) -> float:

@@ -26,13 +26,13 @@ from slimtune.errors import FormatError, RecipeError, nearest
 from slimtune.files import write_json
 from slimtune.linalg.lowrank import Factors
 from slimtune.lora.fused import fused_lora
-from slimtune.lora.inits import INITS, Knobs
+from slimtune.lora.inits import INITS, PLAIN, Knobs
 from slimtune.lora.start import StartFact, live_ranks, parts, split_layer_, start_, total_alpha
 from slimtune.quant.blackbox import FROZEN, BlackBox, adopt_
 from slimtune.quant.linear import QuantLinear
 
 LIVE = "slimtune_lora.json"
-"""Beside an adapter that is frozen in part: the rank of each layer that trains, its first rows of A and columns of B."""
+"""Beside an adapter that is frozen in part: the rank that trains, of each layer; first rows of A, first columns of B."""
 
 
 class LoraQuantLinear(PeftLoraLinear):
@@ -81,7 +81,7 @@ def add_lora(
     target_modules: str | Sequence[str] = "all-linear",
     use_rslora: bool = False,
     init: str = "default",
-    knobs: Knobs = Knobs(),
+    knobs: Knobs = PLAIN,
     gradients: GradientSketch | None = None,
     ranks: Mapping[str, int] | None = None,
     keep_residual: bool = False,
@@ -245,7 +245,9 @@ def _split_again_(model: nn.Module, note: Path) -> None:
         for name, rank in ranks.items():
             split_layer_(layers[name], rank)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise FormatError("the note of what trains does not fit the adapter", where=str(note), got=str(error)) from error
+        raise FormatError(
+            "the note of what trains does not fit the adapter", where=str(note), got=str(error)
+        ) from error
 
 
 def resolve_targets(modelmap: ModelMap, model: nn.Module, targets: str | Sequence[str]) -> list[str]:

@@ -20,6 +20,7 @@ from slimtune.linalg.lowrank import Factors, low_rank
 from slimtune.linalg.sketch import Triples, completed
 from slimtune.quant.base import Stats
 
+
 class Place(NamedTuple):
     """A layer whose factors are to start: its `weight` `[out, in]` (as quantized), the leading `triples` of its
     gradient, the rank, what the product `B A` is multiplied by, and a seed for what is completed at random."""
@@ -29,6 +30,7 @@ class Place(NamedTuple):
     rank: int
     scaling: float
     seed: int = 0
+
 
 @dataclass(frozen=True)
 class Knobs:
@@ -51,6 +53,7 @@ class Knobs:
             got = f"init_target {self.target}, init_gamma {self.gamma}"
             raise RecipeError("the size of a start is out of range", where="lora", got=got, wanted="above 0")
 
+
 @dataclass(frozen=True)
 class Init:
     """A way to start factors.
@@ -69,6 +72,7 @@ class Init:
     gradient: int = 0
     offset: bool = False
 
+
 def residual(weight: Tensor, base: Tensor, rank: int, stats: Stats) -> Factors:
     """What quantization lost, as well as `rank` allows: `W ≈ Ŵ + BA`.
 
@@ -76,6 +80,7 @@ def residual(weight: Tensor, base: Tensor, rank: int, stats: Stats) -> Factors:
     the layer's inputs it is the outputs that are kept, as in LQ-LoRA (arXiv 2311.12023) and EoRA (arXiv 2410.21271).
     """
     return low_rank(weight - base, rank, stats.get("hessian"))
+
 
 def lora_ga(place: Place, knobs: Knobs) -> Factors:
     """Singular vectors of the gradient, without its singular values (LoRA-GA, arXiv 2407.05000, algorithm 1).
@@ -106,6 +111,7 @@ def lora_ga(place: Place, knobs: Knobs) -> Factors:
             size = (knobs.target * float(place.weight.norm()) / (scaling * product)) ** 0.5
     return Factors(size * a.T, size * b)
 
+
 def lora_one(place: Place, knobs: Knobs) -> Factors:
     """One normalised step down the gradient: `B A = -G_r / (γ σ₁)`, balanced (LoRA-One, arXiv 2502.01235).
 
@@ -116,11 +122,13 @@ def lora_one(place: Place, knobs: Knobs) -> Factors:
     root = (s / s[:1].clamp(min=torch.finfo(s.dtype).tiny) / (knobs.gamma or 128.0)).sqrt()
     return _padded(Factors((v * root).T, -u * root), place.rank)
 
+
 def gradient_a(place: Place, knobs: Knobs) -> Factors:
     """A reads the leading input directions of the gradient, B is zero: an unchanged function and a file of rank r."""
     assert place.triples is not None, "the init says that it needs a gradient"
     a = _columns(place.triples.v, torch.arange(place.rank), place.seed)
     return Factors(a.T, a.new_zeros(len(place.triples.u), place.rank))
+
 
 def pissa(place: Place, knobs: Knobs) -> Factors:
     """The principal part of the weight itself (PiSSA, arXiv 2404.02948)."""
@@ -128,18 +136,22 @@ def pissa(place: Place, knobs: Knobs) -> Factors:
     share = place.scaling**-0.5
     return _padded(Factors(share * a, share * b), place.rank)
 
+
 def olora(place: Place, knobs: Knobs) -> Factors:
     """The first columns of Q and rows of R of the weight, `W = Q R` (OLoRA, arXiv 2406.01775)."""
     q, r = torch.linalg.qr(place.weight)
     return _padded(Factors(r[: place.rank], q[:, : place.rank]), place.rank)
 
+
 def _columns(basis: Tensor, at: Tensor, seed: int) -> Tensor:
-    """The columns `at` of `basis`, completed to orthonormal ones; a place beyond its height begins again at the first,
-    as long as no column is taken twice."""
-    height = len(basis)
-    if len(at) <= height:
-        at = at % height
-    return completed(basis, int(at.max()) + 1, seed)[:, at.to(basis.device)]
+    """The columns `at` of `basis`, completed to orthonormal ones. Where there is no room for a column, the first that is
+    not taken stands in for it, as long as there is one."""
+    height, places = len(basis), at.tolist()
+    if len(places) <= height:
+        spare = iter(sorted(set(range(height)) - set(places)))
+        places = [place if place < height else next(spare) for place in places]
+    return completed(basis, max(places) + 1, seed)[:, places]
+
 
 def _padded(factors: Factors, rank: int) -> Factors:
     """`factors` with zeros up to `rank`, in B alone where it can be so: a column that no row reads would not learn."""
@@ -150,13 +162,16 @@ def _padded(factors: Factors, rank: int) -> Factors:
     more = completed(torch.linalg.qr(a.T).Q, rank, 0)[:, len(a) :].T
     return Factors(torch.cat([a, more]), torch.cat([b, b.new_zeros(len(b), missing)], 1))
 
+
 def _norms(factors: Factors) -> Tensor:
     """The singular values of the product of balanced factors."""
     return factors.b.norm(dim=0) * factors.a.norm(dim=1)
 
+
 def _random_halves(rank: int, seed: int) -> tuple[Tensor, Tensor]:
     order = torch.randperm(2 * rank, generator=torch.Generator().manual_seed(seed))
     return order[:rank], order[rank:]
+
 
 _DIRECTIONS: dict[str, Callable[[int, int], tuple[Tensor, Tensor]]] = {
     "ArB2r": lambda rank, _: (torch.arange(rank), torch.arange(rank, 2 * rank)),
@@ -167,6 +182,9 @@ _DIRECTIONS: dict[str, Callable[[int, int], tuple[Tensor, Tensor]]] = {
 DIRECTIONS = tuple(_DIRECTIONS)
 SCALES = ("auto", "stable", "gd", "unit", "weight-svd")
 
+
+PLAIN = Knobs()
+"""The choices that are made for who makes none."""
 
 INITS: dict[str, Init] = {
     "default": Init("A Kaiming uniform, B zero"),

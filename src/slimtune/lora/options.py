@@ -9,6 +9,7 @@ from typing import Literal
 from slimtune.errors import RecipeError
 
 InitName = Literal["default", "gaussian", "residual", "lora-ga", "lora-one", "gradient-a", "pissa", "olora"]
+ALL_OR_DEFAULT, DEFAULT_TOKENS = -1, 16_384
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,10 @@ class LoraOptions:
     )
     init_target: float = field(default=0.02, metadata={"help": "size of the start beside the weight, with auto"})
     init_gamma: float = field(default=0.0, metadata={"help": "divides the start (stable, lora-one); 0: the paper's"})
-    init_tokens: int = field(default=16384, metadata={"help": "learnt tokens whose gradients are looked at, at least"})
+    init_tokens: int = field(
+        default=ALL_OR_DEFAULT,
+        metadata={"help": "learnt tokens whose gradients are looked at; -1: 16,384, or all where there are fewer"},
+    )
     init_passes: int = field(default=1, metadata={"help": "passes over them; more are more exact"})
     init_residual: bool = field(
         default=False, metadata={"help": "also give back what quantization lost, as a frozen part of the adapter"}
@@ -48,7 +52,9 @@ class LoraOptions:
             raise RecipeError("lora_dropout out of range", where="lora", got=self.lora_dropout, wanted="0 to 1")
         if self.lora_alpha <= 0:
             raise RecipeError("lora_alpha out of range", where="lora", got=self.lora_alpha, wanted="above 0")
-        for name in ("init_target", "init_tokens", "init_passes"):
+        if self.init_tokens != ALL_OR_DEFAULT and self.init_tokens < 1:
+            raise RecipeError("init_tokens out of range", where="lora", got=self.init_tokens, wanted="above 0, or -1")
+        for name in ("init_target", "init_passes"):
             if not 0 < getattr(self, name) < math.inf:
                 raise RecipeError(f"{name} out of range", where="lora", got=getattr(self, name), wanted="above 0")
         if not 0 <= self.init_gamma < math.inf:

@@ -60,7 +60,7 @@ def total_alpha(alpha: float, parts: int, use_rslora: bool) -> float:
 def start_(
     layers: Mapping[str, Any],
     init: str,
-    knobs: Knobs = Knobs(),
+    knobs: Knobs,
     *,
     gradients: GradientSketch | None = None,
     keep_residual: bool = False,
