@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimtune.arch import bind
 from slimtune.calib.data import calibration_tokens
+from slimtune.calib.gradients import Batch, GradientSketch
 from slimtune.calib.rows import DataSource as DataSource
 from slimtune.calib.rows import read_rows
 from slimtune.errors import RecipeError
@@ -18,7 +19,6 @@ from slimtune.export import Manifest, Source
 from slimtune.export import export as write_export
 from slimtune.export.load import DTYPES, Loaded
 from slimtune.export.load import load as load_model
-from slimtune.lora.attach import add_lora as attach
 from slimtune.lora.attach import base_of
 from slimtune.lora.inits import residual
 from slimtune.lora.merge import merge as merge_adapter
@@ -26,6 +26,7 @@ from slimtune.lora.options import LoraOptions
 from slimtune.quant import QUANTIZERS
 from slimtune.quant.apply import QuantizeFacts, all_linear, quantize_
 from slimtune.recipe.document import read_recipe
+from slimtune.recipe.gradients import attach_adapter, gradient_batches, gradients_of, wants_gradients
 from slimtune.recipe.plan import DEFAULT_SAMPLES, Plan
 from slimtune.recipe.plan import plan as make_plan
 from slimtune.recipe.run import run as run_recipe
@@ -34,7 +35,7 @@ from slimtune.recipe.steps import Session, examples_of, run_step
 from slimtune.rotate.fuse import RotateFacts, rotate_
 from slimtune.rotate.online import attach_online_
 from slimtune.rotate.options import Rotation
-from slimtune.train.data import Collator, padding_id
+from slimtune.train.data import Collator, Example, padding_id
 from slimtune.train.loop import TrainFacts
 from slimtune.train.loop import finetune as train_model
 from slimtune.train.options import TrainOptions
@@ -84,20 +85,51 @@ def quantize(
     return model
 
 
-def add_lora(model: nn.Module, *, seed: int = 0, base_name: str = "", **options: Any) -> nn.Module:
-    """`model` in a `PeftModel` with fresh factors; `options` are the fields of the recipe's `lora` step."""
+def add_lora(
+    model: nn.Module,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    train: DataSource | str | None = None,
+    tokens: Tensor | None = None,
+    gradients: GradientSketch | None = None,
+    seed: int = 0,
+    base_name: str = "",
+    facts: Callable[[dict[str, Any]], None] = lambda _: None,
+    **options: Any,
+) -> nn.Module:
+    """`model` in a `PeftModel` with fresh factors; `options` are the fields of the recipe's `lora` step.
+
+    Where factors start from gradients, those are of `train` (rows, for which `tokenizer` is needed), of `tokens`
+    `[samples, length]`, or of a sketch that was saved. `facts` is called with how each layer started.
+    """
     chosen = build(LoraOptions, options, "lora")
-    return attach(
-        model,
-        r=chosen.r,
-        lora_alpha=chosen.lora_alpha,
-        lora_dropout=chosen.lora_dropout,
-        target_modules=chosen.target_modules,
-        use_rslora=chosen.use_rslora,
-        init=chosen.init,
-        base_name=base_name,
-        seed=seed,
-    )
+    if wants_gradients(chosen) and gradients is None:
+        gradients = gradients_of(model, _batches(model, chosen, tokenizer, train, tokens, seed), chosen, seed=seed)
+    wrapped, found = attach_adapter(model, chosen, gradients, base_name=base_name, seed=seed)
+    facts(found)
+    return wrapped
+
+
+def _batches(
+    model: nn.Module,
+    chosen: LoraOptions,
+    tokenizer: PreTrainedTokenizerBase | None,
+    train: DataSource | str | None,
+    tokens: Tensor | None,
+    seed: int,
+) -> list[Batch]:
+    usual = TrainOptions()
+    if tokens is not None:
+        examples: Sequence[Example] = [Example(row, row) for row in tokens.tolist()]
+        return gradient_batches(examples, Collator(0), chosen, usual.per_device_train_batch_size, seed)
+    if train is None or tokenizer is None:
+        raise RecipeError(
+            "the adapter starts from gradients", got=chosen.init, remedy="pass train= and tokenizer=, or tokens="
+        )
+    source = _source(train)
+    examples = examples_of(model, tokenizer, source, usual)[0]
+    collator = Collator(padding_id(tokenizer))
+    return gradient_batches(examples, collator, chosen, usual.per_device_train_batch_size, seed, str(source))
 
 
 def finetune(

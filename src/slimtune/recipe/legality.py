@@ -47,8 +47,12 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
             return "a model with an adapter cannot be quantized", "put merge: {} before quantize, or quantize first"
         case Lora() if state.adapter:
             return "the model has an adapter already", "put merge: {} before the second lora step"
-        case Lora() if INITS[step.init].start is not None and not state.residual:
+        case Lora() if (INITS[step.init].start is not None or step.init_residual) and not state.residual:
             return "nothing is known of what quantization lost", "put a quantize step before it, in this recipe"
+        case Lora() if INITS[step.init].start is not None and step.init_residual:
+            return "this init gives back what quantization lost already", "leave out init_residual: true"
+        case Lora() if (INITS[step.init].gradient or step.ranks == "gradient") and recipe.data.train is None:
+            return "there is nothing to take gradients of", "add data: {train: {path: FILE}}"
         case Train() if recipe.data.train is None:
             return "there is nothing to train on", "add data: {train: {path: FILE}}"
         case Train() if state.quantized and not state.adapter:

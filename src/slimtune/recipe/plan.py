@@ -23,8 +23,10 @@ from slimtune.export import EXPORTERS, compressed_tensors, gptq
 from slimtune.export.load import DTYPES, empty_model, model_config
 from slimtune.kernels.precision import bfloat16_units
 from slimtune.lora.attach import resolve_targets
+from slimtune.lora.start import parts
 from slimtune.quant import QUANTIZERS, QTensor, Quantizer
 from slimtune.quant.apply import all_linear
+from slimtune.recipe.gradients import wants_gradients
 from slimtune.recipe.legality import State, check_order
 from slimtune.recipe.schema import Evaluate, Export, Lora, Quantize, Recipe, Rotate, Step, Train, build, to_dict
 from slimtune.rotate.record import KEY
@@ -157,7 +159,8 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
         if isinstance(step, Lora):
             targets = resolve_targets(modelmap, model, step.target_modules)
             ports = [p for p in modelmap.ports if p.kind == "linear" and _named(p.name, targets)]
-            shape = replace(shape, adapter=sum(step.r * (p.in_features + p.out_features) for p in ports))
+            rank = step.r * parts(step.init, step.init_residual)
+            shape = replace(shape, adapter=sum(rank * (p.in_features + p.out_features) for p in ports))
         _check_fit(step, number, recipe, model, modelmap, where)
         held, flops = shape.demand(step, state, recipe)
         if isinstance(step, Rotate) and shape.tied:  # the head becomes a weight of its own
@@ -299,6 +302,13 @@ class _Shape:
                 work = self.resident(state.quantized) + 2 * logits + self._block(step.length, 4)
                 tokens = step.max_tokens if step.max_tokens > 0 else 0
                 return work + 4 * self.largest, 2 * self.parameters * tokens * len(step.perplexity)
+            case Lora() if wants_gradients(step):
+                later = (s for s in recipe.steps[recipe.steps.index(step) :] if isinstance(s, Train))
+                train = next(later, Train())
+                sums = 4 * 8 * self.adapter  # two sketches, each a few times as wide as the adapter
+                batch = replace(train, max_steps=max(1, step.init_passes * abs(step.init_tokens) // train.max_length))
+                held, flops = self._train(batch, State(state.quantized, adapter=True), recipe)
+                return held + sums, flops
             case Lora():
                 return self.resident(state.quantized), 0
             case Rotate():

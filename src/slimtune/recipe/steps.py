@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from slimtune.arch import bind
 from slimtune.calib.data import calibration_tokens, text_tokens
 from slimtune.calib.formats import normalise, render
+from slimtune.calib.gradients import GradientSketch
 from slimtune.calib.outliers import Outliers, outliers
 from slimtune.calib.rows import DataSource, is_text, read_rows, read_text
 from slimtune.evaluate.perplexity import perplexity
@@ -20,13 +21,20 @@ from slimtune.evaluate.speed import speed
 from slimtune.evaluate.tasks import tasks
 from slimtune.export import Source, export
 from slimtune.export.load import DTYPES, Loaded
-from slimtune.lora.attach import add_lora, base_of, plain
-from slimtune.lora.inits import INITS
+from slimtune.lora.attach import base_of, plain
+from slimtune.lora.inits import INITS, residual
 from slimtune.lora.merge import merge
 from slimtune.quant.apply import Start, all_linear, quantize_
 from slimtune.quant.linear import QuantLinear
 from slimtune.quant.size import Size, model_size
 from slimtune.recipe.blocks import FolderStore
+from slimtune.recipe.gradients import (
+    attach_adapter,
+    gradient_batches,
+    gradients_of,
+    wants_gradients,
+    wants_residual,
+)
 from slimtune.recipe.plan import CALIBRATION_BATCH, DEFAULT_SAMPLES, calibration_source, quantizer_of
 from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Quantize, Recipe, Rotate, Step, Train
 from slimtune.rotate.fuse import rotate_
@@ -178,10 +186,9 @@ def _blocks_done(session: Session) -> Callable[[int, int], None]:
 def _start(later: Sequence[Step]) -> Start | None:
     """How the adapter that comes next starts, where that is found while quantizing."""
     lora = next((step for step in later if isinstance(step, Lora)), None)
-    start = INITS[lora.init].start if lora is not None else None
-    if lora is None or start is None:
+    if lora is None or not wants_residual(lora):
         return None
-    rank = lora.r
+    start, rank = INITS[lora.init].start or residual, lora.r
     return lambda weight, base, stats: start(weight, base, rank, stats)
 
 
@@ -196,18 +203,11 @@ def _recall_starts_(session: Session, number: int) -> None:
 
 
 def _lora(session: Session, step: Lora, number: int) -> Facts:
-    if INITS[step.init].start is not None and session.resume:
+    if wants_residual(step) and session.resume:
         _recall_starts_(session, number)
-    model = add_lora(
-        session.whole(),
-        r=step.r,
-        lora_alpha=step.lora_alpha,
-        lora_dropout=step.lora_dropout,
-        target_modules=step.target_modules,
-        use_rslora=step.use_rslora,
-        init=step.init,
-        base_name=session.loaded.name,
-        seed=session.recipe.seed,
+    gradients = _gradients(session, step, number) if wants_gradients(step) else None
+    model, facts = attach_adapter(
+        session.whole(), step, gradients, base_name=session.loaded.name, seed=session.recipe.seed
     )
     session.model = model
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -219,7 +219,29 @@ def _lora(session: Session, step: Lora, number: int) -> Facts:
         "lora_alpha": step.lora_alpha,
         "targets": targets,
         "trainable_parameters": trainable,
+        **facts,
     }
+
+
+def _gradients(session: Session, step: Lora, number: int) -> GradientSketch:
+    """Of the training data, as the train step that comes next will see it."""
+    data, model = session.recipe.data, session.whole()
+    assert data.train is not None, "the plan has checked it"
+    later = session.recipe.steps[number + 1 :]
+    options: TrainOptions = next((s for s in later if isinstance(s, Train)), TrainOptions())
+    tokenizer = session.loaded.tokenizer
+    examples, _ = examples_of(model, tokenizer, data.train, options)
+    batches = gradient_batches(
+        examples,
+        Collator(padding_id(tokenizer)),
+        step,
+        options.per_device_train_batch_size,
+        session.recipe.seed,
+        str(data.train),
+    )
+    session.say(f"  gradients of {len(batches)} batches of {data.train}")
+    seed, checkpointing = session.recipe.seed, options.gradient_checkpointing
+    return gradients_of(model, batches, step, seed=seed, checkpointing=checkpointing)
 
 
 def _train(session: Session, step: Train, number: int) -> Facts:
