@@ -34,7 +34,7 @@ from slimtune.rotate.online import attach_online_
 from slimtune.rotate.record import require_basis, rotation_of, write_hash
 
 LIVE = "slimtune_lora.json"
-"""Beside an adapter that is frozen in part: the rank that trains, of each layer; first rows of A, first columns of B."""
+"""Beside an adapter that is frozen in part: the rank that trains, of each layer: first rows of A and columns of B."""
 
 
 class LoraQuantLinear(PeftLoraLinear):
@@ -166,16 +166,6 @@ def add_lora(
     return wrapped
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the active adapter to the existing `folder`, as PEFT does, with the hash of the basis it was trained in."""
-    # Only linears are adapted. Left to itself, PEFT asks the hub whether the vocabulary has grown.
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)
-    basis = rotation_of(model)
-    if basis is not None:
-        write_hash(basis, folder)
-
-
 def sketch_targets(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -248,13 +238,17 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter as a stock PEFT folder and, where a part of it is frozen, a note of what trains (`LIVE`)."""
+    """Write the active adapter to the existing `folder` as PEFT does; where a part of it is frozen, a note of what trains
+    (`LIVE`); on a rotated model, the hash of the basis it was trained in."""
     # Only linears are adapted. Left to itself, PEFT asks the hub whether the vocabulary has grown.
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
     ranks = live_ranks(adapted(model))
     if ranks:
         write_json(folder / LIVE, {"live_rank": ranks})
+    basis = rotation_of(model)
+    if basis is not None:
+        write_hash(basis, folder)
 
 
 def _split_again_(model: nn.Module, note: Path) -> None:
