@@ -87,7 +87,8 @@ def _run(model: nn.Module, tokens: Tensor, backward: bool) -> None:
     logits = cast(Tensor, cast(Any, model)(**inputs, use_cache=False).logits)
     if backward:
         wanted = inputs.get("decoder_input_ids", inputs["input_ids"])[:, 1:]
-        loss = cross_entropy(logits[:, :-1].transpose(1, 2).float(), wanted, reduction="sum") / wanted.shape[1]
+        logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+        loss = cross_entropy(logits.transpose(1, 2), wanted, reduction="sum") / wanted.shape[1]
         loss.backward()
 
 

@@ -12,6 +12,7 @@ a unit hands to the reader, the statistics are
 - `noise` `[units]`: uniform random numbers.
 
 Example:
+    >>> import torch
     >>> w = torch.ones(3, 2, 4)
     >>> Magnitude()(w, {})
     tensor([8., 8., 8.])

@@ -42,7 +42,7 @@ class _Gate(torch.autograd.Function):
         if x is not None:
             sequences, units = ctx.shape
             product = (grads[0] * x).reshape(sequences, -1, units, x.shape[-1] // units)
-            to_gate = product.sum((1, 3), dtype=torch.float32)
+            to_gate = product.sum((1, 3), dtype=torch.promote_types(x.dtype, torch.float32))
         return grads[0] if mask is None else grads[0] * mask, to_gate, None
 
 
@@ -171,7 +171,8 @@ class Probe:
                 self._sum_up(part, x.detach())
             mask = None if self._open else self._mask(axis, part, x)
             if self.listening and torch.is_grad_enabled() and {"gate", "gate_squares"} & self._importance.needs:
-                probe = torch.zeros(self._sequences, axis.units, device=x.device, requires_grad=True)
+                dtype = torch.promote_types(x.dtype, torch.float32)
+                probe = torch.zeros(self._sequences, axis.units, dtype=dtype, device=x.device, requires_grad=True)
                 self._probes.setdefault(f"{axis.name}:{part.port}", []).append(probe)
                 return (cast(Tensor, _Gate.apply(x, probe, mask)), *rest)
             return args if mask is None else (x * mask, *rest)
