@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         load,
         merge,
         plan,
+        prune,
         quantize,
         run,
     )
@@ -39,6 +40,7 @@ __all__ = [
     "load",
     "merge",
     "plan",
+    "prune",
     "quantize",
     "run",
 ]
@@ -54,7 +56,7 @@ class _Package(ModuleType):
 
 
 class _Callable(ModuleType):
-    """A subpackage that is also the function of its name: `slimtune.evaluate` and `slimtune.export` are both."""
+    """A subpackage that is also the function of its name: `slimtune.evaluate`, `slimtune.export` and `slimtune.prune` are both."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         function = getattr(importlib.import_module("slimtune.recipe.api"), self.__name__.rpartition(".")[2])

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from slimtune.arch import ModelMap
 from slimtune.calib.capture import model_inputs
 from slimtune.errors import CalibrationError
+from slimtune.kernels.precision import fast_matmul
 from slimtune.prune.groups import Axis, possible
 from slimtune.prune.groups import axes as every_axis
 from slimtune.prune.importance import Importance
@@ -20,6 +21,9 @@ from slimtune.prune.probe import Normalise, Probe, Scores
 
 GRADIENTS = frozenset(("gate", "gate_squares", "gradient", "lora_gradient"))
 """Statistics that take a backward pass."""
+
+BATCH = 2
+"""Windows that run together."""
 
 
 def collect(
@@ -29,7 +33,7 @@ def collect(
     importance: Importance,
     tokens: Tensor | None = None,
     *,
-    batch_size: int = 2,
+    batch_size: int = BATCH,
     normalise: Normalise = "none",
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -84,12 +88,13 @@ def collect(
 def _run(model: nn.Module, tokens: Tensor, backward: bool) -> None:
     """Forward, and backward from the sum over windows of the mean loss of their tokens."""
     inputs = model_inputs(model, tokens)
-    logits = cast(Tensor, cast(Any, model)(**inputs, use_cache=False).logits)
-    if backward:
-        wanted = inputs.get("decoder_input_ids", inputs["input_ids"])[:, 1:]
-        logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-        loss = cross_entropy(logits.transpose(1, 2), wanted, reduction="sum") / wanted.shape[1]
-        loss.backward()
+    with fast_matmul():
+        logits = cast(Tensor, cast(Any, model)(**inputs, use_cache=False).logits)
+        if backward:
+            wanted = inputs.get("decoder_input_ids", inputs["input_ids"])[:, 1:]
+            logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+            loss = cross_entropy(logits.transpose(1, 2), wanted, reduction="sum") / wanted.shape[1]
+            loss.backward()
 
 
 @contextmanager

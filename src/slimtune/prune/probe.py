@@ -65,7 +65,7 @@ class Probe:
         self.masks = {name: torch.ones(axis.units) for name, axis in self.axes.items()}
         self.listening = True
         self._model, self._importance = model, importance
-        self._generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)
         self._open = False
         self._sequences = 1
         self._probes: dict[str, list[Tensor]] = {}
@@ -145,7 +145,7 @@ class Probe:
         if "lora_gradient" in self._importance.needs:
             stats["lora_gradient"] = of_part(_estimate(module, weight.dtype), part, axis.units)
         if "noise" in self._importance.needs:
-            stats["noise"] = torch.rand(axis.units, generator=self._generator)
+            stats["noise"] = torch.rand(axis.units, generator=self.generator)
         return self._importance(weight, stats)
 
     def _gates(self, axis: Axis) -> dict[str, Tensor]:

@@ -53,6 +53,7 @@ def select(
     step: int = 8,
     additive: bool = False,
     allocated: bool = False,
+    none: bool = False,
 ) -> Kept:
     """The units to keep so that about `remove` parameters go.
 
@@ -66,8 +67,10 @@ def select(
         additive: the scores are changes of the loss; otherwise each axis's are taken as shares of their sum, so that
             attention and FFN can be weighed against each other.
         allocated: widths differ between blocks, by score per parameter.
+        none: it is no fault when nothing goes.
 
-    Raises `RecipeError` when that many parameters cannot go: one run of units stays everywhere.
+    Raises `RecipeError` when that many parameters cannot go (one run of units stays everywhere), or when they are fewer
+    than half of what goes at once.
     """
     ladders = {axis.name: chunks(axis, _comparable(scores[axis.name], additive), step) for axis in axes}
     most = sum(chunk.parameters for ladder in ladders.values() for chunk in ladder[:-1])
@@ -81,7 +84,7 @@ def select(
             remedy="lower ratio, add targets, or lower multiple_of",
         )
     gone = _allocated(ladders, remove) if allocated else _uniform(modelmap, axes, ladders, remove)
-    if not any(gone.values()):
+    if not any(gone.values()) and not none:
         raise RecipeError(
             "nothing would be pruned: the ratio is below half of the smallest step",
             where="ratio",

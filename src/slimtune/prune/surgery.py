@@ -6,7 +6,7 @@ its modules' own counts are brought in line. Parameters keep their identity, so 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -97,8 +97,8 @@ def prune_(
         plan: the units to keep.
         optimizer: whose state goes along.
 
-    Blocks that would keep fewer units than others of their kind are padded to the widest: the units dearest among those
-    that went stay, with zeros where they are read, since a configuration knows one width. Raises `ShapeError` when a
+    Blocks that would keep fewer units than others of their kind are padded to the widest: some that went stay, with zeros
+    where they are read, since a configuration knows one width. Raises `ShapeError` when a
     layer cannot be cut, `RecipeError` when padding would have to write zeros into packed weights.
     """
     total = "model" if plan.of == "model" else "blocks"
@@ -294,15 +294,3 @@ def _shorten_(config: Any, name: str, kept: Sequence[int], before: int) -> None:
         if isinstance(value, list) and len(value) == before and key.startswith("layer"):
             setattr(config, key, [value[i] for i in kept])
     setattr(config, name, len(kept))
-
-
-def compose(first: Mapping[str, Sequence[int]], then: Mapping[str, Sequence[int]]) -> Kept:
-    """The units kept of the original when what was kept at `first` was pruned once more.
-
-    >>> compose({"o": (0, 2, 5)}, {"o": (1, 2)})
-    {'o': (2, 5)}
-    """
-    kept = {name: tuple(units) for name, units in first.items()}
-    for name, units in then.items():
-        kept[name] = tuple(kept[name][unit] for unit in units) if name in kept else tuple(units)
-    return kept

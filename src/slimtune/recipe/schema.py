@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from slimtune.calib.rows import DataSource
 from slimtune.errors import RecipeError, SlimtuneError, nearest
 from slimtune.lora.options import LoraOptions
+from slimtune.prune.options import PruneOptions
 from slimtune.train.options import TrainOptions
 
 T = TypeVar("T")
@@ -39,6 +40,13 @@ class Quantize:
     method: str = field(default="optq", metadata={"help": "a name from `slimtune list quantizers`"})
     ignore: tuple[str, ...] = field(default=(), metadata={"help": "layers to leave alone, * wildcards allowed"})
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "the method's own fields"})
+
+
+@dataclass(frozen=True)
+class Prune(PruneOptions):
+    """Fewer channels, heads or layers: at once, or along the train step that follows."""
+
+    name: ClassVar[str] = "prune"
 
 
 @dataclass(frozen=True)
@@ -99,8 +107,8 @@ class Export:
     format: str = field(default="safetensors", metadata={"help": "a name from `slimtune list exporters`"})
 
 
-Step = Quantize | Lora | Train | Merge | Evaluate | Export
-STEPS: dict[str, type[Step]] = {step.name: step for step in (Quantize, Lora, Train, Merge, Evaluate, Export)}
+Step = Prune | Quantize | Lora | Train | Merge | Evaluate | Export
+STEPS: dict[str, type[Step]] = {step.name: step for step in (Prune, Quantize, Lora, Train, Merge, Evaluate, Export)}
 """Every step by its key in a recipe."""
 
 
