@@ -56,7 +56,7 @@ class _Package(ModuleType):
 
 
 class _Callable(ModuleType):
-    """A subpackage that is also the function of its name: `slimtune.evaluate`, `slimtune.export` and `slimtune.prune` are both."""
+    """A subpackage that is also the function of its name, as `slimtune.evaluate`, `export` and `prune` are."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         function = getattr(importlib.import_module("slimtune.recipe.api"), self.__name__.rpartition(".")[2])

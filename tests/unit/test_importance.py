@@ -18,7 +18,6 @@ from slimtune.prune import IMPORTANCES
 from slimtune.prune.collect import collect
 from slimtune.prune.groups import Axis, axes
 from slimtune.prune.importance import Flap, Gate, GateFisher, Lora, Magnitude, Random, Wanda, WeightTaylor
-from slimtune.prune.probe import Probe
 from slimtune.quant.apply import all_linear, quantize_
 from slimtune.quant.rtn import Rtn
 
@@ -113,7 +112,10 @@ def test_weight_taylor_is_the_sum_of_weight_times_gradient(name: str) -> None:
     grads, weights = weight_grads(model, TOKENS), held(model)
     for axis in found:
         wanted = [
-            sum(float((g * w).abs().sum()) for g, w in zip(of_unit(grads, axis, u), of_unit(weights, axis, u)))
+            sum(
+                float((g * w).abs().sum())
+                for g, w in zip(of_unit(grads, axis, u), of_unit(weights, axis, u), strict=True)
+            )
             for u in range(axis.units)
         ]
         expected = torch.tensor(wanted, dtype=torch.float64) * len(TOKENS)  # a sum over windows of means

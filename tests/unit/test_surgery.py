@@ -104,7 +104,7 @@ def test_fused_projections_are_cut_in_each_of_their_parts() -> None:
 
 
 def test_layers_that_share_position_biases_lose_the_same_heads() -> None:
-    found = [axis for axis in axes(bind(pico_model("t5")), ("kv",))]
+    found = axes(bind(pico_model("t5")), ("kv",))
     assert [axis.blocks for axis in found] == [(0, 1), (2, 3), (2,), (3,)]
     assert sum(part.port.endswith("relative_attention_bias") for axis in found for part in axis.parts) == 2
 
@@ -117,9 +117,7 @@ def test_whole_layers_go(name: str) -> None:
     [axis] = found
     expected = pico_inputs(model)
     skipped = [model.get_submodule(modelmap.blocks[i].name) for i in (0, 2)]
-    handles = [
-        block.register_forward_hook(lambda _, args, __: args[0] if args else None) for block in skipped
-    ]
+    handles = [block.register_forward_hook(lambda _, args, __: args[0] if args else None) for block in skipped]
     wanted = logits(model, expected)
     for handle in handles:
         handle.remove()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
@@ -104,7 +104,7 @@ class ModelMap:
     norms: tuple[Norm, ...]
     sizes: dict[Space, int]
     scaled_embeddings: bool = False
-    widths: Widths = Widths()
+    widths: Widths = field(default_factory=Widths)
 
     def __getitem__(self, name: str) -> Port:
         """The port called `name`. Raises `UnknownArchitecture` where there is none."""

@@ -15,7 +15,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
@@ -141,7 +141,7 @@ class FamilySpec:
     scaled_embeddings: bool = False
     wraps: str = ""
     foreign: tuple[str, ...] = ()
-    widths: Widths = Widths()
+    widths: Widths = field(default_factory=Widths)
 
 
 def attention_heads(config: Config) -> int:

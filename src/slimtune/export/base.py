@@ -147,10 +147,11 @@ def stock_config(config: PretrainedConfig) -> PretrainedConfig:
         )
     other = AutoConfig.for_model(widths.stand_in)
     facts = {key: value for key, value in vars(config).items() if key in vars(other) and key != "architectures"}
-    kept = {key: vars(config)[key] for key in ("quantization_config", "_name_or_path") if key in vars(config)}
     made = AutoConfig.for_model(widths.stand_in, **{**facts, "sliding_window": None})
-    vars(made).update(kept)
-    return cast(PretrainedConfig, made)
+    for key in ("quantization_config", "_name_or_path"):
+        if key in vars(config):
+            setattr(made, key, vars(config)[key])
+    return made
 
 
 def _has_reverse(conversion: Any) -> bool:

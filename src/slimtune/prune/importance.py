@@ -58,6 +58,7 @@ class Lora:
     squared: bool = field(default=False, metadata={"help": "squares, as the paper; its code takes absolute values"})
 
     def __call__(self, weight: Tensor, stats: Stats) -> Tensor:
+        """|W ⊙ G| summed, `G` the estimate of the gradient; squares where `squared`."""
         product = weight * stats["lora_gradient"]
         return (product.square() if self.squared else product.abs()).sum((1, 2))
 
@@ -71,6 +72,7 @@ class Gate:
     additive: ClassVar[bool] = True
 
     def __call__(self, weight: Tensor, stats: Stats) -> Tensor:
+        """|dL/dm|."""
         return stats["gate"].abs()
 
 
@@ -83,6 +85,7 @@ class GateFisher:
     additive: ClassVar[bool] = True
 
     def __call__(self, weight: Tensor, stats: Stats) -> Tensor:
+        """E[(dL/dm)²] / 2."""
         return stats["gate_squares"] / 2
 
 
@@ -95,6 +98,7 @@ class WeightTaylor:
     additive: ClassVar[bool] = False
 
     def __call__(self, weight: Tensor, stats: Stats) -> Tensor:
+        """|W ⊙ dL/dW| summed."""
         return (weight * stats["gradient"]).abs().sum((1, 2))
 
 
@@ -107,6 +111,7 @@ class Flap:
     additive: ClassVar[bool] = False
 
     def __call__(self, weight: Tensor, stats: Stats) -> Tensor:
+        """var(x_j) |W_:j|² summed over a unit's features."""
         variance = (stats["second"] - stats["mean"].square()).clamp(min=0)
         return (variance * weight.square().sum(2)).sum(1)
 
@@ -120,6 +125,7 @@ class Wanda:
     additive: ClassVar[bool] = False
 
     def __call__(self, weight: Tensor, stats: Stats) -> Tensor:
+        """rms(x_j) |W_:j|₁ summed over a unit's features."""
         return (stats["second"].sqrt() * weight.abs().sum(2)).sum(1)
 
 
@@ -132,6 +138,7 @@ class Magnitude:
     additive: ClassVar[bool] = False
 
     def __call__(self, weight: Tensor, stats: Stats) -> Tensor:
+        """W² summed."""
         return weight.square().sum((1, 2))
 
 
@@ -144,6 +151,7 @@ class Random:
     additive: ClassVar[bool] = False
 
     def __call__(self, weight: Tensor, stats: Stats) -> Tensor:
+        """What the dice said."""
         return stats["noise"]
 
 

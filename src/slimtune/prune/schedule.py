@@ -21,4 +21,6 @@ def ratio_at(options: PruneOptions, step: int, steps: int) -> float:
 
 def ends_at(options: PruneOptions, steps: int) -> int:
     """The first training step after which the ramp is over."""
-    return next(step for step in range(1, steps + 1) if step == steps or ratio_at(options, step, steps) >= options.ratio)
+    return next(
+        step for step in range(1, steps + 1) if step == steps or ratio_at(options, step, steps) >= options.ratio
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slimtune.arch import ModelMap, Space
 from slimtune.errors import RecipeError
-from slimtune.prune.groups import Axis
+from slimtune.prune.groups import Axis, Kind
 
 Kept = dict[str, tuple[int, ...]]
 """The units of each axis that stay, in order, by the axis's name."""
@@ -128,10 +128,10 @@ def _uniform(modelmap: ModelMap, axes: Sequence[Axis], ladders: Ladders, remove:
     costs = {kind: [_sum(members[kind], ladders, n, "score") for n in range(lengths[kind])] for kind in kinds}
     legal = {kind: [n for n in range(lengths[kind]) if _fits(modelmap, members[kind][0], n)] for kind in kinds}
     fine = min(kinds, key=lambda kind: frees[kind][1] if lengths[kind] > 1 else float("inf"))
-    ways: list[tuple[float, float, dict[str, int]]] = []
+    ways: list[tuple[float, float, dict[Kind, int]]] = []
     for n in legal[next((kind for kind in kinds if kind != fine), fine)]:
-        taken = {kind: n for kind in kinds if kind != fine}
-        freed = sum(frees[kind][n] for kind, n in taken.items())
+        taken: dict[Kind, int] = {kind: n for kind in kinds if kind != fine}
+        freed = sum(frees[kind][m] for kind, m in taken.items())
         last = min(legal[fine], key=lambda m: abs(freed + frees[fine][m] - remove))
         way = {**taken, fine: last}
         off = abs(sum(frees[kind][way[kind]] for kind in kinds) - remove)
@@ -149,7 +149,7 @@ def _step(axes: Sequence[Axis], ladders: Ladders) -> int:
 
 
 def _sum(axes: Sequence[Axis], ladders: Ladders, n: int, fact: str) -> float:
-    return sum(getattr(chunk, fact) for axis in axes for chunk in ladders[axis.name][:n])
+    return float(sum(getattr(chunk, fact) for axis in axes for chunk in ladders[axis.name][:n]))
 
 
 def _fits(modelmap: ModelMap, axis: Axis, gone: int) -> bool:

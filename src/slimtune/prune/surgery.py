@@ -97,9 +97,9 @@ def prune_(
         plan: the units to keep.
         optimizer: whose state goes along.
 
-    Blocks that would keep fewer units than others of their kind are padded to the widest: some that went stay, with zeros
-    where they are read, since a configuration knows one width. Raises `ShapeError` when a
-    layer cannot be cut, `RecipeError` when padding would have to write zeros into packed weights.
+    Blocks that would keep fewer units than others of their kind are padded to the widest: some that went stay, with
+    zeros where they are read, since a configuration knows one width. Raises `ShapeError` when a layer cannot be cut,
+    `RecipeError` when padding would have to write zeros into packed weights.
     """
     total = "model" if plan.of == "model" else "blocks"
     before, whole = parameters(modelmap, "model"), parameters(modelmap, cast(Any, total))
@@ -122,9 +122,7 @@ def prune_(
         AxisFact(axis.name, axis.kind, axis.units, len(wide[axis.name]), len(plan.kept[axis.name]))
         for axis in plan.axes
     )
-    return PruneFacts(
-        plan.ratio, total, removed / whole, before, before - cut, bool(padded), facts, tuple(requantized)
-    )
+    return PruneFacts(plan.ratio, total, removed / whole, before, before - cut, bool(padded), facts, tuple(requantized))
 
 
 def _padded(plan: PrunePlan) -> tuple[Kept, dict[str, tuple[int, ...]]]:
@@ -159,9 +157,7 @@ def _per_port(modelmap: ModelMap, axes: Sequence[Axis], kept: Kept) -> dict[str,
     return {name: dims for name, dims in keep.items() if dims}
 
 
-def _cut_(
-    model: nn.Module, port: Port, keep: Indices, optimizer: torch.optim.Optimizer | None
-) -> list[str]:
+def _cut_(model: nn.Module, port: Port, keep: Indices, optimizer: torch.optim.Optimizer | None) -> list[str]:
     """Cut one port; returns why its weight was quantized again, if it was."""
     module = model.get_submodule(port.name)
     rows, columns = (None if dim not in keep else torch.tensor(keep[dim]) for dim in (0, 1))
@@ -201,9 +197,7 @@ def _cut_linear_(
         linear.in_features = len(columns)
 
 
-def _shrink_(
-    parameter: nn.Parameter, dim: int, indices: Tensor, optimizer: torch.optim.Optimizer | None
-) -> None:
+def _shrink_(parameter: Tensor, dim: int, indices: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
     """Keep these indices of a parameter, and of what an optimizer holds of its shape."""
     indices, shape = indices.to(parameter.device), parameter.shape
     parameter.grad = None

@@ -87,7 +87,10 @@ def prune(
     chosen = build(PruneOptions, options, "prune")
     if chosen.ramped:
         raise RecipeError(
-            "a ramp acts along training", where="prune.schedule", got=chosen.schedule, remedy="use a recipe, or one-shot"
+            "a ramp acts along training",
+            where="prune.schedule",
+            got=chosen.schedule,
+            remedy="use a recipe, or one-shot",
         )
     facts(prune_now(model, chosen, _windows(tokenizer, calibration, seed), seed=seed))
     return model

@@ -73,9 +73,7 @@ def prune_now(
     base, modelmap, importance = base_of(model), bind(model), importance_of(options)
     found = axes(modelmap, cast(Any, options.targets))
     normalise: Any = options.normalise
-    scores = collect(
-        base, modelmap, found, importance, tokens, normalise=normalise, seed=seed, progress=progress
-    )
+    scores = collect(base, modelmap, found, importance, tokens, normalise=normalise, seed=seed, progress=progress)
     kept = select(
         modelmap,
         found,

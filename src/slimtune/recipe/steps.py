@@ -140,8 +140,8 @@ def _record(session: Session, facts: Facts) -> None:
     del facts["kept"]  # pruning.json has them
     widths = {axis["kind"]: f"{axis['kept']} of {axis['units']} {axis['kind']}" for axis in facts["axes"]}
     session.say(
-        f"  {facts['parameters_before']:,} -> {facts['parameters_after']:,} parameters, {facts['removed_ratio']:.1%} of "
-        f"the {facts['of']} gone; kept {', '.join(widths.values())}"
+        f"  {facts['parameters_before']:,} -> {facts['parameters_after']:,} parameters, "
+        f"{facts['removed_ratio']:.1%} of the {facts['of']} gone; kept {', '.join(widths.values())}"
     )
 
 

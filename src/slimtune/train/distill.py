@@ -108,8 +108,8 @@ def distilled_loss(
     dtype = hidden.dtype
     weight = head.weight.to(dtype)
     bias = None if head.bias is None else head.bias.to(dtype)
-    states = (h.reshape(-1, h.shape[-1])[learnt].to(dtype) for h in (hidden, teacher))
-    total = head_divergence(*states, weight, bias)
+    student, wanted = (h.reshape(-1, h.shape[-1])[learnt].to(dtype) for h in (hidden, teacher))
+    total = head_divergence(student, wanted, weight, bias)
     return total / (max(len(learnt), 1) if num_items_in_batch is None else num_items_in_batch)
 
 

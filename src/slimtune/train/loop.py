@@ -59,6 +59,12 @@ class _CountingTrainer(CheckpointingTrainer):
     ramp: Ramp | None = None
     distill: bool = False
 
+    def prune_along(self, ramp: Ramp, distill: bool) -> None:
+        """Prune while training, and learn from the unpruned model where `distill`."""
+        self.ramp = self.beside = ramp
+        self.distill = distill
+        self.add_callback(ramp)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         mask = inputs.get("attention_mask")
         self.log_lines.tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
@@ -128,6 +134,8 @@ def finetune(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trainable:
         raise RecipeError("nothing in the model is trainable", remedy="put a lora step before train")
+    if options.distill:
+        require_plain_head(base_of(model))
     with tempfile.TemporaryDirectory() as scratch, _without_cache(model):
         folder = checkpoints or Path(scratch)
         start = last_checkpoint(folder) if resume else None
@@ -137,12 +145,7 @@ def finetune(
         trainer.add_callback(lines)
         ramp = Ramp(model, prune, last=options.distill, seed=seed) if prune is not None else None
         if ramp is not None:
-            trainer.ramp = trainer.beside = ramp
-            trainer.distill = options.distill
-        if options.distill:
-            require_plain_head(base_of(model))
-        if ramp is not None:
-            trainer.add_callback(ramp)
+            trainer.prune_along(ramp, options.distill)
         lines.resume_at(int(start.name.rsplit("-", 1)[1]) if start else -1)
         measure = partial(_measured, ramp, model, held_out, collator, options.per_device_train_batch_size)
         if held_out and 0 not in lines.eval_losses:

@@ -68,9 +68,7 @@ class Ramp(TrainerCallback):
             held = self._scores.get(name)
             self._scores[name] = score if held is None else AVERAGE * held + (1 - AVERAGE) * score
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Choose anew every few steps and at the end of the ramp; then cut."""
         if self.facts is not None:
             return
