@@ -102,6 +102,12 @@ _one_step(
     "(`slimtune list quantizers`), and --calibration FILE, --dtype, --seed.",
 )
 _one_step(
+    "prune",
+    ("prune",),
+    "Remove channels, heads or layers of a model. Options are the keys of the recipe's prune step: --ratio 0.5 "
+    "--importance wanda --refit ... (`slimtune list importances`), and --calibration FILE, --dtype, --seed.",
+)
+_one_step(
     "finetune",
     ("lora", "train"),
     "Fine-tune a model with LoRA. Options are the keys of the recipe's lora and train steps: --train FILE --r 16 "
@@ -206,7 +212,7 @@ def report(
 
 @app.command(name="list")
 def list_table(
-    what: Annotated[str, typer.Argument(help="models, quantizers, inits, families or exporters.")],
+    what: Annotated[str, typer.Argument(help="models, quantizers, inits, importances, families or exporters.")],
     as_json: Json = False,
 ) -> None:
     """Print what there is to choose from."""
@@ -249,7 +255,7 @@ def _guarded(command: Callable[[], Any]) -> int:
 
 
 def _interrupted() -> int:
-    say("slimtune: interrupted; run, quantize and finetune continue with the same command and --resume")
+    say("slimtune: interrupted; run, quantize, prune and finetune continue with the same command and --resume")
     return INTERRUPTED
 
 

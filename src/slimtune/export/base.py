@@ -10,8 +10,10 @@ from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from slimtune.arch import family_of
 from slimtune.calib.capture import model_inputs
 from slimtune.errors import FormatError
 from slimtune.lora.attach import base_of
@@ -116,8 +118,11 @@ def write_folder(
         base.config.quantization_config = quantization
     try:
         untied = {name: tensor for name, tensor in state.items() if name not in base.all_tied_weights_keys}
+        base.config = stock_config(base.config)
         base.save_pretrained(folder, state_dict=untied, max_shard_size=shard)
         base.config.dtype = dtype  # save_pretrained wrote the dtype of the model in memory
+        if base.config.model_type != config.model_type:  # and the class of the model in memory
+            base.config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base.config.model_type]]
         base.config.save_pretrained(folder)
     finally:
         base.config = config
@@ -125,6 +130,33 @@ def write_folder(
     basis = rotation_of(base)
     if basis is not None:
         write_rotation(basis, folder)
+
+
+def stock_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration under which stock transformers loads what `config` describes.
+
+    It is `config` itself, but for a pruned model whose heads no longer divide its hidden size where its family wants
+    that (Llama): then the same model in the words of a family that computes the same (Mistral, without a window).
+    """
+    if "text_config" in vars(config):
+        config.text_config = stock_config(config.text_config)
+        return config
+    widths = family_of(config.model_type).widths
+    if not widths.divides or config.hidden_size % getattr(config, widths.heads) == 0:
+        return config
+    if not widths.stand_in:
+        raise FormatError(
+            "transformers refuses this number of heads in this family",
+            got=f"{getattr(config, widths.heads)} heads, hidden size {config.hidden_size}",
+            wanted="heads that divide the hidden size",
+        )
+    other = AutoConfig.for_model(widths.stand_in)
+    facts = {key: value for key, value in vars(config).items() if key in vars(other) and key != "architectures"}
+    made = AutoConfig.for_model(widths.stand_in, **{**facts, "sliding_window": None})
+    for key in ("quantization_config", "_name_or_path"):
+        if key in vars(config):
+            setattr(made, key, vars(config)[key])
+    return made
 
 
 def _has_reverse(conversion: Any) -> bool:

@@ -238,8 +238,8 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the active adapter to the existing `folder` as PEFT does; where a part of it is frozen, a note of what trains
-    (`LIVE`); on a rotated model, the hash of the basis it was trained in."""
+    """Write the active adapter to the existing `folder` as PEFT does; where a part of it is frozen, a note of what
+    trains (`LIVE`); on a rotated model, the hash of the basis it was trained in."""
     # Only linears are adapted. Left to itself, PEFT asks the hub whether the vocabulary has grown.
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)

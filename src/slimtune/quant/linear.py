@@ -12,6 +12,7 @@ from slimtune.linalg.lowrank import Factors
 from slimtune.quant.autograd import DequantizingMatmul
 from slimtune.quant.base import QTensor
 from slimtune.quant.layouts import Layout
+from slimtune.quant.select import select
 
 SmallProduct = Callable[[Tensor], Tensor]
 """`x Wᵀ` from a copy of the weight that is made for a few rows."""
@@ -101,6 +102,16 @@ class QuantLinear(nn.Module):
         if self.bias is not None:
             linear.bias = _frozen(self.bias.detach().to(dtype))
         return linear.train(self.training)
+
+    def select(self, rows: Tensor | None, columns: Tensor | None) -> tuple[QuantLinear, str]:
+        """The layer of these rows and columns (None: all), and why its weight was rounded again ("" if it was not)."""
+        weight, reason = select(self.qtensor, rows, columns)
+        module = QuantLinear(weight.layout, bias=False, device="meta")
+        for name, tensor in weight.tensors.items():
+            setattr(module, name, _frozen(tensor))
+        if self.bias is not None:
+            module.bias = self.bias if rows is None else _frozen(self.bias.detach()[rows.to(self.bias.device)])
+        return module.train(self.training), reason
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         # `model.half()` and the like move packed tensors but never change their dtype: that would change the weight.

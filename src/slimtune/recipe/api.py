@@ -23,12 +23,14 @@ from slimtune.lora.attach import base_of
 from slimtune.lora.inits import residual
 from slimtune.lora.merge import merge as merge_adapter
 from slimtune.lora.options import LoraOptions
+from slimtune.prune.options import PruneOptions
 from slimtune.quant import QUANTIZERS
 from slimtune.quant.apply import QuantizeFacts, all_linear, quantize_
 from slimtune.recipe.document import read_recipe
 from slimtune.recipe.gradients import attach_adapter, gradient_batches, gradients_of, wants_gradients
 from slimtune.recipe.plan import DEFAULT_SAMPLES, Plan
 from slimtune.recipe.plan import plan as make_plan
+from slimtune.recipe.pruning import prune_now
 from slimtune.recipe.run import run as run_recipe
 from slimtune.recipe.schema import Recipe, build, recipe_from, step_from
 from slimtune.recipe.steps import Session, examples_of, run_step
@@ -72,16 +74,36 @@ def quantize(
     `facts` is called with what was done to each layer.
     """
     quantizer = build(QUANTIZERS[method], options, method)
-    tokens = calibration if isinstance(calibration, Tensor) else None
-    if isinstance(calibration, DataSource | str):
-        source = _source(calibration)
-        if tokenizer is None:
-            raise RecipeError("calibration text needs the model's tokenizer", remedy="pass tokenizer=")
-        samples = source.samples or DEFAULT_SAMPLES
-        tokens = calibration_tokens(read_rows(source), tokenizer, samples, source.length, seed, str(source))
+    tokens = _windows(tokenizer, calibration, seed)
     start = (lambda weight, base, stats: residual(weight, base, residual_rank, stats)) if residual_rank > 0 else None
     facts(quantize_(model, bind(model), all_linear(quantizer, ignore), tokens=tokens, start=start))
     attach_online_(model)
+    return model
+
+
+def prune(
+    model: nn.Module,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration: DataSource | str | Tensor | None = None,
+    seed: int = 0,
+    facts: Callable[[dict[str, Any]], None] = lambda _: None,
+    **options: Any,
+) -> nn.Module:
+    """`model` (changed in place) with fewer channels, heads or layers; `options` are the fields of the recipe's `prune`
+    step, which acts at once here.
+
+    `calibration` and `tokenizer` are those of `quantize`. `facts` is called with what was cut.
+    """
+    chosen = build(PruneOptions, options, "prune")
+    if chosen.ramped:
+        raise RecipeError(
+            "a ramp acts along training",
+            where="prune.schedule",
+            got=chosen.schedule,
+            remedy="use a recipe, or one-shot",
+        )
+    facts(prune_now(model, chosen, _windows(tokenizer, calibration, seed), seed=seed))
     return model
 
 
@@ -193,6 +215,19 @@ def run(
 ) -> dict[str, Any]:
     """Run a recipe into the folder `output`; returns the report."""
     return run_recipe(_recipe(recipe), Path(output), resume=resume, overwrite=overwrite, say=say)
+
+
+def _windows(
+    tokenizer: PreTrainedTokenizerBase | None, calibration: DataSource | str | Tensor | None, seed: int
+) -> Tensor | None:
+    """Calibration as token windows `[samples, length]`, where there is any."""
+    if calibration is None or isinstance(calibration, Tensor):
+        return calibration
+    source = _source(calibration)
+    if tokenizer is None:
+        raise RecipeError("calibration text needs the model's tokenizer", remedy="pass tokenizer=")
+    samples = source.samples or DEFAULT_SAMPLES
+    return calibration_tokens(read_rows(source), tokenizer, samples, source.length, seed, str(source))
 
 
 def _source(source: DataSource | str) -> DataSource:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from slimtune.errors import RecipeError
 from slimtune.lora.inits import INITS
-from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Quantize, Recipe, Rotate, Step, Train
+from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class State:
     rotated: bool = False
     online: tuple[str, ...] = ()
     residual: bool = False  # whether it is known what quantization lost
+    pruned: bool = False  # whether the adapter's base is no longer the original model
+    ramp: bool = False  # whether the next train step prunes
 
 
 def check_order(recipe: Recipe, start: State = State()) -> list[State]:
@@ -25,7 +28,7 @@ def check_order(recipe: Recipe, start: State = State()) -> list[State]:
     states, state = [], start
     for number, step in enumerate(recipe.steps):
         states.append(state)
-        reason = _objection(step, state, recipe)
+        reason = _objection(step, state, recipe) or _pruning(step, state, recipe.steps[number + 1 :])
         if reason:
             what, remedy = reason
             raise RecipeError(what, where=f"steps[{number}].{step.name}", remedy=remedy)
@@ -73,10 +76,37 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
     return None
 
 
+def _pruning(step: Step, state: State, later: Sequence[Step]) -> tuple[str, str] | None:
+    """What stands against pruning here, or against `step` because of it."""
+    if state.ramp and not isinstance(step, Train | Evaluate):
+        return "the model is to be pruned by the next train step", "put train right after a prune step with a ramp"
+    match step:
+        case Prune() if state.rotated:
+            return "heads and channels of a rotated model are mixtures", "put prune before rotate"
+        case Prune() if step.importance == "lora" and not state.adapter:
+            return "the importance 'lora' looks at an adapter's gradients", "put a lora step before prune"
+        case Prune() if step.ramped and not state.adapter:
+            return "a model is pruned along the training of an adapter", "put a lora step before prune"
+        case Prune() if step.ramped and not any(isinstance(s, Train) for s in later):
+            return "there is no training to prune along", "put a train step after it, or use schedule: one-shot"
+        case Prune() if step.refit and (state.quantized or state.adapter):
+            held = "packed weights" if state.quantized else "weights under an adapter"
+            return f"{held} cannot be fitted", "put prune before quantize and lora, or set refit: false"
+        case Train() if step.distill and not state.ramp:
+            return "there is no unpruned model to learn from", "put a prune step with schedule: cubic before train"
+        case Export(format="peft") if state.pruned:
+            return "the adapter fits the pruned model alone", "put merge: {} before, and export safetensors"
+    return None
+
+
 def _after(step: Step, state: State) -> State:
     match step:
         case Rotate():
             return replace(state, rotated=True, online=step.online)
+        case Prune():
+            return replace(state, ramp=step.ramped, pruned=state.pruned or not step.ramped)
+        case Train():
+            return replace(state, ramp=False, pruned=state.pruned or state.ramp)
         case Quantize():
             return replace(state, quantized=True, residual=True)
         case Lora():

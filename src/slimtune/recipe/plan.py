@@ -24,11 +24,14 @@ from slimtune.export.load import DTYPES, empty_model, model_config
 from slimtune.kernels.precision import bfloat16_units
 from slimtune.lora.attach import resolve_targets
 from slimtune.lora.start import parts
+from slimtune.prune.collect import BATCH, GRADIENTS
+from slimtune.prune.surgery import prune_
 from slimtune.quant import QUANTIZERS, QTensor, Quantizer
 from slimtune.quant.apply import all_linear
 from slimtune.recipe.gradients import wants_gradients
 from slimtune.recipe.legality import State, check_order
-from slimtune.recipe.schema import Evaluate, Export, Lora, Quantize, Recipe, Rotate, Step, Train, build, to_dict
+from slimtune.recipe.pruning import importance_of, needs_data, pending, rehearse
+from slimtune.recipe.schema import Evaluate, Export, Lora, Prune, Quantize, Recipe, Rotate, Step, Train, build, to_dict
 from slimtune.rotate.record import KEY
 
 RUNTIME_BYTES = 90_000_000
@@ -113,6 +116,15 @@ def resolve(recipe: Recipe) -> Recipe:
             step = replace(step, options=options)
         if isinstance(step, Rotate) and step.seed == -1:
             step = replace(step, seed=recipe.seed)
+        if isinstance(step, Prune):
+            importance_of(step, f"steps[{number}].prune")
+            if needs_data(step) and recipe.data.calibration is None and recipe.data.train is None:
+                raise RecipeError(
+                    "pruning needs calibration text",
+                    where=f"steps[{number}].prune",
+                    got=f"importance: {step.importance}, refit: {str(step.refit).lower()}",
+                    remedy="add data: {calibration: {builtin: pydocs}} or a file, or use importance: magnitude",
+                )
         if isinstance(step, Export) and step.format not in EXPORTERS:
             raise RecipeError(
                 "unknown format",
@@ -149,7 +161,7 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
     states = check_order(recipe, start)
     model = empty_model(config, DTYPES[recipe.dtype])
     modelmap = bind(model)
-    shape = _Shape.of(model, modelmap, recipe)
+    shape = whole = _Shape.of(model, modelmap, recipe)
     baseline = psutil.Process().memory_info().rss + RUNTIME_BYTES
     steps = []
     for number, (step, state) in enumerate(zip(recipe.steps, states, strict=True)):
@@ -166,11 +178,18 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
         if isinstance(step, Rotate) and shape.tied:  # the head becomes a weight of its own
             shape = replace(shape, tied=False, parameters=shape.parameters + shape.vocabulary * shape.hidden)
         steps.append(StepPlan(step.name, baseline + held, flops))
+        cut = step if isinstance(step, Prune) else pending(recipe.steps, number) if isinstance(step, Train) else None
+        if cut is not None:
+            rehearsed = rehearse(cut, modelmap, where)
+            if step is not cut or not cut.ramped:
+                prune_(model, modelmap, rehearsed)
+                modelmap = bind(model)
+                shape = shape.after(_Shape.of(model, modelmap, recipe))
     peak = max(step.memory_bytes for step in steps)
     free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     available = free if memory is None else memory
     warnings = (_too_much(recipe, steps, available),) if peak > available else ()
-    return Plan(recipe, shape.parameters, tuple(steps), peak, available, warnings)
+    return Plan(recipe, whole.parameters, tuple(steps), peak, available, warnings)
 
 
 def _check_fit(step: Step, number: int, recipe: Recipe, model: Any, modelmap: ModelMap, where: str) -> None:
@@ -285,6 +304,11 @@ class _Shape:
             tied=any(p.tied_to is not None for p in modelmap.ports),
         )
 
+    def after(self, smaller: _Shape) -> _Shape:
+        """This shape when the model has become `smaller`."""
+        adapter = self.adapter * smaller.weights // self.weights
+        return replace(smaller, bits=self.bits, needs_data=self.needs_data, adapter=adapter)
+
     def resident(self, quantized: bool) -> int:
         """Bytes of the model itself between steps."""
         rest = (self.parameters - self.weights) * self.dense_bytes
@@ -293,6 +317,8 @@ class _Shape:
     def demand(self, step: object, state: State, recipe: Recipe) -> tuple[int, int]:
         """Bytes beyond the process's baseline at the peak of `step`, and its floating-point operations."""
         match step:
+            case Prune():
+                return self._prune(step, state, recipe)
             case Quantize():
                 return self._quantize(recipe, whole=recipe.steps[0] is not step)
             case Train():
@@ -334,6 +360,20 @@ class _Shape:
         inside = max(self._block(batch, self.dense_bytes), self.widest**2 * 8 * 4)
         flops = tokens * (2 * 2 * self.weights + self.blocks * (3 * self.hidden**2 + self.ffn**2))
         return rest + packed + block + cached + inside, flops
+
+    def _prune(self, step: Prune, state: State, recipe: Recipe) -> tuple[int, int]:
+        held = self.resident(state.quantized) + 8 * self.largest
+        if not needs_data(step):
+            return held, 0
+        source = calibration_source(recipe)
+        tokens = (source.samples or DEFAULT_SAMPLES) * source.length
+        backward = bool(GRADIENTS & importance_of(step).needs)
+        batch = BATCH * source.length
+        work = self._block(batch, self.dense_bytes) * (self.blocks if backward else 1)
+        work += (3 if backward else 1) * batch * self.vocabulary * 4
+        if step.refit:
+            work = max(work, 2 * tokens * self.hidden * self.dense_bytes + self.widest**2 * 8 * 4)
+        return held + work, tokens * self.parameters * (4 if backward else 2) * (2 if step.refit else 1)
 
     def _train(self, step: Train, state: State, recipe: Recipe) -> tuple[int, int]:
         tokens = step.per_device_train_batch_size * step.max_length

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from slimtune.calib.rows import DataSource
 from slimtune.errors import RecipeError, SlimtuneError, nearest
 from slimtune.lora.options import LoraOptions
+from slimtune.prune.options import PruneOptions
 from slimtune.rotate.options import Rotation
 from slimtune.train.options import TrainOptions
 
@@ -50,6 +51,13 @@ class Rotate(Rotation):
     least_seed: ClassVar[int] = -1
 
     seed: int = field(default=-1, metadata={"help": "of the random signs or matrix; -1: the recipe's"})
+
+
+@dataclass(frozen=True)
+class Prune(PruneOptions):
+    """Fewer channels, heads or layers: at once, or along the train step that follows."""
+
+    name: ClassVar[str] = "prune"
 
 
 @dataclass(frozen=True)
@@ -110,8 +118,10 @@ class Export:
     format: str = field(default="safetensors", metadata={"help": "a name from `slimtune list exporters`"})
 
 
-Step = Rotate | Quantize | Lora | Train | Merge | Evaluate | Export
-STEPS: dict[str, type[Step]] = {step.name: step for step in (Rotate, Quantize, Lora, Train, Merge, Evaluate, Export)}
+Step = Prune | Rotate | Quantize | Lora | Train | Merge | Evaluate | Export
+STEPS: dict[str, type[Step]] = {
+    step.name: step for step in (Prune, Rotate, Quantize, Lora, Train, Merge, Evaluate, Export)
+}
 """Every step by its key in a recipe."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -20,10 +20,11 @@ from slimtune.evaluate.perplexity import perplexity
 from slimtune.evaluate.speed import speed
 from slimtune.evaluate.tasks import tasks
 from slimtune.export import Source, export
-from slimtune.export.load import DTYPES, Loaded
+from slimtune.export.load import DTYPES, Loaded, locate
 from slimtune.lora.attach import base_of, plain
 from slimtune.lora.inits import INITS, residual
 from slimtune.lora.merge import merge
+from slimtune.prune.options import PruneOptions
 from slimtune.quant.apply import Start, all_linear, quantize_
 from slimtune.quant.linear import QuantLinear
 from slimtune.quant.size import Size, model_size
@@ -36,7 +37,8 @@ from slimtune.recipe.gradients import (
     wants_residual,
 )
 from slimtune.recipe.plan import CALIBRATION_BATCH, DEFAULT_SAMPLES, calibration_source, quantizer_of
-from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Quantize, Recipe, Rotate, Step, Train
+from slimtune.recipe.pruning import needs_data, pending, prune_now, record
+from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train
 from slimtune.rotate.fuse import rotate_
 from slimtune.rotate.online import attach_online_
 from slimtune.rotate.options import Rotation
@@ -63,6 +65,7 @@ class Session:
     folder: Path | None = None
     resume: bool = False
     metrics: list[Facts] = field(default_factory=list)
+    pruning: Facts | None = None  # what pruning.json says of the model
 
     def whole(self) -> nn.Module:
         """The model with all its weights in memory."""
@@ -79,6 +82,8 @@ def run_step(session: Session, step: Step, number: int) -> Facts:
     match step:
         case Rotate():
             return _rotate(session, step)
+        case Prune():
+            return _prune(session, step)
         case Quantize():
             return _quantize(session, step, number)
         case Lora():
@@ -144,20 +149,8 @@ def outlier_facts(before: dict[str, Outliers], after: dict[str, Outliers]) -> Fa
 def _quantize(session: Session, step: Quantize, number: int) -> Facts:
     method = quantizer_of(step)
     modelmap = bind(session.model)
-    tokens: Tensor | None = None
     facts: Facts = {"method": step.method, **step.options}
-    if method.needs:
-        source = calibration_source(session.recipe)
-        session.say(f"  calibrating on {source}")
-        tokens = calibration_tokens(
-            read_rows(source),
-            session.loaded.tokenizer,
-            samples=source.samples or DEFAULT_SAMPLES,
-            length=within_positions(session.model, source.length),
-            seed=session.recipe.seed,
-            where=str(source),
-        )
-        facts["calibration"] = {"source": str(source), "samples": tokens.shape[0], "length": tokens.shape[1]}
+    tokens, source = _calibration(session) if method.needs else (None, {})
     place = session.place(f"step-{number}-blocks")
     result = quantize_(
         session.model,
@@ -168,17 +161,57 @@ def _quantize(session: Session, step: Quantize, number: int) -> Facts:
         materialise=session.loaded.materialise,
         store=FolderStore(place) if place is not None else None,
         start=_start(session.recipe.steps[number + 1 :]),
-        progress=_blocks_done(session),
+        progress=_done(session, "block"),
     )
     session.loaded.materialise_()
     attach_online_(session.model)
-    return {**facts, **result.to_dict()}
+    return {**facts, **source, **result.to_dict()}
 
 
-def _blocks_done(session: Session) -> Callable[[int, int], None]:
-    def progress(done: int, blocks: int) -> None:
-        if done == blocks or done % max(blocks // 6, 1) == 0:
-            session.say(f"  block {done}/{blocks}")
+def _calibration(session: Session) -> tuple[Tensor, Facts]:
+    """The recipe's calibration windows, and the facts of them."""
+    source = calibration_source(session.recipe)
+    session.say(f"  calibrating on {source}")
+    tokens = calibration_tokens(
+        read_rows(source),
+        session.loaded.tokenizer,
+        samples=source.samples or DEFAULT_SAMPLES,
+        length=within_positions(session.model, source.length),
+        seed=session.recipe.seed,
+        where=str(source),
+    )
+    return tokens, {"calibration": {"source": str(source), "samples": tokens.shape[0], "length": tokens.shape[1]}}
+
+
+def _prune(session: Session, step: Prune) -> Facts:
+    facts: Facts = {f.name: getattr(step, f.name) for f in fields(PruneOptions)}
+    if step.ramped:
+        session.say("  acts along the train step that follows")
+        return {**facts, "acts": "in the next train step"}
+    tokens, source = _calibration(session) if needs_data(step) else (None, {})
+    facts |= source | prune_now(
+        session.whole(), step, tokens, seed=session.recipe.seed, progress=_done(session, "batch")
+    )
+    _record(session, facts)
+    return facts
+
+
+def _record(session: Session, facts: Facts) -> None:
+    """Note what was cut, and say it."""
+    folder = locate(session.recipe.model)[0] if session.pruning is None else None
+    session.pruning = record(facts, session.pruning, session.loaded.name, folder)
+    del facts["kept"]  # pruning.json has them
+    widths = {axis["kind"]: f"{axis['kept']} of {axis['units']} {axis['kind']}" for axis in facts["axes"]}
+    session.say(
+        f"  {facts['parameters_before']:,} -> {facts['parameters_after']:,} parameters, "
+        f"{facts['removed_ratio']:.1%} of the {facts['of']} gone; kept {', '.join(widths.values())}"
+    )
+
+
+def _done(session: Session, what: str) -> Callable[[int, int], None]:
+    def progress(done: int, all: int) -> None:
+        if done == all or done % max(all // 6, 1) == 0:
+            session.say(f"  {what} {done}/{all}")
 
     return progress
 
@@ -269,7 +302,10 @@ def _train(session: Session, step: Train, number: int) -> Facts:
         resume=session.resume,
         number=number,
         progress=lambda line: session.say("  " + _log_line(line)),
+        prune=pending(session.recipe.steps, number),
     )
+    if result.prune is not None:
+        _record(session, result.prune)
     return {**result.to_dict(), "sample": facts.pop("sample"), "data": {"source": str(data.train), **facts}}
 
 
