@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from slimtune.arch import bind
 from slimtune.export import Source, export
@@ -146,9 +148,10 @@ def families(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     pico: Any = importlib.import_module("pico")
     rows = []
     for family in FAMILIES:
-        model = pico.pico_model(family, **({"head_dim": 8} if family == "phi3" else {}))
+        width = {"head_dim": 8} if family in ("qwen2", "phi3") else {}  # llama.cpp fixes it there
+        model = pico.pico_model(family, vocab_size=pico.VOCAB_SIZE + 1, **width)
         folder = scratch / f"pico-{family}"
-        export(Source(model, pico.pico_tokenizer(), family), "gguf", folder, "f32")
+        export(Source(model, merging(pico.pico_tokenizer()), "pico"), "gguf", folder, "f32")
         prompt = pico.pico_inputs(model, batch=1, length=4 if family == "mistral" else 12)["input_ids"][0].tolist()
         theirs = peer(args, folder, {"prompts": [prompt], "texts": [], "new_tokens": 0, "context": 16}, None)
         with torch.no_grad():
@@ -156,6 +159,16 @@ def families(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
         difference = float((torch.tensor(theirs["logits"][0]) - wanted).abs().max())
         rows.append({"family": family, "max_logit_difference": round(difference, 5), "largest": round(float(wanted.abs().max()), 3)})
     return rows
+
+
+def merging(tokenizer: Any) -> Any:
+    """A pico tokenizer with one merge: llama.cpp reads none without."""
+    facts = json.loads(tokenizer.backend_tokenizer.to_str())
+    facts["model"]["vocab"]["ab"] = len(tokenizer)
+    facts["model"]["merges"] = [["a", "b"]]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(facts)), bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
 
 
 def peer(args: argparse.Namespace, folder: Path, job: dict[str, Any], adapter: Path | None) -> dict[str, Any]:
@@ -166,7 +179,7 @@ def peer(args: argparse.Namespace, folder: Path, job: dict[str, Any], adapter: P
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run([str(args.peer), str(PEER), str(place)], capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
-        sys.exit(done.stderr[-3000:])
+        sys.exit(f"{folder.name}: llama.cpp's side ended with {done.returncode}\n{done.stderr[-3000:]}")
     facts: dict[str, Any] = json.loads(out.read_text())
     return facts
 

@@ -28,21 +28,22 @@ ROPE_FREQUENCIES = "rope_freqs.weight"
 @dataclass(frozen=True)
 class Architecture:
     """One architecture of llama.cpp: its name, the activation it computes, whether it turns neighbouring numbers of a
-    head (`pairs`; transformers turns its halves), whether it knows sliding windows, and after how many blocks one block
-    sees everything."""
+    head (`pairs`; transformers turns its halves), whether its heads must make up the width of the model (`filled`), and,
+    where it knows sliding windows, after how many blocks one block sees `every`thing."""
 
     name: str
     activation: str = "silu"
     pairs: bool = False
+    filled: bool = False
     every: int = 0
 
 
 ARCHITECTURES = {
     "llama": Architecture("llama", pairs=True),
     "mistral": Architecture("llama", pairs=True),
-    "qwen2": Architecture("qwen2"),
+    "qwen2": Architecture("qwen2", filled=True),
     "qwen3": Architecture("qwen3"),
-    "phi3": Architecture("phi3"),
+    "phi3": Architecture("phi3", filled=True),
     "gemma2": Architecture("gemma2", "gelu_pytorch_tanh", every=2),
     "gemma3_text": Architecture("gemma3", "gelu_pytorch_tanh", every=6),
 }
@@ -184,7 +185,7 @@ def _require_computed(config: Any, architecture: Architecture) -> None:
         faults.append(f"rotary embeddings of type {rope['rope_type']}")
     if architecture.every:
         faults += _gemma_faults(config, architecture, blocks, width)
-    if architecture.name == "phi3" and width * attention_heads(config) != config.hidden_size:
+    if architecture.filled and width * attention_heads(config) != config.hidden_size:
         faults.append(f"heads of {width} that do not make up the width {config.hidden_size}")
     if faults:
         raise FormatError(

@@ -72,6 +72,8 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
     kinds = [_kind(number, token, names, added, model) for number, token in enumerate(tokens)]
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     parts = _parts(facts["pre_tokenizer"])
+    if not merges:
+        raise FormatError("llama.cpp cannot read a tokenizer without merges", where="tokenizer.json")
     if any(part["type"] == "ByteLevel" for part in parts):
         return Vocabulary("gpt2", _split(parts), tokens, kinds, merges, [], False)
     if not model["byte_fallback"]:
