@@ -4,8 +4,8 @@ Runs in an environment with llama-cpp-python and numpy:
 
     python llama_cpp_arm.py JOB.json
 
-`JOB.json` names `model`, perhaps `adapter`, `prompts` (lists of token ids), `texts` (to be tokenized), `new_tokens`, and
-`out`, the JSON file to write: `replies`, `logits` (of each prompt's last token), `tokens` (of the texts).
+`JOB.json` names `model`, perhaps `adapter`, `prompts` (lists of token ids), `texts` (to be tokenized), `new_tokens`,
+and `out`, the JSON file to write: `replies`, `logits` (of each prompt's last token), `tokens` (of the texts).
 """
 
 from __future__ import annotations

@@ -4,10 +4,11 @@ Runs in slimtune's environment and calls `llama_cpp_arm.py` with the python of a
 
     python llama_cpp_reads_slimtune.py --model smollm2-135m --peer peers/llama/bin/python --output OUT.json
 
-For each export: greedy tokens of llama.cpp beside those of transformers (float32, on the weights as the file holds them,
-read back by slimtune), the largest difference of the logits after the prompts, and llama.cpp's tokens of a few texts
-beside the tokenizer's. llama.cpp rounds activations, to float16 or in blocks to 8 bits, so a tie may fall the other way:
-how many tokens agree before the first that does not, and how close the two best logits were there, stands beside.
+For each export: greedy tokens of llama.cpp beside those of transformers (float32, on the weights as the file holds
+them, read back by slimtune), the largest difference of the logits after the prompts, and llama.cpp's tokens of a few
+texts beside the tokenizer's. llama.cpp rounds activations, to float16 or in blocks to 8 bits, so a tie may fall the
+other way: how many tokens agree before the first that does not, and how close the two best logits were there, stands
+beside. (On a machine whose AMX may not be used, build llama.cpp without it: it crashes on any quantized file.)
 
 Pico models of every family (`--pico tests`) are compared by logits alone: their greedy tokens mean nothing.
 """
@@ -45,7 +46,11 @@ PROMPTS = (
     "Explain how a bicycle stays upright.",
     "def fibonacci(n):",
 )
-TEXTS = (*PROMPTS, "<|im_start|>user\nCafé  2024, 31 % off:\n\n\tÜber 1,234.5 — 東京 🙂<|im_end|>\n", "  \n don't we'LL x= 12345;")
+TEXTS = (
+    *PROMPTS,
+    "<|im_start|>user\nCafé  2024, 31 % off:\n\n\tÜber 1,234.5 — 東京 🙂<|im_end|>\n",
+    "  \n don't we'LL x= 12345;",
+)
 NEW_TOKENS, CONTEXT = 48, 512
 FAMILIES = ("llama", "llama-tied", "llama-biased", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 
@@ -85,7 +90,11 @@ def smollm2(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     export(adapted, "gguf-lora", scratch / "lora")
     row = compared(args, adapted, scratch / "f16", scratch / "lora" / "adapter.gguf")
     rows.append({"export": "adapter on f16", **row})
-    for fields in ({"bits": 4, "group_size": 64, "sym": True}, {"bits": 4, "group_size": 64}, {"bits": 3, "group_size": 32}):
+    for fields in (
+        {"bits": 4, "group_size": 64, "sym": True},
+        {"bits": 4, "group_size": 64},
+        {"bits": 3, "group_size": 32},
+    ):
         fresh = load(args.model)
         quantize_(fresh.model, bind(fresh.model), all_linear(Rtn(**fields)))
         packed = Source(fresh.model, fresh.tokenizer, fresh.name)
@@ -157,7 +166,13 @@ def families(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
         with torch.no_grad():
             wanted = model(torch.tensor([prompt])).logits[0, -1]
         difference = float((torch.tensor(theirs["logits"][0]) - wanted).abs().max())
-        rows.append({"family": family, "max_logit_difference": round(difference, 5), "largest": round(float(wanted.abs().max()), 3)})
+        rows.append(
+            {
+                "family": family,
+                "max_logit_difference": round(difference, 5),
+                "largest": round(float(wanted.abs().max()), 3),
+            }
+        )
     return rows
 
 
@@ -174,10 +189,17 @@ def merging(tokenizer: Any) -> Any:
 def peer(args: argparse.Namespace, folder: Path, job: dict[str, Any], adapter: Path | None) -> dict[str, Any]:
     """Run llama.cpp's side."""
     place, out = folder.with_suffix(".job.json"), folder.with_suffix(".out.json")
-    job = {**job, "model": str(folder / "model.gguf"), "out": str(out), **({"adapter": str(adapter)} if adapter else {})}
+    job = {
+        **job,
+        "model": str(folder / "model.gguf"),
+        "out": str(out),
+        **({"adapter": str(adapter)} if adapter else {}),
+    }
     place.write_text(json.dumps(job))
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run([str(args.peer), str(PEER), str(place)], capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(
+        [str(args.peer), str(PEER), str(place)], capture_output=True, text=True, check=False, env=environment
+    )
     if done.returncode:
         sys.exit(f"{folder.name}: llama.cpp's side ended with {done.returncode}\n{done.stderr[-3000:]}")
     facts: dict[str, Any] = json.loads(out.read_text())

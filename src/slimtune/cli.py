@@ -167,12 +167,13 @@ def export(
     format: Annotated[str, typer.Option("--format", help="See `slimtune list exporters`.")],
     output: Output,
     dtype: Annotated[str, typer.Option("--dtype", help="Of dense weights. Default: the run's, or float32.")] = "",
+    quantization: Annotated[str, typer.Option("--quantization", help="gguf: f16 (default), q8_0, q4_0, ...")] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
 ) -> None:
     """Write a model in a format other engines load."""
     from slimtune.recipe.shell import export_model
 
-    manifest = export_model(source, format, output, dtype=dtype, overwrite=overwrite)
+    manifest = export_model(source, format, output, dtype=dtype, quantization=quantization, overwrite=overwrite)
     say(f"{manifest.path}: {manifest.bytes / 1e6:,.1f} MB, read back and compared")
 
 

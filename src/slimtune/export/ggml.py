@@ -15,7 +15,7 @@ again, in the smallest type that holds its numbers: `code - zero` is a whole num
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import gguf
 import numpy as np
@@ -33,8 +33,10 @@ Array = NDArray[Any]
 
 
 def encode(weight: Tensor, kind: str) -> Array:
-    """The bytes (or floats) of `weight`, float32 `[..., in]`, in the ggml type called `kind`."""
-    return gguf.quantize(np.ascontiguousarray(weight.numpy()), gguf.GGMLQuantizationType[kind])
+    """The bytes (or floats) of `weight`, float32 `[..., in]`, in the ggml type called `kind`; what it cannot hold
+    becomes infinite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return gguf.quantize(np.ascontiguousarray(weight.numpy()), gguf.GGMLQuantizationType[kind])
 
 
 def decode(data: Array, kind: str) -> Tensor:
@@ -87,7 +89,7 @@ def slack(weight: Tensor, kind: str) -> Tensor:
         return torch.zeros_like(weight)
     if kind in ("F16", "BF16"):
         info = torch.finfo(torch.float16 if kind == "F16" else torch.bfloat16)
-        return weight.abs() * info.eps + cast(float, info.smallest_normal) * info.eps
+        return weight.abs() * info.eps + info.smallest_normal * info.eps
     blocks = weight.unflatten(-1, (-1, BLOCK))
     largest = blocks.abs().amax(-1, keepdim=True)
     spread = blocks.amax(-1, keepdim=True) - blocks.amin(-1, keepdim=True)

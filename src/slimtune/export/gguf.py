@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -55,18 +56,17 @@ class GgufExporter:
     def write(self, source: Source, folder: Path) -> Written:
         """Write one tensor after the other; `source.model` is not changed."""
         naming = Naming(source.model)
-        writer = _writer(folder / MODEL_FILE, naming, source, "model")
-        add_facts(writer, naming)
-        add_vocabulary(writer, source.tokenizer, naming.config.vocab_size, _stops(source.model))
         kinds: Counter[str] = Counter()
-        for tensor, value, layer in _weights(source.model):
-            kind, data = self._stored(naming, tensor, value, layer)
-            writer.add_tensor(naming.name(tensor), data, raw_dtype=gguf.GGMLQuantizationType[kind])
-            kinds[kind] += 1
-        if (frequencies := rope_frequencies(naming.config)) is not None:
-            writer.add_tensor(ROPE_FREQUENCIES, frequencies.numpy())
-        writer.add_file_type(FILE_TYPES[max(kinds, key=lambda kind: (kind != "F32", kinds[kind]))])
-        _finish(writer)
+        with _writer(folder / MODEL_FILE, naming, source, "model") as writer:
+            add_facts(writer, naming)
+            add_vocabulary(writer, source.tokenizer, naming.config.vocab_size, _stops(source.model))
+            for tensor, value, layer in _weights(source.model):
+                kind, data = self._stored(naming, tensor, value, layer)
+                writer.add_tensor(naming.name(tensor), data, raw_dtype=gguf.GGMLQuantizationType[kind])
+                kinds[kind] += 1
+            if (frequencies := rope_frequencies(naming.config)) is not None:
+                writer.add_tensor(ROPE_FREQUENCIES, frequencies.numpy())
+            writer.add_file_type(FILE_TYPES[max(kinds, key=lambda kind: (kind != "F32", kinds[kind]))])
         exact = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
         return Written({"quantization": self.quantization, "types": dict(kinds)}, exact.get(self.quantization))
 
@@ -127,8 +127,8 @@ class GgufLoraExporter:
     """`adapter.gguf`: the adapter alone, for a GGUF file of its base."""
 
     loads_in: ClassVar[str] = (
-        "A LoRA adapter in GGUF, trained on `{name}` as quantized by the run it comes from. It needs a GGUF file of that"
-        " model: `slimtune export RUN/model --format gguf` writes the base it was trained on.\n\n"
+        "A LoRA adapter in GGUF, trained on `{name}` as quantized by the run it comes from. It needs a GGUF file of"
+        " that model: `slimtune export RUN/model --format gguf` writes the base it was trained on.\n\n"
         "- llama.cpp: `llama-cli -m model.gguf --lora adapter.gguf`, `llama-server -m model.gguf --lora adapter.gguf`\n"
         "- llama-cpp-python: `Llama('model.gguf', lora_path='adapter.gguf')`\n"
         "- Ollama: the lines `FROM ./model.gguf` and `ADAPTER ./adapter.gguf` in `Modelfile`\n"
@@ -140,14 +140,14 @@ class GgufLoraExporter:
         factors = _factors(source.model)
         alphas = {scale * len(a) for _, a, _, scale in factors}
         alpha = alphas.pop() if len(alphas) == 1 else 0.0  # 0: llama.cpp leaves the scale to the factors
-        writer = _writer(folder / ADAPTER_FILE, naming, source, "adapter")
-        writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", alpha)
-        for name, a, b, scale in factors:
-            tensor = naming.name(f"{name}.weight")
-            writer.add_tensor(f"{tensor}.lora_a", a.numpy())
-            writer.add_tensor(f"{tensor}.lora_b", naming.stored(f"{name}.weight", b if alpha else scale * b).numpy())
-        _finish(writer)
+        with _writer(folder / ADAPTER_FILE, naming, source, "adapter") as writer:
+            writer.add_string("adapter.type", "lora")
+            writer.add_float32("adapter.lora.alpha", alpha)
+            for name, a, b, scale in factors:
+                tensor = naming.name(f"{name}.weight")
+                b = naming.stored(f"{name}.weight", b if alpha else scale * b)
+                writer.add_tensor(f"{tensor}.lora_a", a.numpy())
+                writer.add_tensor(f"{tensor}.lora_b", b.numpy())
         return Written({"alpha": alpha, "layers": len(factors)}, source.dtype)
 
     def read_back(self, source: Source, folder: Path) -> nn.Module:
@@ -166,19 +166,22 @@ class GgufLoraExporter:
         """Nothing was done to the source."""
 
 
-def _writer(path: Path, naming: Naming, source: Source, kind: str) -> GGUFWriter:
+@contextmanager
+def _writer(path: Path, naming: Naming, source: Source, kind: str) -> Iterator[GGUFWriter]:
+    """A writer that keeps tensors on disk until the header can be written, and writes all when the block ends."""
     writer = GGUFWriter(path, naming.architecture.name, use_temp_file=True)
     writer.add_type(kind)
-    writer.add_name(source.name)
-    return writer
-
-
-def _finish(writer: GGUFWriter) -> None:
+    writer.add_name(source.name.rstrip("/").rpartition("/")[2])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    try:
+        yield writer
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        if writer.temp_file is not None:
+            writer.temp_file.close()
+        writer.close()
 
 
 def _tensors(path: Path) -> dict[str, tuple[str, Array]]:

@@ -28,8 +28,8 @@ ROPE_FREQUENCIES = "rope_freqs.weight"
 @dataclass(frozen=True)
 class Architecture:
     """One architecture of llama.cpp: its name, the activation it computes, whether it turns neighbouring numbers of a
-    head (`pairs`; transformers turns its halves), whether its heads must make up the width of the model (`filled`), and,
-    where it knows sliding windows, after how many blocks one block sees `every`thing."""
+    head (`pairs`; transformers turns its halves), whether its heads must make up the width of the model (`filled`),
+    and, where it knows sliding windows, after how many blocks one sees everything (`every`)."""
 
     name: str
     activation: str = "silu"
@@ -68,6 +68,28 @@ class Naming:
         if kind not in ARCHITECTURES:
             raise UnknownArchitecture("GGUF export does not know this kind of model", got=kind, wanted=[*ARCHITECTURES])
         return ARCHITECTURES[kind]
+
+    def require_computed(self) -> None:
+        """Raise `FormatError`, naming everything that llama.cpp would compute differently."""
+        config, architecture = self.config, self.architecture
+        rope, width = _rope(config), head_width(config)
+        activation = getattr(config, "hidden_activation", None) or config.hidden_act
+        faults = []
+        if activation != architecture.activation:
+            faults.append(f"activation {activation}, where it computes {architecture.activation}")
+        known = ("default", "linear", *(["llama3"] if architecture.pairs else []))
+        if rope["rope_type"] not in known:
+            faults.append(f"rotary embeddings of type {rope['rope_type']}")
+        if architecture.every:
+            faults += _gemma_faults(config, architecture, width)
+        if architecture.filled and width * attention_heads(config) != config.hidden_size:
+            faults.append(f"heads of {width} that do not make up the width {config.hidden_size}")
+        if faults:
+            raise FormatError(
+                f"llama.cpp's {architecture.name} would compute something else",
+                got="; ".join(faults),
+                remedy="export safetensors",
+            )
 
     @cached_property
     def _names(self) -> gguf.TensorNameMap:
@@ -117,7 +139,7 @@ class Naming:
 def add_facts(writer: GGUFWriter, naming: Naming) -> None:
     """Give `writer` the numbers of the model. Raises `FormatError` where llama.cpp computes something else."""
     config, architecture = naming.config, naming.architecture
-    _require_computed(config, architecture)
+    naming.require_computed()
     width = head_width(config)
     context, window = int(config.max_position_embeddings), _window(config)
     writer.add_vocab_size(config.vocab_size)
@@ -174,29 +196,8 @@ def _window(config: Any) -> int:
     return int(getattr(config, "sliding_window", None) or 0) if slides else 0
 
 
-def _require_computed(config: Any, architecture: Architecture) -> None:
-    """Raise `FormatError`, naming everything that llama.cpp would compute differently."""
-    rope, blocks, width = _rope(config), int(config.num_hidden_layers), head_width(config)
-    activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    faults = []
-    if activation != architecture.activation:
-        faults.append(f"activation {activation}, where it computes {architecture.activation}")
-    if rope["rope_type"] not in ("default", "linear") and not (architecture.pairs and rope["rope_type"] == "llama3"):
-        faults.append(f"rotary embeddings of type {rope['rope_type']}")
-    if architecture.every:
-        faults += _gemma_faults(config, architecture, blocks, width)
-    if architecture.filled and width * attention_heads(config) != config.hidden_size:
-        faults.append(f"heads of {width} that do not make up the width {config.hidden_size}")
-    if faults:
-        raise FormatError(
-            f"llama.cpp's {architecture.name} would compute something else",
-            got="; ".join(faults),
-            remedy="export safetensors",
-        )
-
-
-def _gemma_faults(config: Any, architecture: Architecture, blocks: int, width: int) -> list[str]:
-    faults = []
+def _gemma_faults(config: Any, architecture: Architecture, width: int) -> list[str]:
+    faults, blocks = [], int(config.num_hidden_layers)
     pattern = [
         "full_attention" if (block + 1) % architecture.every == 0 else "sliding_attention" for block in range(blocks)
     ]

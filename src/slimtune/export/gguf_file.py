@@ -1,7 +1,7 @@
 """What a GGUF file claims, checked before anything believes it.
 
-The `gguf` package reads a file by following the numbers in it, and a hostile one sends it round for ever. This walks the
-header once, by the length of the file, and allocates nothing that the file does not hold.
+The `gguf` package reads a file by following the numbers in it, and a hostile one sends it round for ever. This walks
+the header once, by the length of the file, and allocates nothing that the file does not hold.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ MAGIC, VERSIONS = b"GGUF", (2, 3)
 STRING, ARRAY = 8, 9
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """The type numbers of GGUF that have one size, as `struct` calls them."""
+KINDS = {kind.value for kind in GGMLQuantizationType}
 ALIGNMENT = 32
 
 
@@ -109,7 +110,7 @@ class _Reader:
             raise self.broken("a tensor that is there twice, or has no shape", name)
         shape = tuple(int(self.number("Q")) for _ in range(dims))  # columns first, as ggml counts
         kind, offset = int(self.number("I")), int(self.number("Q"))
-        if kind not in iter(GGMLQuantizationType):
+        if kind not in KINDS:
             raise self.broken("a tensor of unknown type", f"{name}: {kind}")
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         if shape[0] % block:

@@ -15,7 +15,8 @@ from slimtune.arch import bind
 from slimtune.calib.formats import normalise, render_messages, uses_template
 from slimtune.errors import FormatError, RecipeError, nearest
 from slimtune.evaluate.generate import stream
-from slimtune.export import EXPORTERS, Manifest, Source, export
+from slimtune.export import Manifest, Source, export, exporter_of
+from slimtune.export.gguf import ADAPTER_FILE, MODEL_FILE
 from slimtune.export.load import BUNDLED, Loaded, load
 from slimtune.lora.attach import load_adapter
 from slimtune.quant import QUANTIZERS
@@ -99,12 +100,14 @@ def evaluate_model(
     return {"model": model, "metrics": session.metrics}
 
 
-def export_model(source: str, format: str, output: Path, *, dtype: str = "", overwrite: bool = False) -> Manifest:
+def export_model(
+    source: str, format: str, output: Path, *, dtype: str = "", quantization: str = "", overwrite: bool = False
+) -> Manifest:
     """Export a model or a run's model and adapter."""
-    EXPORTERS[format]  # an unknown format is refused before anything is loaded
+    exporter_of(format, quantization)  # what is unknown is refused before anything is loaded
     _check_export_folder(source, output, overwrite)
     loaded, model = open_model(source, dtype=dtype)
-    return export(Source(model, loaded.tokenizer, loaded.name, loaded.model.dtype), format, output)
+    return export(Source(model, loaded.tokenizer, loaded.name, loaded.model.dtype), format, output, quantization)
 
 
 def _check_export_folder(source: str, output: Path, overwrite: bool) -> None:
@@ -112,7 +115,7 @@ def _check_export_folder(source: str, output: Path, overwrite: bool) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     ours = (output / "README.md").is_file() and any(
-        (output / name).is_file() for name in ("config.json", "adapter_config.json")
+        (output / name).is_file() for name in ("config.json", "adapter_config.json", MODEL_FILE, ADAPTER_FILE)
     )
     if not ours:
         raise RecipeError(
