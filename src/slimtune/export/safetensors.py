@@ -22,7 +22,7 @@ class SafetensorsExporter:
         "A dense Hugging Face model (a merge of `{name}` and what was trained on it).\n\n"
         "- transformers: `AutoModelForCausalLM.from_pretrained(FOLDER)`\n"
         "- vLLM, SGLang, TGI: the folder is the model\n"
-        "- llama.cpp: `convert_hf_to_gguf.py FOLDER`\n"
+        "- llama.cpp: export `gguf`, or `convert_hf_to_gguf.py FOLDER`\n"
     )
 
     def write(self, source: Source, folder: Path) -> None:
