@@ -144,21 +144,31 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", help="What to answer.")],
     adapter: Annotated[Path | None, typer.Option("--adapter", help="A PEFT adapter folder.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens")] = 128,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it stands, without chat template.")
+    ] = False,
+    temperature: Annotated[float, typer.Option("--temperature", help="0: always the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Among the likeliest of this probability together.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of chance, with a temperature.")] = 0,
     dtype: Annotated[str, typer.Option("--dtype", help="Default: the run's, or float32.")] = "",
 ) -> None:
     """Answer a prompt, through the model's chat template where it has one."""
+    from slimtune.evaluate.generate import Sampling
     from slimtune.recipe.shell import generate_text
 
-    rate = generate_text(
+    pace = generate_text(
         model,
         prompt,
         adapter=adapter,
         max_new_tokens=max_new_tokens,
+        raw=raw,
+        sampling=Sampling(temperature, top_p, seed),
         dtype=dtype,
         write=lambda t: print(t, end="", flush=True),
     )
     print()
-    say(f"{rate:.1f} tokens/s")
+    say(f"read {pace.prompt_tokens} tokens, {pace.prefill_tokens_per_second:.1f} tokens/s")
+    say(f"wrote {pace.new_tokens} tokens, {pace.decode_tokens_per_second:.1f} tokens/s")
 
 
 @app.command()

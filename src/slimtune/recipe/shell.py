@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slimtune.arch import bind
 from slimtune.calib.formats import normalise, render_messages, uses_template
 from slimtune.errors import FormatError, RecipeError, nearest
-from slimtune.evaluate.generate import stream
+from slimtune.evaluate.generate import Pace, Sampling, write_reply
 from slimtune.export import Manifest, Source, export, exporter_of
 from slimtune.export.gguf import ADAPTER_FILE, MODEL_FILE
 from slimtune.export.load import BUNDLED, Loaded, load
@@ -133,25 +131,27 @@ def generate_text(
     *,
     adapter: Path | None = None,
     max_new_tokens: int = 128,
+    raw: bool = False,
+    sampling: Sampling = Sampling(),
     dtype: str = "",
     write: Callable[[str], None],
-) -> float:
-    """Answer `prompt` greedily, piece by piece to `write`; returns tokens per second."""
+) -> Pace:
+    """Answer `prompt`, piece by piece to `write`; returns how long it took.
+
+    The prompt is put into the model's chat template where it has one, unless it is wanted `raw`: then it is continued
+    as it stands.
+    """
     loaded, opened = open_model(model, dtype=dtype, adapter=adapter)
     bind(opened)  # refuses what slimtune does not know, before generating
     [conversation] = normalise([{"prompt": prompt, "completion": ""}])
-    text = prompt
-    if uses_template(conversation, loaded.tokenizer):
-        text = render_messages([{"role": "user", "content": prompt}], loaded.tokenizer, open_reply=True)
-    tokens = loaded.tokenizer(text, return_tensors="pt", add_special_tokens=text == prompt)
-    start, count = time.perf_counter(), 0
-    with torch.no_grad():
-        for piece in stream(
-            cast(Any, opened), loaded.tokenizer, cast(Mapping[str, torch.Tensor], tokens), max_new_tokens
-        ):
-            write(piece)
-            count += 1
-    return count / max(time.perf_counter() - start, 1e-9)
+    chat = not raw and uses_template(conversation, loaded.tokenizer)
+    if chat:
+        prompt = render_messages([{"role": "user", "content": prompt}], loaded.tokenizer, open_reply=True)
+    tokens = loaded.tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
+    if tokens["input_ids"].shape[1] == 0:
+        raise RecipeError("there is nothing to continue", where="prompt", remedy="write at least one word")
+    inputs = cast(Mapping[str, Tensor], tokens)
+    return write_reply(cast(Any, opened), loaded.tokenizer, inputs, max_new_tokens, sampling, write)
 
 
 def _keys(step: str) -> list[str]:
