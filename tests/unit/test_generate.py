@@ -84,7 +84,7 @@ def test_reply_ends_at_the_end_of_sequence_and_at_a_models_own_ends() -> None:
     inputs = {"input_ids": torch.arange(6, 15)[None]}
     whole = tokens_of(model, inputs, **FREE)
     later = next(token for token in whole[1:] if token != whole[0])
-    model.generation_config.eos_token_id = [EOS, later]  # type: ignore[union-attr]
+    model.generation_config.eos_token_id = [EOS, later]
     assert tokens_of(model, inputs, **FREE) == whole[: whole.index(later)]
 
 
@@ -175,6 +175,6 @@ def test_pace_counts_what_was_read_and_written() -> None:
 def test_reply_that_ends_at_once_has_a_pace() -> None:
     model = pico_model("llama")
     inputs = {"input_ids": torch.arange(6, 15)[None]}
-    model.generation_config.eos_token_id = [tokens_of(model, inputs)[0]]  # type: ignore[union-attr]
+    model.generation_config.eos_token_id = [tokens_of(model, inputs)[0]]
     pace = write_reply(model, pico_tokenizer(), inputs, 5, Sampling(), print)
     assert pace.new_tokens == 0 and pace.first > 0

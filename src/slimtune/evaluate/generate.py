@@ -35,6 +35,9 @@ class Sampling:
             raise RecipeError("seed out of range", where="seed", got=self.seed, wanted="0 or more")
 
 
+GREEDY = Sampling()
+
+
 @dataclass(frozen=True)
 class Pace:
     """How long a reply took: seconds to the first token (reading the prompt, mostly), and for those after it."""
@@ -79,7 +82,7 @@ def stream(
     tokenizer: PreTrainedTokenizerBase,
     inputs: Mapping[str, Tensor],
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
 ) -> Iterator[str]:
     """The continuation of `inputs["input_ids"]` (`[1, n]`; an encoder-decoder: its answer to them): the text that each
     new token adds, until the end of sequence, `max_new_tokens`, or the model's last position.
@@ -97,7 +100,7 @@ def stream(
     else:
         require_positions(model, ids.shape[1] + 1, "the prompt and one token")
     room = max_new_tokens if positions is None else min(max_new_tokens, positions - ids.shape[1])
-    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     cache, new, shown = None, [], ""
     for _ in range(room):

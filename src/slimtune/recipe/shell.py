@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slimtune.arch import bind
 from slimtune.calib.formats import normalise, render_messages, uses_template
 from slimtune.errors import FormatError, RecipeError, nearest
-from slimtune.evaluate.generate import Pace, Sampling, write_reply
+from slimtune.evaluate.generate import GREEDY, Pace, Sampling, write_reply
 from slimtune.export import Manifest, Source, export, exporter_of
 from slimtune.export.gguf import ADAPTER_FILE, MODEL_FILE
 from slimtune.export.load import BUNDLED, Loaded, load
@@ -132,7 +132,7 @@ def generate_text(
     adapter: Path | None = None,
     max_new_tokens: int = 128,
     raw: bool = False,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     dtype: str = "",
     write: Callable[[str], None],
 ) -> Pace:
