@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 
@@ -34,17 +35,29 @@ class Source:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an export wrote. `max_logit_difference` compares what was read back with what was exported."""
+    """What an export wrote. `max_logit_difference` compares what was read back with what was exported; `facts` are the
+    exporter's own."""
 
     format: str
     path: str
     files: tuple[str, ...]
     bytes: int
     max_logit_difference: float
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `report.json`."""
-        return asdict(self)
+        values = asdict(self)
+        return values.pop("facts") | values
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an exporter may say of what it wrote: `facts` for the report, and the `dtype` whose rounding explains how
+    far logits may move. None: it quantized, and compares the weights itself when it reads them back."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
 
 
 class Exporter(Protocol):
@@ -52,8 +65,9 @@ class Exporter(Protocol):
 
     loads_in: ClassVar[str]
 
-    def write(self, source: Source, folder: Path) -> None:
-        """Write the files of the format into the empty folder `folder`."""
+    def write(self, source: Source, folder: Path) -> Written | None:
+        """Write the files of the format into the empty folder `folder`. None: dense weights are in `source.dtype`, and
+        there is nothing to tell."""
 
     def read_back(self, source: Source, folder: Path) -> nn.Module:
         """The model that a user of the format gets from `folder`, for comparison. May be `source`'s own with the
@@ -182,9 +196,13 @@ def probe_logits(model: nn.Module) -> torch.Tensor:
     return logits.float()
 
 
-def largest_difference(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, where: str) -> float:
-    """`max |got - wanted|`. Raises `FormatError` when it exceeds what rounding to `dtype` explains."""
+def largest_difference(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype | None, where: str) -> float:
+    """`max |got - wanted|`. Raises `FormatError` when it is no number, or exceeds what rounding to `dtype` (None:
+    anything) explains."""
     difference = float((got - wanted).abs().max())
+    if dtype is None and math.isfinite(difference):
+        return difference
+    dtype = dtype or torch.float32
     tolerance = 2 * torch.finfo(dtype).eps ** 0.5 * max(float(wanted.abs().max()), 1.0)
     if not difference <= tolerance:
         raise FormatError(

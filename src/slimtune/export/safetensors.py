@@ -22,7 +22,7 @@ class SafetensorsExporter:
         "A dense Hugging Face model (a merge of `{name}` and what was trained on it).\n\n"
         "- transformers: `AutoModelForCausalLM.from_pretrained(FOLDER)`\n"
         "- vLLM, SGLang, TGI: the folder is the model\n"
-        "- llama.cpp: `convert_hf_to_gguf.py FOLDER`\n"
+        "- llama.cpp: export `gguf`, or `convert_hf_to_gguf.py FOLDER`\n"
     )
 
     def write(self, source: Source, folder: Path) -> None:
@@ -48,13 +48,14 @@ def merged_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         if isinstance(layer, FROZEN):
             tensors = {leaf: tensor for leaf, tensor in tensors.items() if leaf not in layer.names}
         if isinstance(layer, FROZEN) or isinstance(module, BaseTunerLayer):
-            tensors["weight"] = _merged_weight(module, layer).to(dtype)
+            tensors["weight"] = merged_weight(module, layer).to(dtype)
         state.update({f"{name}.{leaf}" if name else leaf: tensor for leaf, tensor in tensors.items()})
     return state
 
 
 @torch.no_grad()
-def _merged_weight(module: nn.Module, layer: nn.Module) -> Tensor:
+def merged_weight(module: nn.Module, layer: nn.Module) -> Tensor:
+    """The float32 weight of the plain `layer`, with what an adapter in `module` adds to it."""
     if isinstance(layer, FROZEN):
         weight = layer.dequantize(torch.float32)
     else:

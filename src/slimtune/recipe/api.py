@@ -194,10 +194,11 @@ def export(
     *,
     name: str = "",
     dtype: str = "float32",
+    quantization: str = "",
 ) -> Manifest:
-    """Write `model` as `format` into the folder `output`, read it back and compare."""
+    """Write `model` as `format` into the folder `output`, read it back and compare; `quantization` is for `gguf`."""
     public = name or str(cast(Any, base_of(model)).name_or_path)
-    return write_export(Source(model, tokenizer, public, DTYPES[dtype]), format, Path(output))
+    return write_export(Source(model, tokenizer, public, DTYPES[dtype]), format, Path(output), quantization)
 
 
 def plan(recipe: Recipe | dict[str, Any] | str | Path, *, memory: int | None = None) -> Plan:

@@ -64,6 +64,8 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
             return "there is no adapter to merge", "put merge after lora and train"
         case Export(format="peft") if not state.adapter:
             return "there is no adapter to export", "put export: {format: peft} after lora, before merge"
+        case Export(format="gguf-lora") if not state.adapter:
+            return "there is no adapter to export", "put export: {format: gguf-lora} after lora, before merge"
         case Export(format="compressed-tensors" | "gptq") if not state.quantized:
             return "there are no packed weights to export", "put a quantize step before, or export safetensors"
         case Export(format="safetensors" | "compressed-tensors" | "gptq") if state.online:

@@ -19,7 +19,8 @@ from slimtune.calib.rows import FILES, DataSource, read_rows
 from slimtune.calib.stats import STATISTICS
 from slimtune.errors import RecipeError, nearest
 from slimtune.evaluate.inference import require_positions
-from slimtune.export import EXPORTERS, compressed_tensors, gptq
+from slimtune.export import EXPORTERS, compressed_tensors, exporter_of, gptq
+from slimtune.export.gguf_facts import Naming
 from slimtune.export.load import DTYPES, empty_model, model_config
 from slimtune.kernels.precision import bfloat16_units
 from slimtune.lora.attach import resolve_targets
@@ -132,6 +133,8 @@ def resolve(recipe: Recipe) -> Recipe:
                 got=step.format,
                 remedy=nearest(step.format, EXPORTERS),
             )
+        if isinstance(step, Export):
+            exporter_of(step.format, step.quantization)
         steps.append(step)
     return replace(recipe, steps=tuple(steps))
 
@@ -206,6 +209,8 @@ def _check_fit(step: Step, number: int, recipe: Recipe, model: Any, modelmap: Mo
             raise RecipeError(
                 "an encoder-decoder does not train on packed rows", where=where, remedy="leave out packing: true"
             )
+        case Export(format="gguf" | "gguf-lora"):
+            Naming(model).require_computed()
         case Quantize():
             _check_packable(step, recipe.steps[number + 1 :], modelmap, where)
 

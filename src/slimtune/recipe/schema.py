@@ -116,6 +116,7 @@ class Export:
     name: ClassVar[str] = "export"
 
     format: str = field(default="safetensors", metadata={"help": "a name from `slimtune list exporters`"})
+    quantization: str = field(default="", metadata={"help": "gguf: f32, f16 (default), bf16, q8_0, q4_0 or q4_1"})
 
 
 Step = Prune | Rotate | Quantize | Lora | Train | Merge | Evaluate | Export

@@ -389,6 +389,7 @@ def _export(session: Session, step: Export) -> Facts:
     model = session.whole()
     dtype = cast(Any, base_of(model)).dtype  # the recipe's, or the last merge's
     source = Source(model, session.loaded.tokenizer, session.loaded.name, dtype)
-    manifest = export(source, step.format, session.folder / "export" / step.format)
+    place = f"export/{'-'.join(filter(None, (step.format, step.quantization)))}"
+    manifest = export(source, step.format, session.folder / place, step.quantization)
     session.say(f"  {manifest.path}: {manifest.bytes / 1e6:,.1f} MB, read back and compared")
-    return manifest.to_dict() | {"path": f"export/{step.format}"}
+    return manifest.to_dict() | {"path": place}
