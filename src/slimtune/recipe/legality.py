@@ -16,6 +16,7 @@ class State:
     quantized: bool = False
     adapter: bool = False
     residual: bool = False  # whether it is known what quantization lost
+    rounded: bool = False  # whether linears round their inputs
 
 
 def check_order(recipe: Recipe, start: State = State()) -> list[State]:
@@ -51,6 +52,11 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
             return "there is no adapter to export", "put export: {format: peft} after lora, before merge"
         case Export(format="compressed-tensors" | "gptq") if not state.quantized:
             return "there are no packed weights to export", "put a quantize step before, or export safetensors"
+        case Export(format="gptq" | "safetensors") if state.rounded:
+            return (
+                "this format cannot say that inputs are rounded",
+                "export compressed-tensors, or use the model folder",
+            )
         case Evaluate() if not (step.perplexity or step.tasks or step.speed):
             return "evaluate has nothing to measure", "give it perplexity, tasks or speed: true"
     return None
@@ -59,7 +65,8 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
 def _after(step: Step, state: State) -> State:
     match step:
         case Quantize():
-            return replace(state, quantized=True, residual=True)
+            rounded = bool(step.activations or any("activations" in fields for fields in step.layers.values()))
+            return replace(state, quantized=True, residual=True, rounded=rounded)
         case Lora():
             return replace(state, adapter=True)
         case Merge():

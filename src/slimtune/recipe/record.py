@@ -30,7 +30,7 @@ _REPORT = {
 }
 _FACTS: dict[str, Any] = {
     "quantize": {
-        "layers?": [{"name": str, "error?": float, "bits?": float}],
+        "layers?": [{"name": str, "error?": float, "bits?": float, "activations?": float}],
         "skipped?": [{"name": str, "reason": str}],
     },
     "train": {"sample?": str},

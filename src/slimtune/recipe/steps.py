@@ -21,12 +21,13 @@ from slimtune.export.load import DTYPES, Loaded
 from slimtune.lora.attach import add_lora, base_of, plain
 from slimtune.lora.inits import INITS
 from slimtune.lora.merge import merge
-from slimtune.quant.apply import Start, all_linear, quantize_
+from slimtune.quant.apply import Start, quantize_
 from slimtune.quant.linear import QuantLinear
 from slimtune.quant.size import Size, model_size
 from slimtune.recipe.blocks import FolderStore
-from slimtune.recipe.plan import CALIBRATION_BATCH, DEFAULT_SAMPLES, calibration_source, quantizer_of
+from slimtune.recipe.plan import CALIBRATION_BATCH, DEFAULT_SAMPLES, calibration_source
 from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Quantize, Recipe, Step, Train
+from slimtune.recipe.treatments import Treatments
 from slimtune.train.data import Collator, Example, pack, padding_id, tokenize, tokenize_seq2seq
 from slimtune.train.loop import finetune
 from slimtune.train.options import TrainOptions
@@ -80,11 +81,13 @@ def size_of(model: nn.Module) -> Size:
 
 
 def _quantize(session: Session, step: Quantize, number: int) -> Facts:
-    method = quantizer_of(step)
+    treatments = Treatments(step)
     modelmap = bind(session.model)
     tokens: Tensor | None = None
     facts: Facts = {"method": step.method, **step.options}
-    if method.needs:
+    if step.activations:
+        facts["activations"] = step.activations
+    if treatments.need_data:
         source = calibration_source(session.recipe)
         session.say(f"  calibrating on {source}")
         tokens = calibration_tokens(
@@ -100,7 +103,8 @@ def _quantize(session: Session, step: Quantize, number: int) -> Facts:
     result = quantize_(
         session.model,
         modelmap,
-        all_linear(method, step.ignore),
+        treatments.choose,
+        activations=treatments.rounds,
         tokens=tokens,
         batch_size=CALIBRATION_BATCH,
         materialise=session.loaded.materialise,
