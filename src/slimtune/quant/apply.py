@@ -152,15 +152,10 @@ def quantize_(
     began = time.perf_counter()
     chosen = {port.name: choose(port) for port in modelmap.ports}
     methods = {name: method for name, method in chosen.items() if not isinstance(method, str)}
+    rounds = {port.name: activations(port) for port in modelmap.ports if port.name in methods}
     if not methods:
         raise RecipeError("there is nothing to quantize", got=", ".join(sorted({str(v) for v in chosen.values()})))
-    for name in methods:
-        if not isinstance(linear := model.get_submodule(name), nn.Linear):
-            raise ShapeError("only a plain linear can be quantized", where=name, got=type(linear).__name__)
-    rounds = {port.name: activations(port) for port in modelmap.ports if port.name in methods}
-    needs = frozenset[str]().union(*(method.needs for method in methods.values()))
-    if any(rounding is not None and rounding.calibrated for rounding in rounds.values()):
-        needs |= {"the range of the activations"}
+    needs = _needs(model, methods, rounds)
     if needs and tokens is None:
         raise CalibrationError("the quantizer needs calibration data", wanted=", ".join(sorted(needs)))
     context = (
@@ -189,10 +184,7 @@ def quantize_(
                 if store is not None:
                     store.save(block, layers)
             else:
-                for layer in layers:
-                    dense = module.get_parameter(_within(block, layer.name) + ".weight")
-                    dense.copy_(layer.weight.dequantize())
-                _round_inputs(module, block, layers, rounding)
+                _recall_(module, block, layers, rounding)
             if stream is not None:
                 stream.advance(block, last=number == len(modelmap.blocks))
             rounding.close()
@@ -204,6 +196,16 @@ def quantize_(
                 progress(number, len(modelmap.blocks))
     skipped = tuple(Skipped(name, method) for name, method in chosen.items() if isinstance(method, str))
     return _facts(finished, skipped, time.perf_counter() - began)
+
+
+def _needs(model: nn.Module, methods: dict[str, Quantizer], rounds: dict[str, Activations | None]) -> frozenset[str]:
+    """What calibration has to find. Raises `ShapeError` for a layer that is no plain linear (any more)."""
+    for name in methods:
+        if not isinstance(linear := model.get_submodule(name), nn.Linear):
+            raise ShapeError("only a plain linear can be quantized", where=name, got=type(linear).__name__)
+    needs = frozenset[str]().union(*(method.needs for method in methods.values()))
+    searched = any(rounding is not None and rounding.calibrated for rounding in rounds.values())
+    return needs | {"the range of the activations"} if searched else needs
 
 
 def _quantize_stage(
@@ -272,6 +274,14 @@ class _Inputs:
                         remedy="use dtype: float32, or check the calibration data and the model for NaN",
                     )
         return self._stats[key]
+
+
+def _recall_(module: nn.Module, block: Block, layers: list[QuantizedLayer], until: ExitStack) -> None:
+    """Let a block compute with what was kept of it."""
+    for layer in layers:
+        dense = module.get_parameter(_within(block, layer.name) + ".weight")
+        dense.copy_(layer.weight.dequantize())
+    _round_inputs(module, block, layers, until)
 
 
 def _round_inputs(module: nn.Module, block: Block, layers: list[QuantizedLayer], until: ExitStack) -> None:
