@@ -247,7 +247,7 @@ def test_lists_say_what_there_is(command: Command, what: str, names: set[str]) -
 def test_a_quantizer_is_listed_with_its_fields(command: Command) -> None:
     [optq] = [r for r in json.loads(command("list", "quantizers", "--json")[0])["quantizers"] if r["name"] == "optq"]
     fields: dict[str, Any] = {field["name"]: field for field in optq["fields"]}
-    assert fields["bits"]["default"] == 4 and "2, 3, 4 or 8" in fields["bits"]["help"]
+    assert fields["bits"]["default"] == 4 and "2 to 6, or 8" in fields["bits"]["help"]
     assert "damp_percent" in command("list", "quantizers")[0]
 
 

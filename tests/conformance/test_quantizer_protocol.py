@@ -23,6 +23,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"bits": 2},
     {"bits": 3, "group_size": 48},
     {"bits": 8, "group_size": -1},
+    {"bits": 6},
     {"block_size": 24},
 ]
 each_setting = pytest.mark.parametrize("setting", SETTINGS, ids=str)
@@ -151,7 +152,7 @@ def test_codes_are_in_range_and_all_levels_are_used(name: str, setting: dict[str
 
 @each
 @each_shape
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("group_size", [16, 64, -1])
 def test_is_no_worse_than_rounding_in_the_metric_it_optimises(
     name: str, columns: int, bits: int, group_size: int
@@ -163,7 +164,7 @@ def test_is_no_worse_than_rounding_in_the_metric_it_optimises(
 
 
 @each
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("group_size", [64, -1])
 def test_a_weight_takes_its_bits_and_its_share_of_scale_and_zero_point(name: str, bits: int, group_size: int) -> None:
     q = quantizer(name, bits=bits, group_size=group_size)(weight_of(256), stats_of(256))
@@ -182,7 +183,7 @@ def test_symmetric_grids_take_no_zero_points(name: str) -> None:
 
 @each
 @pytest.mark.parametrize(
-    "setting", [{"bits": 5}, {"bits": 0}, {"bits": 16}, {"bits": -4}, {"group_size": 0}, {"group_size": -2}], ids=str
+    "setting", [{"bits": 7}, {"bits": 0}, {"bits": 16}, {"bits": -4}, {"group_size": 0}, {"group_size": -2}], ids=str
 )
 def test_settings_out_of_range_are_refused(name: str, setting: dict[str, int]) -> None:
     if not setting.keys() <= {field.name for field in fields(QUANTIZERS[name])}:  # type: ignore[arg-type]

@@ -183,20 +183,33 @@ class CalibrationStream:
 
         self._leave = leave
 
-    def collect(self, block: Block, stage: int, needs: Iterable[str]) -> dict[str, Tensor]:
+    def collect(
+        self, block: Block, stage: int, needs: Iterable[str], rounding: Callable[[Tensor], Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """The statistics named in `needs` of the input that the linears of this stage of `block` share, over all
-        tokens."""
-        ports = block.stages[stage]
-        module = self._model.get_submodule(ports[0].name)
+        tokens; of what `rounding` makes of it, where the linears will see that instead."""
+        module = self._model.get_submodule(block.stages[stage][0].name)
         device = next(module.parameters()).device
         width = cast(int, module.in_features)
         statistics = {name: STATISTICS[name](width, device) for name in needs}
+
+        def update(x: Tensor) -> None:
+            seen = x if rounding is None else rounding(x)
+            for statistic in statistics.values():
+                statistic.update(seen)
+
+        self.watch(block, stage, update)
+        return {name: statistic.result() for name, statistic in statistics.items()}
+
+    def watch(self, block: Block, stage: int, see: Callable[[Tensor], None]) -> None:
+        """Show `see` the input that the linears of this stage of `block` share, a micro-batch at a time."""
+        ports = block.stages[stage]
+        module = self._model.get_submodule(ports[0].name)
         # What a lone linear reads is kept: its outputs may be all that is wanted when it is final (see `_Once`).
         shelf = _Shelf(self.samples, self.batch_size) if len(ports) == 1 and stage + 1 < len(block.stages) else None
 
         def take(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            for statistic in statistics.values():
-                statistic.update(args[0])
+            see(args[0])
             if shelf is not None and args[0].shape[:-1] == self.tokens.shape:  # OPT reads all tokens as one row
                 shelf.put(self.batch, args[0])
             raise _Stop
@@ -208,7 +221,6 @@ class CalibrationStream:
             handle.remove()
         if shelf is not None and shelf.full:
             self._inputs[ports[0].name] = shelf
-        return {name: statistic.result() for name, statistic in statistics.items()}
 
     def settle(self, block: Block, stage: int) -> None:
         """The weights of `block` up to and with its stage of this number are final: parts that are all of such weights

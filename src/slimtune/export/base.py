@@ -77,6 +77,17 @@ class Exporter(Protocol):
         """Undo what `read_back` did to `source`'s own model, where it did something."""
 
 
+def refuse_rounding(modules: Mapping[str, nn.Module], format: str) -> None:
+    """Raise `FormatError` where a linear rounds its input, which `format` cannot say."""
+    rounding = [n for n, m in modules.items() if isinstance(m, QuantLinear) and m.activations is not None]
+    if rounding:
+        raise FormatError(
+            f"{format} cannot say that inputs are rounded",
+            got=f"{rounding[0]} and {len(rounding) - 1} more" if len(rounding) > 1 else rounding[0],
+            remedy="export compressed-tensors, or use the model folder",
+        )
+
+
 def own_state(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The parameters and persistent buffers of `module` itself, without its children's; floats in `dtype` if given."""
     tensors: dict[str, Tensor] = dict(module.named_parameters(recurse=False))

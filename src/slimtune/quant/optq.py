@@ -46,7 +46,7 @@ class Optq:
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
     widths: ClassVar[tuple[int, ...]] = AFFINE_BITS
 
-    bits: int = field(default=4, metadata={"help": "bits of a weight: 2, 3, 4 or 8"})
+    bits: int = field(default=4, metadata={"help": "bits of a weight: 2 to 6, or 8"})
     group_size: int = field(default=64, metadata={"help": "input features that share a scale; -1: a whole row"})
     sym: bool = field(default=False, metadata={"help": "symmetric grid without zero points"})
     grid: GridKind = field(default="mse", metadata={"help": "mse searches each group's range; minmax takes all of it"})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,16 +24,16 @@ from slimtune.lora.inits import residual
 from slimtune.lora.merge import merge as merge_adapter
 from slimtune.lora.options import LoraOptions
 from slimtune.prune.options import PruneOptions
-from slimtune.quant import QUANTIZERS
-from slimtune.quant.apply import QuantizeFacts, all_linear, quantize_
+from slimtune.quant.apply import QuantizeFacts, quantize_
 from slimtune.recipe.document import read_recipe
 from slimtune.recipe.gradients import attach_adapter, gradient_batches, gradients_of, wants_gradients
 from slimtune.recipe.plan import DEFAULT_SAMPLES, Plan
 from slimtune.recipe.plan import plan as make_plan
 from slimtune.recipe.pruning import prune_now
 from slimtune.recipe.run import run as run_recipe
-from slimtune.recipe.schema import Recipe, build, recipe_from, step_from
+from slimtune.recipe.schema import Quantize, Recipe, build, recipe_from, step_from
 from slimtune.recipe.steps import Session, examples_of, run_step
+from slimtune.recipe.treatments import Treatments, check_patterns
 from slimtune.rotate.fuse import RotateFacts, rotate_
 from slimtune.rotate.online import attach_online_
 from slimtune.rotate.options import Rotation
@@ -62,6 +62,8 @@ def quantize(
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibration: DataSource | str | Tensor | None = None,
     ignore: Sequence[str] = (),
+    activations: Mapping[str, Any] | None = None,
+    layers: Mapping[str, Any] | None = None,
     seed: int = 0,
     residual_rank: int = 0,
     facts: Callable[[QuantizeFacts], None] = lambda _: None,
@@ -69,14 +71,18 @@ def quantize(
 ) -> nn.Module:
     """`model` (changed in place) with the linears of its blocks quantized by `method`, whose fields are `options`.
 
-    `calibration` is token windows `[samples, length]`, or a data source or file
-    (then `tokenizer` is needed). With a `residual_rank`, `add_lora(model, init="residual")` may follow, up to that `r`.
-    `facts` is called with what was done to each layer.
+    `activations`, as `{"bits": 8}`, rounds their inputs; `layers` has other fields for some of them, by name or
+    pattern: `{"*.layers.0.*": {"bits": 8}}`. `calibration` is token windows `[samples, length]`, or a data source or
+    file (then `tokenizer` is needed). With a `residual_rank`, `add_lora(model, init="residual")` may follow, up to
+    that `r`. `facts` is called with what was done to each layer.
     """
-    quantizer = build(QUANTIZERS[method], options, method)
+    step = Quantize(method, tuple(ignore), dict(activations or {}), dict(layers or {}), options)
+    treatments, modelmap = Treatments(step, method), bind(model)
+    check_patterns(step, [port.name for port in modelmap.linears], method)
     tokens = _windows(tokenizer, calibration, seed)
     start = (lambda weight, base, stats: residual(weight, base, residual_rank, stats)) if residual_rank > 0 else None
-    facts(quantize_(model, bind(model), all_linear(quantizer, ignore), tokens=tokens, start=start))
+    rounds = treatments.rounds
+    facts(quantize_(model, modelmap, treatments.choose, activations=rounds, tokens=tokens, start=start))
     attach_online_(model)
     return model
 

@@ -21,6 +21,7 @@ class State:
     residual: bool = False  # whether it is known what quantization lost
     pruned: bool = False  # whether the adapter's base is no longer the original model
     ramp: bool = False  # whether the next train step prunes
+    rounded: bool = False  # whether linears round their inputs
 
 
 def check_order(recipe: Recipe, start: State = State()) -> list[State]:
@@ -68,10 +69,15 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
             return "there is no adapter to export", "put export: {format: gguf-lora} after lora, before merge"
         case Export(format="compressed-tensors" | "gptq") if not state.quantized:
             return "there are no packed weights to export", "put a quantize step before, or export safetensors"
-        case Export(format="safetensors" | "compressed-tensors" | "gptq") if state.online:
+        case Export(format="safetensors" | "compressed-tensors" | "gptq" | "gguf") if state.online:
             return (
                 f"no other engine runs the online transform {', '.join(state.online)}: it would load another model",
                 "rotate with online: [], or keep the run's own model folder",
+            )
+        case Export(format="gptq" | "safetensors" | "gguf") if state.rounded:
+            return (
+                "this format cannot say that inputs are rounded",
+                "export compressed-tensors, or use the model folder",
             )
         case Evaluate() if not (step.perplexity or step.tasks or step.speed):
             return "evaluate has nothing to measure", "give it perplexity, tasks or speed: true"
@@ -110,9 +116,10 @@ def _after(step: Step, state: State) -> State:
         case Train():
             return replace(state, ramp=False, pruned=state.pruned or state.ramp)
         case Quantize():
-            return replace(state, quantized=True, residual=True)
+            rounded = bool(step.activations or any("activations" in fields for fields in step.layers.values()))
+            return replace(state, quantized=True, residual=True, rounded=rounded)
         case Lora():
             return replace(state, adapter=True)
         case Merge():
-            return replace(state, quantized=False, adapter=False, residual=False)
+            return replace(state, quantized=False, adapter=False, residual=False, rounded=False)
     return state

@@ -7,7 +7,7 @@ term by term; `docs/LOG.md` has the measurements behind its constants.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,12 @@ from slimtune.lora.attach import resolve_targets
 from slimtune.lora.start import parts
 from slimtune.prune.collect import BATCH, GRADIENTS
 from slimtune.prune.surgery import prune_
-from slimtune.quant import QUANTIZERS, QTensor, Quantizer
-from slimtune.quant.apply import all_linear
+from slimtune.quant import QTensor, Quantizer
 from slimtune.recipe.gradients import wants_gradients
 from slimtune.recipe.legality import State, check_order
 from slimtune.recipe.pruning import importance_of, needs_data, pending, rehearse
-from slimtune.recipe.schema import Evaluate, Export, Lora, Prune, Quantize, Recipe, Rotate, Step, Train, build, to_dict
+from slimtune.recipe.schema import Evaluate, Export, Lora, Prune, Quantize, Recipe, Rotate, Step, Train, to_dict
+from slimtune.recipe.treatments import Treatment, Treatments, check_patterns
 from slimtune.rotate.record import KEY
 
 RUNTIME_BYTES = 90_000_000
@@ -82,15 +82,6 @@ class Plan:
         }
 
 
-def quantizer_of(step: Quantize, where: str = "quantize") -> Quantizer:
-    """The method a quantize step asks for, with its fields. Raises `RecipeError` on an unknown name, key or value."""
-    if step.method not in QUANTIZERS:
-        raise RecipeError(
-            "unknown method", where=f"{where}.method", got=step.method, remedy=nearest(step.method, QUANTIZERS)
-        )
-    return build(QUANTIZERS[step.method], step.options, where)
-
-
 def calibration_source(recipe: Recipe) -> DataSource:
     """The text a quantizer looks at: `data.calibration`, or else the training data."""
     data = recipe.data
@@ -106,15 +97,16 @@ def resolve(recipe: Recipe) -> Recipe:
     steps: list[Step] = []
     for number, step in enumerate(recipe.steps):
         if isinstance(step, Quantize):
-            method = quantizer_of(step, f"steps[{number}].quantize")
-            options = {f.name: getattr(method, f.name) for f in fields(method)}  # type: ignore[arg-type]
-            if method.needs and recipe.data.calibration is None and recipe.data.train is None:
+            treatments = Treatments(step, f"steps[{number}].quantize")
+            if treatments.need_data and recipe.data.calibration is None and recipe.data.train is None:
                 raise RecipeError(
                     f"{step.method} needs calibration text",
                     where=f"steps[{number}].quantize",
                     remedy="add data: {calibration: {builtin: pydocs}} or a file, or use method: rtn",
                 )
-            step = replace(step, options=options)
+            rounding = treatments.default.activations
+            activations = asdict(rounding) if rounding is not None else step.activations
+            step = replace(step, options=treatments.default.options, activations=activations)
         if isinstance(step, Rotate) and step.seed == -1:
             step = replace(step, seed=recipe.seed)
         if isinstance(step, Prune):
@@ -217,44 +209,54 @@ def _check_fit(step: Step, number: int, recipe: Recipe, model: Any, modelmap: Mo
 
 def _check_packable(step: Quantize, later: tuple[Step, ...], modelmap: ModelMap, where: str) -> None:
     """Packed formats hold affine weights without a shorter last group: say so before hours of work, not after."""
-    group = step.options.get("group_size", -1)
+    treatments = Treatments(step, where)
     packed = [s.format for s in later if isinstance(s, Export) and s.format in HOLDS]
     for kind in packed:
-        if fault := HOLDS[kind](_sample(quantizer_of(step, where), group).layout):
-            raise RecipeError(
-                f"{kind} cannot hold what this method makes",
-                where=f"{where}.method",
-                got=f"{step.method}: {fault}",
-                remedy="use rtn or optq, or export safetensors",
-            )
-    ragged = [p.name for p in modelmap.linears if group > 0 and group < p.in_features and p.in_features % group]
+        for treatment in treatments.all:
+            if fault := HOLDS[kind](_sample(treatment.method, _group(treatment)).layout):
+                raise RecipeError(
+                    f"{kind} cannot hold what this method makes",
+                    where=f"{where}.method",
+                    got=f"{step.method}: {fault}",
+                    remedy="use rtn or optq, or export safetensors",
+                )
+    groups = {p.name: _group(treatments.of(p.name)) for p in modelmap.linears}
+    ragged = [p for p in modelmap.linears if 0 < groups[p.name] < p.in_features and p.in_features % groups[p.name]]
     if packed and ragged:
+        names = ", ".join(p.name for p in ragged[:3])
         raise RecipeError(
             f"the group size does not divide every layer, which {packed[0]} needs",
             where=f"{where}.group_size",
-            got=f"{group}; {', '.join(ragged[:3])}{' ...' if len(ragged) > 3 else ''}",
+            got=f"{groups[ragged[0].name]}; {names}{' ...' if len(ragged) > 3 else ''}",
             remedy="use a group size that does, or -1 (whole rows), or export safetensors",
         )
 
 
 def _check_quantize(step: Quantize, modelmap: ModelMap, where: str) -> dict[str, Any]:
-    method = quantizer_of(step, where)
-    choose = all_linear(method, step.ignore)
-    ports = [port for port in modelmap.ports if not isinstance(choose(port), str)]
-    group = step.options.get("group_size", -1)
+    treatments = Treatments(step, where)
+    check_patterns(step, [port.name for port in modelmap.linears], where)
+    ports = {p: treatments.of(p.name) for p in modelmap.ports if not isinstance(treatments.choose(p), str)}
     if not ports:
         raise RecipeError("there is nothing left to quantize", where=f"{where}.ignore", got=list(step.ignore))
-    if group > 0 and all(port.in_features % group and group < port.in_features for port in ports):
+    groups = {port: _group(treatment) for port, treatment in ports.items()}
+    if all(0 < group < port.in_features and port.in_features % group for port, group in groups.items()):
         widths = sorted({port.in_features for port in ports})
         divisors = [g for g in (32, 64, 128, 256) if all(w % g == 0 for w in widths)]
         raise RecipeError(
             "the group size divides no layer's width",
             where=f"{where}.group_size",
-            got=group,
+            got=_group(treatments.default),
             wanted=f"a divisor of {', '.join(map(str, widths))}",
             remedy=f"use {' or '.join(map(str, divisors)) or '-1 (whole rows)'}",
         )
-    return {"bits": _stored_bits(method, step, group), "needs_data": bool(method.needs)}
+    sizes = {port: port.in_features * port.out_features for port in ports}
+    stored = {treatment: _stored_bits(treatment) for treatment in set(ports.values())}
+    bits = sum(stored[ports[port]] * size for port, size in sizes.items()) / sum(sizes.values())
+    return {"bits": bits, "needs_data": treatments.need_data}
+
+
+def _group(treatment: Treatment) -> int:
+    return int(treatment.options.get("group_size", -1))
 
 
 def _sample(method: Quantizer, group: int) -> QTensor:
@@ -268,11 +270,12 @@ def _sample(method: Quantizer, group: int) -> QTensor:
     return method(torch.zeros(32, width), stats)
 
 
-def _stored_bits(method: Quantizer, step: Quantize, group: int) -> float:
+def _stored_bits(treatment: Treatment) -> float:
+    method, options, group = treatment.method, treatment.options, _group(treatment)
     if not method.needs:  # what one row of it takes is quickly seen
         return method(torch.zeros(1, 4096), {}).bits_per_weight
-    per_group = (16 if step.options.get("sym") else 24) / group if group > 0 else 0
-    return float(step.options.get("bits", 16) + per_group)
+    per_group = (16 if options.get("sym") else 24) / group if group > 0 else 0
+    return float(options.get("bits", 16) + per_group)
 
 
 @dataclass(frozen=True)

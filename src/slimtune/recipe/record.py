@@ -32,7 +32,7 @@ _PRUNED = {"axes?": [{"name": str, "kind": str, "units": int, "kept": int, "real
 _FACTS: dict[str, Any] = {
     "prune": _PRUNED,
     "quantize": {
-        "layers?": [{"name": str, "error?": float, "bits?": float}],
+        "layers?": [{"name": str, "error?": float, "bits?": float, "activations?": float}],
         "skipped?": [{"name": str, "reason": str}],
     },
     "rotate": {

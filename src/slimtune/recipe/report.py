@@ -246,8 +246,11 @@ def _quantization(i: int, facts: dict[str, Any]) -> Section:
     known = ((layer["name"], layer["error"]) for layer in layers if layer.get("error") is not None)
     errors = {name: error for name, error in known if math.isfinite(error)}
     worst, most = sorted(errors, key=lambda name: -errors[name])[:5], max(errors.values(), default=0) or 1
-    bits = Counter(layer["bits"] for layer in layers if layer.get("bits") is not None)
-    counts = ", ".join(f"{count:,} at {number(width)} bits" for width, count in sorted(bits.items()))
+    bits = Counter((layer["bits"], layer.get("activations", 16)) for layer in layers if layer.get("bits") is not None)
+    counts = ", ".join(
+        f"{count:,} at {number(width)} bits" + (f" with inputs at {number(inputs)}" if inputs < 16 else "")
+        for (width, inputs), count in sorted(bits.items())
+    )
     note = (
         "The squared error of each layer's outputs relative to their square (of its weights, where the method used no "
     )

@@ -2,7 +2,7 @@
 options.
 
 No torch is imported here. The fields of a quantizer are those of its own dataclass and are checked when the recipe is
-resolved, see `slimtune.recipe.plan.quantizer_of`.
+resolved, see `slimtune.recipe.treatments`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,19 @@ class Data:
 
 @dataclass(frozen=True)
 class Quantize:
-    """Weights to few bits. Every other key is a field of the method (`slimtune list quantizers`)."""
+    """Weights to few bits, and the inputs of linears where `activations` says so. Every other key is a field of the
+    method (`slimtune list quantizers`)."""
 
     name: ClassVar[str] = "quantize"
 
     method: str = field(default="optq", metadata={"help": "a name from `slimtune list quantizers`"})
     ignore: tuple[str, ...] = field(default=(), metadata={"help": "layers to leave alone, * wildcards allowed"})
+    activations: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "how inputs are rounded, {bits: 8}; default: not at all"}
+    )
+    layers: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "other fields for some layers: {NAME: {bits: 8}}, * wildcards allowed"}
+    )
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "the method's own fields"})
 
 
@@ -200,7 +207,9 @@ def to_dict(value: Any) -> Any:
     if isinstance(value, Recipe):
         return {f.name: to_dict(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Quantize):
-        return {value.name: {"method": value.method, **to_dict(value.options), "ignore": list(value.ignore)}}
+        extra = {"activations": to_dict(value.activations), "layers": to_dict(value.layers)}
+        facts = {"method": value.method, **to_dict(value.options), "ignore": list(value.ignore)}
+        return {value.name: facts | {key: values for key, values in extra.items() if values}}
     if isinstance(value, tuple(STEPS.values())):
         return {cast(Step, value).name: {f.name: to_dict(getattr(value, f.name)) for f in fields(cast(Step, value))}}
     if is_dataclass(value) and not isinstance(value, type):

@@ -25,7 +25,7 @@ from slimtune.lora.attach import base_of, plain
 from slimtune.lora.inits import INITS, residual
 from slimtune.lora.merge import merge
 from slimtune.prune.options import PruneOptions
-from slimtune.quant.apply import Start, all_linear, quantize_
+from slimtune.quant.apply import Start, quantize_
 from slimtune.quant.linear import QuantLinear
 from slimtune.quant.size import Size, model_size
 from slimtune.recipe.blocks import FolderStore
@@ -36,9 +36,10 @@ from slimtune.recipe.gradients import (
     wants_gradients,
     wants_residual,
 )
-from slimtune.recipe.plan import CALIBRATION_BATCH, DEFAULT_SAMPLES, calibration_source, quantizer_of
+from slimtune.recipe.plan import CALIBRATION_BATCH, DEFAULT_SAMPLES, calibration_source
 from slimtune.recipe.pruning import needs_data, pending, prune_now, record
 from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train
+from slimtune.recipe.treatments import Treatments
 from slimtune.rotate.fuse import rotate_
 from slimtune.rotate.online import attach_online_
 from slimtune.rotate.options import Rotation
@@ -147,15 +148,18 @@ def outlier_facts(before: dict[str, Outliers], after: dict[str, Outliers]) -> Fa
 
 
 def _quantize(session: Session, step: Quantize, number: int) -> Facts:
-    method = quantizer_of(step)
+    treatments = Treatments(step)
     modelmap = bind(session.model)
     facts: Facts = {"method": step.method, **step.options}
-    tokens, source = _calibration(session) if method.needs else (None, {})
+    if step.activations:
+        facts["activations"] = step.activations
+    tokens, source = _calibration(session) if treatments.need_data else (None, {})
     place = session.place(f"step-{number}-blocks")
     result = quantize_(
         session.model,
         modelmap,
-        all_linear(method, step.ignore),
+        treatments.choose,
+        activations=treatments.rounds,
         tokens=tokens,
         batch_size=CALIBRATION_BATCH,
         materialise=session.loaded.materialise,
