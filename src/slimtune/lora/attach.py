@@ -31,7 +31,7 @@ class LoraQuantLinear(PeftLoraLinear):
     """PEFT's LoRA layer around a `QuantLinear` or `BlackBox`. It saves as PEFT's own; it cannot merge into codes.
 
     With one plain adapter, base and adapter run as one function (`slimtune.lora.fused`) in the dtype of the input. All
-    else (dropout in training, several adapters, DoRA and other variants) runs as in PEFT.
+    else (dropout in training, several adapters, DoRA and other variants, prepared layers) runs as in PEFT.
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -47,6 +47,7 @@ class LoraQuantLinear(PeftLoraLinear):
             or self.lora_variant
             or self.lora_bias[active[0]]
             or not isinstance(base, FROZEN)
+            or (isinstance(base, QuantLinear) and base.small is not None and not torch.is_grad_enabled())
             or (self.training and not isinstance(self.lora_dropout[active[0]], nn.Identity))
         ):
             return super().forward(x, *args, **kwargs)

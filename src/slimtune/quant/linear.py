@@ -14,6 +14,12 @@ from slimtune.quant.autograd import DequantizingMatmul
 from slimtune.quant.base import QTensor
 from slimtune.quant.layouts import Layout
 
+SmallProduct = Callable[[Tensor], Tensor]
+"""`x Wᵀ` from a copy of the weight that is made for a few rows."""
+
+FEW = 32
+"""Rows up to which a `SmallProduct` is used."""
+
 
 class QuantLinear(nn.Module):
     """`y = x Wᵀ + b` with `W` stored in few bits.
@@ -51,6 +57,7 @@ class QuantLinear(nn.Module):
             self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))
         self.bias = _frozen(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
         self.start: Factors | None = None  # what an adapter on this layer may start from; not saved with it
+        self.small: SmallProduct | None = None  # see slimtune.quant.decoding
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, weight: QTensor, activations: Activations | None = None) -> QuantLinear:
@@ -68,6 +75,9 @@ class QuantLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.activations is not None:
             x = self.activations(x)
+        if self.small is not None and not torch.is_grad_enabled() and x.numel() <= FEW * self.in_features:
+            small = self.small(x)
+            return small if self.bias is None else small + self.bias.to(small.dtype)
         y: Tensor = DequantizingMatmul.apply(x, self.layout, self.names, *(getattr(self, name) for name in self.names))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
