@@ -55,7 +55,7 @@ def stats_of(columns: int) -> dict[str, Tensor]:
     stats = {}
     for name, make in STATISTICS.items():
         statistic = make(columns, x.device)
-        statistic.update(x)
+        statistic.update(x, x)
         stats[name] = statistic.result()
     return stats
 

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from slimtune.arch import Block, ModelMap, Port
 from slimtune.calib.capture import CalibrationStream, calibration_stream
+from slimtune.calib.stats import DRIFT
 from slimtune.errors import CalibrationError, FormatError, RecipeError, ShapeError
 from slimtune.kernels.memory import release
+from slimtune.linalg.hessian import aligned
 from slimtune.linalg.lowrank import Factors
 from slimtune.quant.activation import Activations, Search
 from slimtune.quant.base import QTensor, Quantizer, Stats
@@ -172,6 +174,8 @@ def quantize_(
             weights = {name: parameter.data for name, parameter in module.named_parameters()}
             if stream is not None:
                 stream.enter(block)  # may compute in fewer bits than the weights have
+                if DRIFT in needs:
+                    stream.follow(block)
             layers = store.load(block) if store is not None else None
             if layers is None:
                 layers = []
@@ -229,7 +233,8 @@ def _quantize_stage(
         weight = weights[name]
         if not bool(torch.isfinite(weight).all()):
             raise FormatError("a weight is not finite", where=port.name, remedy="get the model's files again")
-        quantized = methods[port.name](weight, stats)
+        aim = aligned(weight, stats["hessian"], stats[DRIFT]) if DRIFT in stats else weight
+        quantized = methods[port.name](aim, stats)
         dense = quantized.dequantize()
         exact = weight.to(torch.float32)
         error = _relative_error(exact, dense, stats.get("hessian"))

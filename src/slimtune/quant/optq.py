@@ -43,7 +43,6 @@ class Optq:
         True
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
     widths: ClassVar[tuple[int, ...]] = AFFINE_BITS
 
     bits: int = field(default=4, metadata={"help": "bits of a weight: 2 to 6, or 8"})
@@ -54,6 +53,9 @@ class Optq:
     damp_percent: float = field(default=0.01, metadata={"help": "dampening, a fraction of the Hessian's mean diagonal"})
     refine: int | None = field(
         default=None, metadata={"help": "rounds of refitting; default: 4 at 2 bits, 2 at 3 bits, none above"}
+    )
+    gptaq: bool = field(
+        default=False, metadata={"help": "aim at the outputs of the dense model (GPTAQ); twice the cost"}
     )
 
     def __post_init__(self) -> None:
@@ -67,6 +69,11 @@ class Optq:
     def rounds(self) -> int:
         """Rounds of refinement."""
         return {2: 4, 3: 2}.get(self.bits, 0) if self.refine is None else self.refine
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The Hessian of the inputs, and their drift from the dense model's where it is made up for."""
+        return frozenset({"hessian", "drift"} if self.gptaq else {"hessian"})
 
     def __call__(self, weight: Tensor, stats: Stats) -> QTensor:
         """Quantize `weight` (float `[out, in]`) given `stats["hessian"]` (`[in, in]`). Float64 weights stay float64."""

@@ -34,16 +34,23 @@ class Quip:
         True
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
     widths: ClassVar[tuple[int, ...]] = BITS
 
     bits: int = field(default=2, metadata={"help": "bits of a weight: 2, 3 or 4"})
     damp_percent: float = field(default=0.01, metadata={"help": "dampening, a fraction of the Hessian's mean diagonal"})
     sweeps: int = field(default=1, metadata={"help": "rounds in which every block is rounded again, given the others"})
     seed: int = field(default=0, metadata={"help": "of the random signs"})
+    gptaq: bool = field(
+        default=False, metadata={"help": "aim at the outputs of the dense model (GPTAQ); twice the cost"}
+    )
 
     def __post_init__(self) -> None:
         check(self.bits, self.damp_percent, self.sweeps)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The Hessian of the inputs, and their drift from the dense model's where it is made up for."""
+        return frozenset({"hessian", "drift"} if self.gptaq else {"hessian"})
 
     def __call__(self, weight: Tensor, stats: Stats) -> QTensor:
         """Quantize `weight` (float `[out, in]`) given `stats["hessian"]` (`[in, in]`). Float64 weights stay float64."""

@@ -265,7 +265,7 @@ def _sample(method: Quantizer, group: int) -> QTensor:
     stats = {}
     for name in method.needs:
         statistic = STATISTICS[name](width, torch.device("cpu"))
-        statistic.update(torch.eye(width))
+        statistic.update(torch.eye(width), torch.eye(width))
         stats[name] = statistic.result()
     return method(torch.zeros(32, width), stats)
 
