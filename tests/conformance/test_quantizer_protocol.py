@@ -244,3 +244,16 @@ def test_a_broken_result_cannot_exist(name: str) -> None:
             QTensor({k: t for k, t in q.tensors.items() if k != key}, q.layout)
     with pytest.raises(FormatError, match="wrong tensors"):
         QTensor({**q.tensors, "extra": torch.zeros(1)}, q.layout)
+
+
+@pytest.mark.parametrize("name", [name for name in QUANTIZERS if "gptaq" in {f.name for f in fields(QUANTIZERS[name])}])
+def test_making_up_for_drift_brings_outputs_nearer_to_the_dense_ones(name: str) -> None:
+    z, w = torch.randn(400, 64) @ torch.randn(64, 64) / 8, weight_of(64)
+    x = z + 0.3 * torch.randn(400, 64)
+    stats = {"hessian": x.T @ x / 400, "drift": (z - x).T @ x / 400}
+    plain, made_up = quantizer(name), quantizer(name, gptaq=1.0)
+    assert (plain.needs, made_up.needs) == (frozenset({"hessian"}), frozenset({"hessian", "drift"}))
+    off = [float((z @ w.T - x @ m(w, stats).dequantize().T).square().sum()) for m in (plain, made_up)]
+    assert off[1] < off[0]
+    with pytest.raises(RecipeError, match="gptaq out of range"):
+        quantizer(name, gptaq=1.5)

@@ -155,3 +155,5 @@ def test_aligned_is_the_least_squares_weight() -> None:
     off = lambda w: float((z @ weight.T - x @ w.T).square().sum())  # noqa: E731
     assert off(aligned(weight, h, drift)) < 0.9 * off(weight)
     assert torch.equal(aligned(weight, h, torch.zeros_like(h)), weight)
+    half = aligned(weight, h, drift, share=0.5)
+    torch.testing.assert_close(2 * half - weight, aligned(weight, h, drift))

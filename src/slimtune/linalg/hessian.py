@@ -85,7 +85,7 @@ class CrossMoment:
         return self._sum / self.count
 
 
-def aligned(weight: Tensor, hessian: Tensor, drift: Tensor, damp: float = 0.01) -> Tensor:
+def aligned(weight: Tensor, hessian: Tensor, drift: Tensor, share: float = 1.0, damp: float = 0.01) -> Tensor:
     """The weight that on the inputs a layer gets does most nearly what `weight` did on those it should have got.
 
     `|Z Wᵀ - X W'ᵀ|²` over calibration inputs `Z` of the dense model and `X` of the one quantized so far is least for
@@ -97,11 +97,12 @@ def aligned(weight: Tensor, hessian: Tensor, drift: Tensor, damp: float = 0.01) 
         weight: float `[out, in]`; the result has its dtype.
         hessian: `H / n`, `[in, in]`.
         drift: `C / n`, `[in, in]`.
+        share: of the correction; less than 1 where few tokens would be fitted too well.
         damp: dampening, a fraction of the Hessian's mean diagonal.
     """
     upper, _ = inverse_cholesky(hessian, damp)
     moved = (weight.to(torch.float64) @ drift.to(torch.float64)) @ upper.T @ upper
-    return (weight + moved).to(weight.dtype)
+    return (weight + share * moved).to(weight.dtype)
 
 
 def inverse_cholesky(hessian: Tensor, damp: float = 0.01, attempts: int = 6) -> tuple[Tensor, float]:

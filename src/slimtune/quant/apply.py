@@ -22,7 +22,6 @@ from slimtune.calib.capture import CalibrationStream, calibration_stream
 from slimtune.calib.stats import DRIFT
 from slimtune.errors import CalibrationError, FormatError, RecipeError, ShapeError
 from slimtune.kernels.memory import release
-from slimtune.linalg.hessian import aligned
 from slimtune.linalg.lowrank import Factors
 from slimtune.quant.activation import Activations, Search
 from slimtune.quant.base import QTensor, Quantizer, Stats
@@ -233,8 +232,7 @@ def _quantize_stage(
         weight = weights[name]
         if not bool(torch.isfinite(weight).all()):
             raise FormatError("a weight is not finite", where=port.name, remedy="get the model's files again")
-        aim = aligned(weight, stats["hessian"], stats[DRIFT]) if DRIFT in stats else weight
-        quantized = methods[port.name](aim, stats)
+        quantized = methods[port.name](weight, stats)
         dense = quantized.dequantize()
         exact = weight.to(torch.float32)
         error = _relative_error(exact, dense, stats.get("hessian"))

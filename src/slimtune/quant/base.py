@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from slimtune.errors import FormatError
+from slimtune.errors import FormatError, RecipeError
 from slimtune.quant.layouts import Layout
 
 Stats = Mapping[str, Tensor]
@@ -56,6 +56,12 @@ class QTensor:
     def bits_per_weight(self) -> float:
         """Stored bits, everything counted, per weight."""
         return 8 * self.bytes / (self.layout.out_features * self.layout.in_features)
+
+
+def check_share(gptaq: float) -> None:
+    """Raise `RecipeError` unless the share of the drift that a quantizer makes up for is one."""
+    if not 0 <= gptaq <= 1:
+        raise RecipeError("gptaq out of range", got=gptaq, wanted="0 to 1")
 
 
 class Quantizer(Protocol):
