@@ -189,6 +189,14 @@ def test_generate_answers_with_a_model_a_run_and_an_adapter(command: Command, pl
         out, err = command("generate", *arguments, "--prompt", "What is 1 and 2?", "--max-new-tokens", 5)
         assert out.endswith("\n")
         assert err.endswith("tokens/s\n")
+        assert "read " in err and "wrote " in err
+    say = ("generate", base, "--prompt", "What is", "--max-new-tokens", 5)
+    read = {raw: int(command(*say, *raw)[1].split()[1]) for raw in ((), ("--raw",))}
+    assert read[("--raw",)] == 7 < read[()]  # the template is left out
+    free = [command(*say, "--temperature", 3, "--seed", seed)[0] for seed in (1, 1, 2)]
+    assert free[0] == free[1] != free[2]
+    with pytest.raises(AssertionError, match="top_p out of range"):
+        command(*say, "--top-p", 2)
 
 
 def test_export_takes_a_run_or_a_model(command: Command, place: Path, tmp_path: Path) -> None:
@@ -225,7 +233,7 @@ def test_report_shows_one_run_and_compares_two(command: Command, place: Path, tm
         ("quantizers", {"optq", "rtn"}),
         ("inits", {"default", "gaussian"}),
         ("families", {"llama", "qwen2", "t5", "llava"}),
-        ("exporters", {"peft", "safetensors", "compressed-tensors"}),
+        ("exporters", {"peft", "safetensors", "compressed-tensors", "gguf", "gguf-lora"}),
     ],
 )
 def test_lists_say_what_there_is(command: Command, what: str, names: set[str]) -> None:
@@ -239,7 +247,7 @@ def test_lists_say_what_there_is(command: Command, what: str, names: set[str]) -
 def test_a_quantizer_is_listed_with_its_fields(command: Command) -> None:
     [optq] = [r for r in json.loads(command("list", "quantizers", "--json")[0])["quantizers"] if r["name"] == "optq"]
     fields: dict[str, Any] = {field["name"]: field for field in optq["fields"]}
-    assert fields["bits"]["default"] == 4 and "2, 3, 4 or 8" in fields["bits"]["help"]
+    assert fields["bits"]["default"] == 4 and "2 to 6, or 8" in fields["bits"]["help"]
     assert "damp_percent" in command("list", "quantizers")[0]
 
 

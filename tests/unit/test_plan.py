@@ -71,7 +71,7 @@ def test_the_resolved_recipe_has_every_field_of_the_method(config_only: Path) ->
         ({"quantize": {"method": "optk"}}, "steps[0].quantize.method", "did you mean 'optq'"),
         ({"quantize": {"bit": 4}}, "steps[0].quantize", "did you mean 'bits'"),
         ({"quantize": {"options": {"bits": 4}}}, "steps[0].quantize", "unknown key"),
-        ({"quantize": {"bits": 5}}, "steps[0].quantize, bits", "bits out of range"),
+        ({"quantize": {"bits": 7}}, "steps[0].quantize, bits", "bits out of range"),
         ({"quantize": {"bits": True}}, "steps[0].quantize.bits", "integer"),
         ({"quantize": {"group_size": 0}}, "steps[0].quantize, group_size", "group_size out of range"),
         ({"quantize": {"group_size": 28}}, "steps[0].quantize.group_size", "divides no layer's width"),

@@ -6,7 +6,7 @@ nowhere else.
 
 from slimtune.arch.bind import Attention, Block, ModelMap, Norm, Port, bind, family_of
 from slimtune.arch.families import FAMILIES
-from slimtune.arch.spec import FamilySpec, NormSpec, PortSpec, Space, StackSpec
+from slimtune.arch.spec import FamilySpec, NormSpec, PortSpec, Space, StackSpec, Widths
 
 __all__ = [
     "FAMILIES",
@@ -20,6 +20,7 @@ __all__ = [
     "PortSpec",
     "Space",
     "StackSpec",
+    "Widths",
     "bind",
     "family_of",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import nn
 
 from slimtune.arch.families import FAMILIES
-from slimtune.arch.spec import Config, FamilySpec, NormKind, NormSpec, PortSpec, Space
+from slimtune.arch.spec import Config, FamilySpec, NormKind, NormSpec, PortSpec, Space, Widths
 from slimtune.errors import ShapeError, UnknownArchitecture, nearest
 
 Kind = Literal["linear", "embedding"]
@@ -106,7 +106,7 @@ class ModelMap:
     """Where everything in a model is, and how it is connected.
 
     `ports` are in dataflow order: what stands before the blocks, the blocks, what stands after them. `sizes` has the
-    width of every space but `FOREIGN`.
+    width of every space but `FOREIGN`; `widths` names the numbers of the configuration that say so.
     """
 
     family: str
@@ -115,6 +115,7 @@ class ModelMap:
     norms: tuple[Norm, ...]
     sizes: dict[Space, int]
     scaled_embeddings: bool = False
+    widths: Widths = field(default_factory=Widths)
 
     def __getitem__(self, name: str) -> Port:
         """The port called `name`. Raises `UnknownArchitecture` where there is none."""
@@ -201,7 +202,7 @@ def bind(model: nn.Module, family: FamilySpec | None = None) -> ModelMap:
         Block(path, i, stack, tuple(port for port in ports if port.block == i))
         for i, (path, stack) in enumerate(claims.blocks)
     )
-    return ModelMap(name, ports, blocks, norms, sizes, row.scaled_embeddings)
+    return ModelMap(name, ports, blocks, norms, sizes, row.scaled_embeddings, row.widths)
 
 
 def family_of(model_type: str) -> FamilySpec:

@@ -17,6 +17,7 @@ from slimtune.arch.spec import (
     PortSpec,
     Space,
     StackSpec,
+    Widths,
     attention_heads,
     head_width,
     key_value_heads,
@@ -60,6 +61,7 @@ LLAMA = FamilySpec(
     norms=(NormSpec("norm", "rms", feeds=("/lm_head",)),),
     exit=(LM_HEAD,),
     sizes=SIZES,
+    widths=Widths(divides=True, stand_in="mistral"),
 )
 
 
@@ -73,6 +75,7 @@ def _query_key_norms(kind: NormKind) -> tuple[NormSpec, ...]:
 QWEN3 = replace(
     LLAMA,
     name="qwen3",
+    widths=Widths(),
     model_types=("qwen3",),
     stacks=(StackSpec("layers", LLAMA_PORTS, (*LLAMA_NORMS, *_query_key_norms("rms"))),),
 )
@@ -86,6 +89,7 @@ GEMMA_NORMS = (
 GEMMA2 = replace(
     LLAMA,
     name="gemma2",
+    widths=Widths(divides=True),
     model_types=("gemma2",),
     stacks=(StackSpec("layers", LLAMA_PORTS, GEMMA_NORMS),),
     norms=(NormSpec("norm", "rms_plus_one", feeds=("/lm_head",)),),
@@ -108,7 +112,13 @@ PHI3_NORMS = (
     NormSpec("input_layernorm", "rms", feeds=("self_attn.qkv_proj",)),
     NormSpec("post_attention_layernorm", "rms", feeds=("mlp.gate_up_proj",)),
 )
-PHI3 = replace(LLAMA, name="phi3", model_types=("phi3",), stacks=(StackSpec("layers", PHI3_PORTS, PHI3_NORMS),))
+PHI3 = replace(
+    LLAMA,
+    name="phi3",
+    model_types=("phi3",),
+    stacks=(StackSpec("layers", PHI3_PORTS, PHI3_NORMS),),
+    widths=Widths(),
+)
 
 
 # OPT-350m alone projects its embeddings and normalises the residual stream itself (after each addition).
@@ -164,6 +174,7 @@ OPT = FamilySpec(
         WORD: attrgetter("word_embed_proj_dim"),
         POSITION: lambda config: config.max_position_embeddings + 2,  # the first two rows are never used
     },
+    widths=Widths(head_width="", ffn="ffn_dim"),
 )
 
 
@@ -230,6 +241,7 @@ T5 = FamilySpec(
     ),
     exit=(LM_HEAD,),
     sizes=SIZES | {FFN: attrgetter("d_ff"), POSITION: attrgetter("relative_attention_num_buckets")},
+    widths=Widths("num_heads", "", "d_kv", "d_ff", ("num_layers", "num_decoder_layers")),
 )
 
 LLAVA = FamilySpec(
@@ -248,8 +260,8 @@ FAMILIES: Table[FamilySpec] = Table(
     "slimtune.families",
     {
         "llama": LLAMA,
-        "mistral": replace(LLAMA, name="mistral", model_types=("mistral",)),
-        "qwen2": replace(LLAMA, name="qwen2", model_types=("qwen2",)),
+        "mistral": replace(LLAMA, name="mistral", model_types=("mistral",), widths=Widths()),
+        "qwen2": replace(LLAMA, name="qwen2", model_types=("qwen2",), widths=Widths()),
         "qwen3": QWEN3,
         "gemma2": GEMMA2,
         "gemma3": GEMMA3,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from slimtune.arch import family_of
 from slimtune.calib.capture import model_inputs
 from slimtune.errors import FormatError
 from slimtune.lora.attach import base_of
@@ -32,17 +35,29 @@ class Source:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an export wrote. `max_logit_difference` compares what was read back with what was exported."""
+    """What an export wrote. `max_logit_difference` compares what was read back with what was exported; `facts` are the
+    exporter's own."""
 
     format: str
     path: str
     files: tuple[str, ...]
     bytes: int
     max_logit_difference: float
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `report.json`."""
-        return asdict(self)
+        values = asdict(self)
+        return values.pop("facts") | values
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an exporter may say of what it wrote: `facts` for the report, and the `dtype` whose rounding explains how
+    far logits may move. None: it quantized, and compares the weights itself when it reads them back."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
 
 
 class Exporter(Protocol):
@@ -50,8 +65,9 @@ class Exporter(Protocol):
 
     loads_in: ClassVar[str]
 
-    def write(self, source: Source, folder: Path) -> None:
-        """Write the files of the format into the empty folder `folder`."""
+    def write(self, source: Source, folder: Path) -> Written | None:
+        """Write the files of the format into the empty folder `folder`. None: dense weights are in `source.dtype`, and
+        there is nothing to tell."""
 
     def read_back(self, source: Source, folder: Path) -> nn.Module:
         """The model that a user of the format gets from `folder`, for comparison. May be `source`'s own with the
@@ -59,6 +75,17 @@ class Exporter(Protocol):
 
     def restore_(self, source: Source) -> None:
         """Undo what `read_back` did to `source`'s own model, where it did something."""
+
+
+def refuse_rounding(modules: Mapping[str, nn.Module], format: str) -> None:
+    """Raise `FormatError` where a linear rounds its input, which `format` cannot say."""
+    rounding = [n for n, m in modules.items() if isinstance(m, QuantLinear) and m.activations is not None]
+    if rounding:
+        raise FormatError(
+            f"{format} cannot say that inputs are rounded",
+            got=f"{rounding[0]} and {len(rounding) - 1} more" if len(rounding) > 1 else rounding[0],
+            remedy="export compressed-tensors, or use the model folder",
+        )
 
 
 def own_state(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -116,8 +143,11 @@ def write_folder(
         base.config.quantization_config = quantization
     try:
         untied = {name: tensor for name, tensor in state.items() if name not in base.all_tied_weights_keys}
+        base.config = stock_config(base.config)
         base.save_pretrained(folder, state_dict=untied, max_shard_size=shard)
         base.config.dtype = dtype  # save_pretrained wrote the dtype of the model in memory
+        if base.config.model_type != config.model_type:  # and the class of the model in memory
+            base.config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base.config.model_type]]
         base.config.save_pretrained(folder)
     finally:
         base.config = config
@@ -125,6 +155,33 @@ def write_folder(
     basis = rotation_of(base)
     if basis is not None:
         write_rotation(basis, folder)
+
+
+def stock_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration under which stock transformers loads what `config` describes.
+
+    It is `config` itself, but for a pruned model whose heads no longer divide its hidden size where its family wants
+    that (Llama): then the same model in the words of a family that computes the same (Mistral, without a window).
+    """
+    if "text_config" in vars(config):
+        config.text_config = stock_config(config.text_config)
+        return config
+    widths = family_of(config.model_type).widths
+    if not widths.divides or config.hidden_size % getattr(config, widths.heads) == 0:
+        return config
+    if not widths.stand_in:
+        raise FormatError(
+            "transformers refuses this number of heads in this family",
+            got=f"{getattr(config, widths.heads)} heads, hidden size {config.hidden_size}",
+            wanted="heads that divide the hidden size",
+        )
+    other = AutoConfig.for_model(widths.stand_in)
+    facts = {key: value for key, value in vars(config).items() if key in vars(other) and key != "architectures"}
+    made = AutoConfig.for_model(widths.stand_in, **{**facts, "sliding_window": None})
+    for key in ("quantization_config", "_name_or_path"):
+        if key in vars(config):
+            setattr(made, key, vars(config)[key])
+    return made
 
 
 def _has_reverse(conversion: Any) -> bool:
@@ -150,9 +207,13 @@ def probe_logits(model: nn.Module) -> torch.Tensor:
     return logits.float()
 
 
-def largest_difference(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, where: str) -> float:
-    """`max |got - wanted|`. Raises `FormatError` when it exceeds what rounding to `dtype` explains."""
+def largest_difference(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype | None, where: str) -> float:
+    """`max |got - wanted|`. Raises `FormatError` when it is no number, or exceeds what rounding to `dtype` (None:
+    anything) explains."""
     difference = float((got - wanted).abs().max())
+    if dtype is None and math.isfinite(difference):
+        return difference
+    dtype = dtype or torch.float32
     tolerance = 2 * torch.finfo(dtype).eps ** 0.5 * max(float(wanted.abs().max()), 1.0)
     if not difference <= tolerance:
         raise FormatError(

@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from slimtune.errors import FormatError, RecipeError
-from slimtune.export.base import Source, packed_state, write_folder
+from slimtune.export.base import Source, packed_state, refuse_rounding, write_folder
 from slimtune.export.foreign import WIDTHS, Scheme, exact
 from slimtune.export.load import load
 from slimtune.files import write_json
@@ -46,6 +46,7 @@ class GptqExporter:
     def write(self, source: Source, folder: Path) -> None:
         """Write packed weights, everything else in `source.dtype`, and the adapter; `source.model` is not changed."""
         modules = plain(source.model)
+        refuse_rounding(modules, "gptq")
         layers = {name: module for name, module in modules.items() if isinstance(module, QuantLinear)}
         require_expressible(layers)
         # v1 stores zero points less one. Readers disagree about what 0 less one is, and GPTQModel takes v1 with zero

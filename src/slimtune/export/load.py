@@ -34,6 +34,7 @@ from slimtune.arch import bind
 from slimtune.arch.weights import Checkpoint
 from slimtune.errors import BackendMissing, FormatError, RecipeError, UnknownArchitecture, nearest
 from slimtune.export.foreign import PackedFormat, packed_format, read_layers
+from slimtune.export.gguf_config import gguf_config
 from slimtune.export.native import FILES, settle_, write_model
 from slimtune.files import whole_folder
 from slimtune.hub import SlimtuneConfig, register
@@ -226,7 +227,7 @@ def model_config(model: str) -> PretrainedConfig:
     if model in BUNDLED:
         path = _packaged(model)
     if path.suffix == ".gguf" and path.is_file():
-        return cast(PretrainedConfig, AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
+        return gguf_config(path)
     if path.is_dir() or model.count("/") != 1:
         return read_config(locate(model)[0])
     return read_config(_downloaded(model, weights=False))
@@ -325,16 +326,24 @@ def _packaged(model: str) -> Path:
 
 def _converted(gguf: Path, name: str) -> Path:
     """The safetensors twin of a GGUF file, dequantized once and kept in the cache."""
-    facts = gguf.stat()
-    folder = cache_folder() / f"{Path(name).stem}-{facts.st_size:x}-{int(facts.st_mtime):x}"
+    stat = gguf.stat()
+    folder = cache_folder() / f"{Path(name).stem}-{stat.st_size:x}-{int(stat.st_mtime):x}"
     if not (folder / "config.json").is_file():
+        config = gguf_config(gguf)
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            model, facts = auto_class(config).from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                config=config,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
             raise FormatError("the GGUF file cannot be read", where=str(gguf), got=str(error)[:300]) from error
+        if facts["missing_keys"]:
+            raise FormatError("the GGUF file lacks weights", where=str(gguf), wanted=sorted(facts["missing_keys"])[:5])
         settle_(model)
         own = folder.with_name(f"{folder.name}-{os.getpid()}")  # two processes may convert at the same time
         with whole_folder(own) as partial_folder:

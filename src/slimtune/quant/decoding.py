@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from functools import partial
 
 import psutil
 import torch
 from torch import Tensor, nn
 
 from slimtune.kernels.cpu import int4_weight
+from slimtune.kernels.dispatch import affine_product, triton_runs
 from slimtune.linalg.packing import unpack
 from slimtune.quant.base import QTensor
 from slimtune.quant.layouts import Affine
@@ -27,19 +28,21 @@ SPARE = 0.5
 
 @contextmanager
 def decoding(model: nn.Module) -> Iterator[None]:
-    """Within the block, packed linears of `model` on a CPU run a few rows at a time from prepared copies, in bfloat16.
+    """Within the block, packed linears of `model` run a few rows at a time from prepared copies, in bfloat16.
+
+    That is on a CPU. On a GPU nothing is copied: affine weights are multiplied packed, by Triton where it is wanted.
 
     Without gradients only, and for up to `slimtune.quant.linear.FEW` rows; all else runs as ever. Layers for which
     there is no fast product and no memory stay as they are.
     """
-    layers = [m for m in model.modules() if isinstance(m, QuantLinear) and m.weight.device.type == "cpu"]
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
     budget = SPARE * psutil.virtual_memory().available
     try:
         with torch.no_grad():
             for layer in layers:
-                layer.small = _int4(layer.qtensor)
+                layer.small = _packed(layer.qtensor)
                 size = 2 * layer.in_features * layer.out_features
-                if layer.small is None and size < budget:
+                if layer.small is None and layer.weight.device.type == "cpu" and size < budget:
                     layer.small, budget = Kept(layer.dequantize(torch.bfloat16)), budget - size
         yield
     finally:
@@ -58,13 +61,15 @@ class Kept:
         return (x.to(torch.bfloat16) @ self.weight.T).to(x.dtype)
 
 
-def _int4(weight: QTensor) -> SmallProduct | None:
-    layout = weight.layout
-    if not isinstance(layout, Affine) or layout.bits > 4:
+def _packed(weight: QTensor) -> SmallProduct | None:
+    """A product with the packed weight, where its device has one for it."""
+    layout, codes = weight.layout, weight.tensors["codes"]
+    if not isinstance(layout, Affine):
         return None
-    codes = unpack(weight.tensors["codes"], layout.bits, layout.in_features)
+    scale, zero = weight.tensors["scale"], weight.tensors.get("zero")
     group = layout.in_features if layout.groups == 1 else layout.group_size
-    product = int4_weight(
-        codes, weight.tensors["scale"], weight.tensors.get("zero"), bits=layout.bits, group_size=group
-    )
-    return cast("SmallProduct | None", product)
+    if triton_runs(codes.device):
+        return partial(affine_product, codes=codes, scale=scale, zero=zero, bits=layout.bits, group_size=group)
+    if layout.bits > 4:
+        return None
+    return int4_weight(unpack(codes, layout.bits, layout.in_features), scale, zero, bits=layout.bits, group_size=group)

@@ -144,6 +144,30 @@ def magnitude_plot(name: str, before: Sequence[float], after: Sequence[float]) -
         return _svg(name, figure, "magnitudes of channels")
 
 
+def width_plot(name: str, widths: Mapping[str, Sequence[tuple[int, float]]]) -> str | None:
+    """How much of each kind every block has kept: `widths` maps a kind to (block, share of its units that is left).
+
+    None where there is nothing to draw. `name` must be unique on the page.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    if not any(widths.values()):
+        return None
+    with _figure(WIDTH, 2.8) as figure:
+        axes = _axes(figure, 1)[0]
+        room = 0.8 / len(widths)
+        for i, (kind, points) in enumerate(widths.items()):
+            places = [block + (i - (len(widths) - 1) / 2) * room for block, _ in points]
+            shares = [100 * share for _, share in points]
+            axes.bar(places, shares, width=room, color=COLOURS[i % len(COLOURS)], label=_printable(kind))
+        axes.set_ylim(0, 100)
+        axes.set_xlabel("block")
+        axes.set_ylabel("kept, per cent")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _legend(axes)
+        return _svg(name, figure, "share of units kept by block")
+
+
 def _loss_limits(series: Sequence[Series], target: float | None) -> tuple[float, float]:
     shown = [target] if target is not None else []
     for one in series:

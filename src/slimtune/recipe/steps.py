@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -13,22 +13,33 @@ from torch import Tensor, nn
 from slimtune.arch import bind
 from slimtune.calib.data import calibration_tokens, text_tokens
 from slimtune.calib.formats import normalise, render
+from slimtune.calib.gradients import GradientSketch
 from slimtune.calib.outliers import Outliers, outliers
 from slimtune.calib.rows import DataSource, is_text, read_rows, read_text
 from slimtune.evaluate.perplexity import perplexity
 from slimtune.evaluate.speed import speed
 from slimtune.evaluate.tasks import tasks
 from slimtune.export import Source, export
-from slimtune.export.load import DTYPES, Loaded
-from slimtune.lora.attach import add_lora, base_of, plain
-from slimtune.lora.inits import INITS
+from slimtune.export.load import DTYPES, Loaded, locate
+from slimtune.lora.attach import base_of, plain
+from slimtune.lora.inits import INITS, residual
 from slimtune.lora.merge import merge
-from slimtune.quant.apply import Start, all_linear, quantize_
+from slimtune.prune.options import PruneOptions
+from slimtune.quant.apply import Start, quantize_
 from slimtune.quant.linear import QuantLinear
 from slimtune.quant.size import Size, model_size
 from slimtune.recipe.blocks import FolderStore
-from slimtune.recipe.plan import CALIBRATION_BATCH, DEFAULT_SAMPLES, calibration_source, quantizer_of
-from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Quantize, Recipe, Rotate, Step, Train
+from slimtune.recipe.gradients import (
+    attach_adapter,
+    gradient_batches,
+    gradients_of,
+    wants_gradients,
+    wants_residual,
+)
+from slimtune.recipe.plan import CALIBRATION_BATCH, DEFAULT_SAMPLES, calibration_source
+from slimtune.recipe.pruning import needs_data, pending, prune_now, record
+from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train
+from slimtune.recipe.treatments import Treatments
 from slimtune.rotate.fuse import rotate_
 from slimtune.rotate.online import attach_online_
 from slimtune.rotate.options import Rotation
@@ -61,6 +72,7 @@ class Session:
     folder: Path | None = None
     resume: bool = False
     metrics: list[Facts] = field(default_factory=list)
+    pruning: Facts | None = None  # what pruning.json says of the model
 
     def whole(self) -> nn.Module:
         """The model with all its weights in memory."""
@@ -77,6 +89,8 @@ def run_step(session: Session, step: Step, number: int) -> Facts:
     match step:
         case Rotate():
             return _rotate(session, step)
+        case Prune():
+            return _prune(session, step)
         case Quantize():
             return _quantize(session, step, number)
         case Lora():
@@ -143,43 +157,74 @@ def outlier_facts(before: dict[str, Outliers], after: dict[str, Outliers]) -> Fa
 
 
 def _quantize(session: Session, step: Quantize, number: int) -> Facts:
-    method = quantizer_of(step)
+    treatments = Treatments(step)
     modelmap = bind(session.model)
-    tokens: Tensor | None = None
     facts: Facts = {"method": step.method, **step.options}
-    if method.needs:
-        source = calibration_source(session.recipe)
-        session.say(f"  calibrating on {source}")
-        tokens = calibration_tokens(
-            read_rows(source),
-            session.loaded.tokenizer,
-            samples=source.samples or DEFAULT_SAMPLES,
-            length=within_positions(session.model, source.length),
-            seed=session.recipe.seed,
-            where=str(source),
-        )
-        facts["calibration"] = {"source": str(source), "samples": tokens.shape[0], "length": tokens.shape[1]}
+    if step.activations:
+        facts["activations"] = step.activations
+    tokens, source = _calibration(session) if treatments.need_data else (None, {})
     place = session.place(f"step-{number}-blocks")
     result = quantize_(
         session.model,
         modelmap,
-        all_linear(method, step.ignore),
+        treatments.choose,
+        activations=treatments.rounds,
         tokens=tokens,
         batch_size=CALIBRATION_BATCH,
         materialise=session.loaded.materialise,
         store=FolderStore(place) if place is not None else None,
         start=_start(session.recipe.steps[number + 1 :]),
-        progress=_blocks_done(session),
+        progress=_done(session, "block"),
     )
     session.loaded.materialise_()
     attach_online_(session.model)
-    return {**facts, **result.to_dict()}
+    return {**facts, **source, **result.to_dict()}
 
 
-def _blocks_done(session: Session) -> Callable[[int, int], None]:
-    def progress(done: int, blocks: int) -> None:
-        if done == blocks or done % max(blocks // 6, 1) == 0:
-            session.say(f"  block {done}/{blocks}")
+def _calibration(session: Session) -> tuple[Tensor, Facts]:
+    """The recipe's calibration windows, and the facts of them."""
+    source = calibration_source(session.recipe)
+    session.say(f"  calibrating on {source}")
+    tokens = calibration_tokens(
+        read_rows(source),
+        session.loaded.tokenizer,
+        samples=source.samples or DEFAULT_SAMPLES,
+        length=within_positions(session.model, source.length),
+        seed=session.recipe.seed,
+        where=str(source),
+    )
+    return tokens, {"calibration": {"source": str(source), "samples": tokens.shape[0], "length": tokens.shape[1]}}
+
+
+def _prune(session: Session, step: Prune) -> Facts:
+    facts: Facts = {f.name: getattr(step, f.name) for f in fields(PruneOptions)}
+    if step.ramped:
+        session.say("  acts along the train step that follows")
+        return {**facts, "acts": "in the next train step"}
+    tokens, source = _calibration(session) if needs_data(step) else (None, {})
+    facts |= source | prune_now(
+        session.whole(), step, tokens, seed=session.recipe.seed, progress=_done(session, "batch")
+    )
+    _record(session, facts)
+    return facts
+
+
+def _record(session: Session, facts: Facts) -> None:
+    """Note what was cut, and say it."""
+    folder = locate(session.recipe.model)[0] if session.pruning is None else None
+    session.pruning = record(facts, session.pruning, session.loaded.name, folder)
+    del facts["kept"]  # pruning.json has them
+    widths = {axis["kind"]: f"{axis['kept']} of {axis['units']} {axis['kind']}" for axis in facts["axes"]}
+    session.say(
+        f"  {facts['parameters_before']:,} -> {facts['parameters_after']:,} parameters, "
+        f"{facts['removed_ratio']:.1%} of the {facts['of']} gone; kept {', '.join(widths.values())}"
+    )
+
+
+def _done(session: Session, what: str) -> Callable[[int, int], None]:
+    def progress(done: int, all: int) -> None:
+        if done == all or done % max(all // 6, 1) == 0:
+            session.say(f"  {what} {done}/{all}")
 
     return progress
 
@@ -187,10 +232,9 @@ def _blocks_done(session: Session) -> Callable[[int, int], None]:
 def _start(later: Sequence[Step]) -> Start | None:
     """How the adapter that comes next starts, where that is found while quantizing."""
     lora = next((step for step in later if isinstance(step, Lora)), None)
-    start = INITS[lora.init].start if lora is not None else None
-    if lora is None or start is None:
+    if lora is None or not wants_residual(lora):
         return None
-    rank = lora.r
+    start, rank = INITS[lora.init].start or residual, lora.r
     return lambda weight, base, stats: start(weight, base, rank, stats)
 
 
@@ -205,18 +249,11 @@ def _recall_starts_(session: Session, number: int) -> None:
 
 
 def _lora(session: Session, step: Lora, number: int) -> Facts:
-    if INITS[step.init].start is not None and session.resume:
+    if wants_residual(step) and session.resume:
         _recall_starts_(session, number)
-    model = add_lora(
-        session.whole(),
-        r=step.r,
-        lora_alpha=step.lora_alpha,
-        lora_dropout=step.lora_dropout,
-        target_modules=step.target_modules,
-        use_rslora=step.use_rslora,
-        init=step.init,
-        base_name=session.loaded.name,
-        seed=session.recipe.seed,
+    gradients = _gradients(session, step, number) if wants_gradients(step) else None
+    model, facts = attach_adapter(
+        session.whole(), step, gradients, base_name=session.loaded.name, seed=session.recipe.seed
     )
     session.model = model
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -228,7 +265,29 @@ def _lora(session: Session, step: Lora, number: int) -> Facts:
         "lora_alpha": step.lora_alpha,
         "targets": targets,
         "trainable_parameters": trainable,
+        **facts,
     }
+
+
+def _gradients(session: Session, step: Lora, number: int) -> GradientSketch:
+    """Of the training data, as the train step that comes next will see it."""
+    data, model = session.recipe.data, session.whole()
+    assert data.train is not None, "the plan has checked it"
+    later = session.recipe.steps[number + 1 :]
+    options: TrainOptions = next((s for s in later if isinstance(s, Train)), TrainOptions())
+    tokenizer = session.loaded.tokenizer
+    examples, _ = examples_of(model, tokenizer, data.train, options)
+    batches = gradient_batches(
+        examples,
+        Collator(padding_id(tokenizer)),
+        step,
+        options.per_device_train_batch_size,
+        session.recipe.seed,
+        str(data.train),
+    )
+    session.say(f"  gradients of {len(batches)} batches of {data.train}")
+    seed, checkpointing = session.recipe.seed, options.gradient_checkpointing
+    return gradients_of(model, batches, step, seed=seed, checkpointing=checkpointing)
 
 
 def _train(session: Session, step: Train, number: int) -> Facts:
@@ -256,7 +315,10 @@ def _train(session: Session, step: Train, number: int) -> Facts:
         resume=session.resume,
         number=number,
         progress=lambda line: session.say("  " + _log_line(line)),
+        prune=pending(session.recipe.steps, number),
     )
+    if result.prune is not None:
+        _record(session, result.prune)
     return {**result.to_dict(), "sample": facts.pop("sample"), "data": {"source": str(data.train), **facts}}
 
 
@@ -340,6 +402,7 @@ def _export(session: Session, step: Export) -> Facts:
     model = session.whole()
     dtype = cast(Any, base_of(model)).dtype  # the recipe's, or the last merge's
     source = Source(model, session.loaded.tokenizer, session.loaded.name, dtype)
-    manifest = export(source, step.format, session.folder / "export" / step.format)
+    place = f"export/{'-'.join(filter(None, (step.format, step.quantization)))}"
+    manifest = export(source, step.format, session.folder / place, step.quantization)
     session.say(f"  {manifest.path}: {manifest.bytes / 1e6:,.1f} MB, read back and compared")
-    return manifest.to_dict() | {"path": f"export/{step.format}"}
+    return manifest.to_dict() | {"path": place}

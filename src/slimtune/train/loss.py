@@ -94,6 +94,14 @@ def head_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Ten
     return cast(Tensor, _HeadCrossEntropy.apply(hidden, weight, bias, labels))
 
 
+def has_plain_head(model: nn.Module) -> bool:
+    """Whether `model` is a causal language model whose logits are its head's outputs, and the head a plain linear."""
+    hf = cast(Any, model)
+    config = hf.config.get_text_config()
+    odd = [getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")]
+    return not hf.config.is_encoder_decoder and type(hf.get_output_embeddings()) is nn.Linear and not any(odd)
+
+
 @contextmanager
 def chunked_loss(model: nn.Module) -> Iterator[bool]:
     """Within the block, `model(..., labels=...)` computes its loss by `head_cross_entropy`, and returns no true logits.
@@ -104,10 +112,7 @@ def chunked_loss(model: nn.Module) -> Iterator[bool]:
     """
     hf = cast(Any, model)
     head: Any = hf.get_output_embeddings()
-    config = hf.config.get_text_config()
-    odd = [getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")]
-    plain = type(head) is nn.Linear
-    if hf.config.is_encoder_decoder or not plain or any(odd):
+    if not has_plain_head(model):
         yield False
         return
 
