@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pico import PICO, logits, pico_inputs, pico_model
+from pico import PICO, VOCAB_SIZE, logits, pico_inputs, pico_model
 from slimtune.arch import bind
-from slimtune.errors import FormatError
-from slimtune.rotate.basis import Basis, Change
+from slimtune.calib.outliers import outliers
+from slimtune.errors import CalibrationError, FormatError
+from slimtune.rotate.basis import Change
 from slimtune.rotate.fuse import RotateFacts, rotate_
 from slimtune.rotate.options import Rotation
-from slimtune.rotate.turn import Turn, hadamard_turn, level, orthogonal, orthogonal_turn
+from slimtune.rotate.record import rotation_of
+from slimtune.rotate.turn import Turn, hadamard_turn, level, orthogonal_turn
 
 PLAIN = Rotation()
 KINDS = ("hadamard", "orthogonal")
@@ -123,6 +125,15 @@ def test_seeds_and_kinds_give_other_rotations() -> None:
     assert rotated("llama", torch.float32)[1].sha256 == hashes[0]
 
 
+def test_every_attention_and_every_head_turns_otherwise() -> None:
+    model = pico_model()
+    rotate_(model, bind(model), Rotation())
+    basis = rotation_of(model)
+    assert basis is not None
+    signs = [basis.values_turn(number).signs[head].tolist() for number in range(2) for head in range(2)]
+    assert len({tuple(row) for row in signs}) == 4
+
+
 def test_a_rotation_that_changes_the_logits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(change: Change, x: Tensor, *, inverse: bool = False) -> Tensor:
         return x
@@ -156,17 +167,46 @@ def test_heads_turn_each_on_their_own_and_share_their_key_value_heads_turn() -> 
         torch.testing.assert_close(got[:, part], x[:, part] @ turn.matrix[head // 2])
 
 
-def test_learned_matrices_take_the_place_of_the_seeds() -> None:
-    model = pico_model(dtype=torch.float64)
+LEARNED = Rotation("learned", steps=20)
+
+
+def windows(samples: int = 5, length: int = 12) -> Tensor:
+    return torch.randint(6, VOCAB_SIZE, (samples, length), generator=torch.Generator().manual_seed(3))
+
+
+@every_pico
+def test_a_learned_rotation_is_a_rotation(family: str) -> None:
+    model = pico_model(family, dtype=torch.float64)
     inputs = pico_inputs(model)
-    generator = torch.Generator().manual_seed(8)
-
-    def learned(basis: Basis) -> dict[str, Tensor]:
-        noise = torch.randn(32, 32, dtype=torch.float64, generator=generator)
-        return {"residual": orthogonal(noise), "values.1": orthogonal(torch.randn(2, 12, 12, dtype=torch.float64))}
-
     with Exact():
         before = logits(model, inputs)
-        facts = rotate_(model, bind(model), Rotation(), learned=learned)
+    facts = rotate_(model, bind(model), LEARNED, tokens=windows())
+    with Exact():
         assert difference(logits(model, inputs), before) < 1e-10
-    assert facts.sha256 != rotated("llama")[1].sha256
+    basis = rotation_of(model)
+    assert basis is not None and len(basis.learned) == basis.attentions + basis.residual
+    assert facts.kind == "learned"
+
+
+def test_learning_flattens_what_it_saw_and_its_like() -> None:
+    """Two channels of the stream stand out in every token; the kurtosis of what the blocks read says how much."""
+    kurtosis = {}
+    for rotation in (Rotation(), Rotation("learned", steps=60)):
+        model = pico_model("llama", hidden_size=48)
+        model.get_submodule("model.embed_tokens").weight.data[:, :2] += 6
+        rotate_(model, bind(model), rotation, tokens=windows(24))
+        found = outliers(model, bind(model), windows(30)[24:])
+        kurtosis[rotation.kind] = sum(one.kurtosis for one in found.values()) / len(found)
+    assert kurtosis["learned"] < 0.95 * kurtosis["hadamard"]
+
+
+def test_learning_is_deterministic_and_needs_data() -> None:
+    hashes = []
+    for _ in range(2):
+        model = pico_model("phi3")
+        state = torch.get_rng_state()
+        hashes.append(rotate_(model, bind(model), LEARNED, tokens=windows()).sha256)
+        assert torch.equal(torch.get_rng_state(), state)
+    assert hashes[0] == hashes[1]
+    with pytest.raises(CalibrationError, match="needs calibration data"):
+        rotated("llama", rotation=LEARNED)

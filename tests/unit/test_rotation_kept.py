@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import slimtune
-from pico import PICO, logits, pico_inputs, pico_model, pico_tokenizer
+from pico import PICO, VOCAB_SIZE, logits, pico_inputs, pico_model, pico_tokenizer, save_pico
 from slimtune.arch import bind
 from slimtune.errors import FormatError, RecipeError
 from slimtune.export import Source, export
@@ -21,6 +21,9 @@ from slimtune.export.load import load
 from slimtune.export.native import write_model
 from slimtune.lora.attach import add_lora, load_adapter, save_adapter
 from slimtune.lora.merge import merge
+from slimtune.recipe.run import run
+from slimtune.recipe.schema import recipe_from
+from slimtune.recipe.shell import open_model
 from slimtune.rotate.fuse import rotate_
 from slimtune.rotate.options import Rotation
 from slimtune.rotate.record import JSON, fingerprint, rotation_of
@@ -35,7 +38,8 @@ def relative(got: Tensor, wanted: Tensor) -> float:
 def saved(folder: Path, family: str = "llama-tied", **options: Any) -> Any:
     """A rotated pico model, written to `folder` as a run does."""
     model = pico_model(family)
-    rotate_(model, bind(model), Rotation(**options))
+    tokens = torch.randint(6, VOCAB_SIZE, (3, 12), generator=torch.Generator().manual_seed(3))
+    rotate_(model, bind(model), Rotation(**options), tokens=tokens)
     folder.mkdir()
     write_model(model, pico_tokenizer(), folder)
     return model
@@ -51,9 +55,10 @@ def with_noise(model: nn.Module) -> PeftModel:
     return wrapped
 
 
+@pytest.mark.parametrize("kind", ["hadamard", "learned"])
 @every_pico
-def test_a_rotated_model_comes_back_with_its_basis(family: str, tmp_path: Path) -> None:
-    model = saved(tmp_path / "m", family, online=("r4", "heads"), seed=7)
+def test_a_rotated_model_comes_back_with_its_basis(family: str, kind: str, tmp_path: Path) -> None:
+    model = saved(tmp_path / "m", family, kind=kind, steps=3, online=("r4", "heads"), seed=7)
     back = load(str(tmp_path / "m")).model
     inputs = pico_inputs(model)
     torch.testing.assert_close(logits(back, inputs), logits(model, inputs))
@@ -122,6 +127,17 @@ def test_online_transforms_survive_quantizing_adapters_and_merging(family: str) 
     assert rotation_of(merged) is not None
 
 
+@pytest.mark.parametrize("family", ["t5", "t5-gated", "llama-tied"])
+def test_a_merged_model_with_a_head_of_its_own_comes_back(family: str, tmp_path: Path) -> None:
+    model = pico_model(family)
+    rotate_(model, bind(model), Rotation())
+    merged = merge(with_noise(model))
+    inputs = pico_inputs(merged)
+    (tmp_path / "m").mkdir()
+    write_model(merged, pico_tokenizer(), tmp_path / "m")
+    torch.testing.assert_close(logits(load(str(tmp_path / "m")).model, inputs), logits(merged, inputs))
+
+
 def test_a_missing_or_foreign_rotation_file_is_an_error(tmp_path: Path) -> None:
     saved(tmp_path / "m", seed=1)
     saved(tmp_path / "other", seed=2)
@@ -181,3 +197,51 @@ def test_dense_and_packed_exports_carry_the_rotation(format: str, tmp_path: Path
         back = load_adapter(back, tmp_path / "out" / "adapter")
     inputs = pico_inputs(model)
     torch.testing.assert_close(logits(back, inputs), logits(wrapped, inputs), rtol=1e-3, atol=1e-3)
+
+
+def test_online_transforms_are_exported_to_no_other_engine(tmp_path: Path) -> None:
+    model = pico_model()
+    rotate_(model, bind(model), Rotation(online=("r4",)))
+    with pytest.raises(RecipeError, match="no other engine runs"):
+        export(Source(model, pico_tokenizer(), "original"), "safetensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_goes_on_after_its_rotation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the quantize step, the run finds the rotated model, its online transforms and its basis again."""
+    data = tmp_path / "text.txt"
+    data.write_text("It is what it is, and 2 and 3 is 5.\n" * 20)
+    measure = {"evaluate": {"perplexity": {"text": str(data)}, "length": 32}}
+    facts = {
+        "model": str(save_pico(tmp_path / "base", "llama-tied")),
+        "data": {"calibration": {"path": str(data), "length": 32}},
+        "steps": [
+            {"rotate": {"online": ["r4"]}},
+            {"quantize": {"method": "rtn", "group_size": 8}},
+            measure,
+            {"lora": {"r": 2}},
+            measure,
+        ],
+    }
+    whole = run(recipe_from(facts), tmp_path / "whole")
+    measured = [metric["value"] for metric in whole["metrics"] if metric["name"] == "text_perplexity"]
+    assert measured[1] == pytest.approx(measured[0], rel=1e-4)  # a fresh adapter changes nothing
+    with monkeypatch.context() as patch:
+        patch.setattr("slimtune.recipe.steps.quantize_", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe_from(facts), tmp_path / "run")
+    resumed = run(recipe_from(facts), tmp_path / "run", resume=True)
+    assert resumed["steps"][0]["facts"]["sha256"] == whole["steps"][0]["facts"]["sha256"]
+    models = [open_model(str(tmp_path / name))[1] for name in ("run", "whole")]
+    inputs = pico_inputs(models[0])
+    torch.testing.assert_close(logits(models[0], inputs), logits(models[1], inputs), rtol=0, atol=0)
+    assert (
+        json.loads((tmp_path / "run" / "adapter" / JSON).read_text())["sha256"] == whole["steps"][0]["facts"]["sha256"]
+    )
+    (tmp_path / "run" / "adapter" / JSON).unlink()
+    with pytest.raises(FormatError, match="another basis"):
+        open_model(str(tmp_path / "run"))
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt

@@ -86,6 +86,7 @@ def test_a_wrong_type_names_the_key_the_value_and_what_was_wanted(
         ("evaluate", "max_tokens", 0),
         ("evaluate", "limit", -2),
         ("rotate", "seed", -2),
+        ("rotate", "steps", 0),
         ("lora", "r", 0),
         ("lora", "lora_alpha", 0),
         ("lora", "lora_dropout", 1),

@@ -32,7 +32,7 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             module.to(torch.float32)
     config = cast(Any, base_of(model)).config
     tied = config.tie_word_embeddings
-    with warnings.catch_warnings():  # PEFT unties where input and output weights differ, and T5 scales by that flag
+    with warnings.catch_warnings():  # PEFT clears the flag where a head has a weight of its own; T5 always sets it
         warnings.filterwarnings("ignore", message="Input and output embeddings are no longer", category=UserWarning)
         merged = cast(nn.Module, cast(Any, model).merge_and_unload(safe_merge=True))
     config.tie_word_embeddings = tied

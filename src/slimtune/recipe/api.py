@@ -32,7 +32,7 @@ from slimtune.recipe.plan import plan as make_plan
 from slimtune.recipe.pruning import prune_now
 from slimtune.recipe.run import run as run_recipe
 from slimtune.recipe.schema import Quantize, Recipe, build, recipe_from, step_from
-from slimtune.recipe.steps import Session, examples_of, run_step
+from slimtune.recipe.steps import LEARNED_WINDOWS, Session, examples_of, run_step
 from slimtune.recipe.treatments import Treatments, check_patterns
 from slimtune.rotate.fuse import RotateFacts, rotate_
 from slimtune.rotate.online import attach_online_
@@ -49,9 +49,21 @@ def load(model: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTraine
     return loaded.model, loaded.tokenizer
 
 
-def rotate(model: nn.Module, *, facts: Callable[[RotateFacts], None] = lambda _: None, **options: Any) -> nn.Module:
-    """`model` (changed in place) in another basis, with the same outputs; `options` are the fields of `rotate`."""
-    facts(rotate_(model, bind(base_of(model)), build(Rotation, options, "rotate")))
+def rotate(
+    model: nn.Module,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration: DataSource | str | Tensor | None = None,
+    facts: Callable[[RotateFacts], None] = lambda _: None,
+    **options: Any,
+) -> nn.Module:
+    """`model` (changed in place) in another basis, with the same outputs; `options` are the fields of `rotate`.
+
+    `calibration`, as in `quantize`, is what a learned rotation learns from.
+    """
+    rotation = build(Rotation, options, "rotate")
+    tokens = _windows(calibration, tokenizer, LEARNED_WINDOWS, rotation.seed)
+    facts(rotate_(model, bind(base_of(model)), rotation, tokens=tokens))
     return model
 
 
@@ -79,7 +91,7 @@ def quantize(
     step = Quantize(method, tuple(ignore), dict(activations or {}), dict(layers or {}), options)
     treatments, modelmap = Treatments(step, method), bind(model)
     check_patterns(step, [port.name for port in modelmap.linears], method)
-    tokens = _windows(tokenizer, calibration, seed)
+    tokens = _windows(calibration, tokenizer, DEFAULT_SAMPLES, seed)
     start = (lambda weight, base, stats: residual(weight, base, residual_rank, stats)) if residual_rank > 0 else None
     rounds = treatments.rounds
     facts(quantize_(model, modelmap, treatments.choose, activations=rounds, tokens=tokens, start=start))
@@ -109,7 +121,7 @@ def prune(
             got=chosen.schedule,
             remedy="use a recipe, or one-shot",
         )
-    facts(prune_now(model, chosen, _windows(tokenizer, calibration, seed), seed=seed))
+    facts(prune_now(model, chosen, _windows(calibration, tokenizer, DEFAULT_SAMPLES, seed), seed=seed))
     return model
 
 
@@ -225,16 +237,16 @@ def run(
 
 
 def _windows(
-    tokenizer: PreTrainedTokenizerBase | None, calibration: DataSource | str | Tensor | None, seed: int
+    calibration: DataSource | str | Tensor | None, tokenizer: PreTrainedTokenizerBase | None, samples: int, seed: int
 ) -> Tensor | None:
-    """Calibration as token windows `[samples, length]`, where there is any."""
+    """Token windows of calibration data, or those that it is; `samples` where the source does not say how many."""
     if calibration is None or isinstance(calibration, Tensor):
         return calibration
     source = _source(calibration)
     if tokenizer is None:
         raise RecipeError("calibration text needs the model's tokenizer", remedy="pass tokenizer=")
-    samples = source.samples or DEFAULT_SAMPLES
-    return calibration_tokens(read_rows(source), tokenizer, samples, source.length, seed, str(source))
+    rows = read_rows(source)
+    return calibration_tokens(rows, tokenizer, source.samples or samples, source.length, seed, str(source))
 
 
 def _source(source: DataSource | str) -> DataSource:

@@ -52,6 +52,12 @@ Facts = dict[str, Any]
 OUTLIER_WINDOWS = 4, 512
 """Windows, and tokens in each at most, on which a rotate step looks at activations."""
 
+OUTLIER_ROWS = 4000
+"""Rows of the data, from the first on, that these windows are cut from."""
+
+LEARNED_WINDOWS = 16
+"""Windows from which a rotation is learned, at most."""
+
 WHEN = ("before", "after")
 
 
@@ -110,10 +116,13 @@ def _rotate(session: Session, step: Rotate) -> Facts:
     modelmap = bind(model)
     source = data.calibration or data.train or DataSource(builtin="pydocs")
     length = within_positions(model, min(source.length, OUTLIER_WINDOWS[1]))
-    rows, tokenizer = read_rows(source), session.loaded.tokenizer
-    tokens = calibration_tokens(rows, tokenizer, OUTLIER_WINDOWS[0], length, session.recipe.seed, str(source))
+    samples = OUTLIER_WINDOWS[0] + (LEARNED_WINDOWS if step.kind == "learned" else 0)
+    rows, tokenizer = read_rows(source)[:OUTLIER_ROWS], session.loaded.tokenizer
+    windows = calibration_tokens(rows, tokenizer, samples, length, session.recipe.seed, str(source))
+    tokens = windows[: OUTLIER_WINDOWS[0]]  # looked at, not learnt from, where there are others
+    rest = windows[OUTLIER_WINDOWS[0] :]
     before = outliers(model, modelmap, tokens)
-    result = rotate_(model, modelmap, Rotation(**vars(step)))
+    result = rotate_(model, modelmap, Rotation(**vars(step)), tokens=rest if len(rest) else tokens)
     after = outliers(model, modelmap, tokens)
     for part in ("residual", "values"):
         session.say(f"  {part}: {getattr(result, part)}")

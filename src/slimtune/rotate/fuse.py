@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from slimtune.arch import ModelMap, Norm, Port, Space
 from slimtune.calib.capture import model_inputs
-from slimtune.errors import FormatError, RecipeError, ShapeError
+from slimtune.errors import CalibrationError, FormatError, RecipeError, ShapeError
 from slimtune.rotate.basis import Basis, Change, changes
+from slimtune.rotate.learn import learn
 from slimtune.rotate.online import attach_online_
 from slimtune.rotate.options import Rotation
 from slimtune.rotate.record import fingerprint, mark_, rotation_of
@@ -62,7 +63,7 @@ def rotate_(
     modelmap: ModelMap,
     rotation: Rotation,
     *,
-    learned: Callable[[Basis], dict[str, Tensor]] | None = None,
+    tokens: Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> RotateFacts:
     """Rotate `model` in place, one weight at a time in float64.
@@ -71,11 +72,12 @@ def rotate_(
         model: a dense Hugging Face model with all its weights in memory, without an adapter.
         modelmap: its map, from `bind`.
         rotation: which rotation.
-        learned: given the basis to be, the matrices to use instead of those of the seed (`Basis.learned`).
+        tokens: windows `[samples, length]` to learn from, where the rotation is learned.
         progress: called with (finished ports, all ports).
 
     Raises `RecipeError` when the model is rotated already, when it is quantized or has an adapter, and when nothing of
-    it can be rotated; `FormatError` when its logits are not what they were (it must not be used then).
+    it can be rotated; `CalibrationError` when there is nothing to learn from; `FormatError` when its logits are not
+    what they were (it must not be used then).
     """
     start = time.perf_counter()
     modules = _rotatable(model, modelmap)
@@ -85,8 +87,10 @@ def rotate_(
     basis = _basis(modelmap, rotation, {} if obstacle else gains, residual=not obstacle)
     if obstacle and not basis.attentions:
         raise RecipeError("nothing of this model can be rotated", got=obstacle)
-    if learned is not None:
-        basis = replace(basis, learned=learned(basis))
+    if rotation.kind == "learned":
+        if tokens is None:
+            raise CalibrationError("a learned rotation needs calibration data", remedy="or use kind: hadamard")
+        basis = replace(basis, learned=learn(model, modelmap, basis, tokens))
     turned = changes(modelmap, basis)
     untied = _untie_(model, modelmap, turned)
     done = {port.name for port in modelmap.ports if port.tied_to is not None and port.name not in untied}

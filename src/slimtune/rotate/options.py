@@ -17,15 +17,16 @@ class Rotation:
     """Which rotation: its construction, and the seed of what is random in it.
 
     `hadamard` is a transform of `slimtune.linalg.hadamard` with random signs (QuaRot, arXiv 2404.00456), `orthogonal` a
-    random orthogonal matrix.
+    random orthogonal matrix, `learned` one that was learnt from activations (`slimtune.rotate.learn`).
     """
 
     least_seed: ClassVar[int] = 0
 
-    kind: Literal["hadamard", "orthogonal"] = field(
-        default="hadamard", metadata={"help": "hadamard with random signs, or orthogonal: a random matrix"}
+    kind: Literal["hadamard", "orthogonal", "learned"] = field(
+        default="hadamard", metadata={"help": "hadamard with random signs, orthogonal: a random matrix, or learned"}
     )
     seed: int = field(default=0, metadata={"help": "of the random signs or matrix"})
+    steps: int = field(default=100, metadata={"help": "of the descent, where the rotation is learned"})
     online: tuple[str, ...] = field(
         default=(), metadata={"help": "transforms left in the model, which only slimtune runs: r4, heads"}
     )
@@ -34,6 +35,8 @@ class Rotation:
         if not self.least_seed <= self.seed < 2**32:
             wanted = f"{self.least_seed} to 4294967295"
             raise RecipeError("seed out of range", got=self.seed, wanted=wanted)
+        if self.steps < 1:
+            raise RecipeError("steps out of range", got=self.steps, wanted="at least 1")
         unknown = [name for name in self.online if name not in ONLINE]
         if unknown:
             raise RecipeError("no such online transform", where="online", got=unknown[0], wanted=", ".join(ONLINE))
