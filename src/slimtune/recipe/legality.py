@@ -64,8 +64,8 @@ def _pruning(step: Step, state: State, later: Sequence[Step]) -> tuple[str, str]
     if state.ramp and not isinstance(step, Train | Evaluate):
         return "the model is to be pruned by the next train step", "put train right after a prune step with a ramp"
     match step:
-        case Prune() if step.importance == "lora" and not state.adapter:
-            return "the importance 'lora' looks at an adapter's gradients", "put a lora step before prune"
+        case Prune() if step.importance.startswith("lora") and not state.adapter:
+            return "this importance looks at an adapter's gradients", "put a lora step before prune"
         case Prune() if step.ramped and not state.adapter:
             return "a model is pruned along the training of an adapter", "put a lora step before prune"
         case Prune() if step.ramped and not any(isinstance(s, Train) for s in later):
