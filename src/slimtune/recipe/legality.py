@@ -73,6 +73,8 @@ def _pruning(step: Step, state: State, later: Sequence[Step]) -> tuple[str, str]
         case Prune() if step.refit and (state.quantized or state.adapter):
             held = "packed weights" if state.quantized else "weights under an adapter"
             return f"{held} cannot be fitted", "put prune before quantize and lora, or set refit: false"
+        case Prune() if step.widths == "allocated" and state.quantized:
+            return "packed weights cannot be padded with zeros", "use widths: uniform, or put prune before quantize"
         case Train() if step.distill and not state.ramp:
             return "there is no unpruned model to learn from", "put a prune step with schedule: cubic before train"
         case Export(format="peft") if state.pruned:
