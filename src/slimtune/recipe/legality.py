@@ -91,8 +91,8 @@ def _pruning(step: Step, state: State, later: Sequence[Step]) -> tuple[str, str]
     match step:
         case Prune() if state.rotated:
             return "heads and channels of a rotated model are mixtures", "put prune before rotate"
-        case Prune() if step.importance == "lora" and not state.adapter:
-            return "the importance 'lora' looks at an adapter's gradients", "put a lora step before prune"
+        case Prune() if step.importance.startswith("lora") and not state.adapter:
+            return "this importance looks at an adapter's gradients", "put a lora step before prune"
         case Prune() if step.ramped and not state.adapter:
             return "a model is pruned along the training of an adapter", "put a lora step before prune"
         case Prune() if step.ramped and not any(isinstance(s, Train) for s in later):
@@ -100,6 +100,8 @@ def _pruning(step: Step, state: State, later: Sequence[Step]) -> tuple[str, str]
         case Prune() if step.refit and (state.quantized or state.adapter):
             held = "packed weights" if state.quantized else "weights under an adapter"
             return f"{held} cannot be fitted", "put prune before quantize and lora, or set refit: false"
+        case Prune() if step.widths == "allocated" and state.quantized:
+            return "packed weights cannot be padded with zeros", "use widths: uniform, or put prune before quantize"
         case Train() if step.distill and not state.ramp:
             return "there is no unpruned model to learn from", "put a prune step with schedule: cubic before train"
         case Export(format="peft") if state.pruned:

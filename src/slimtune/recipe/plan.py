@@ -393,7 +393,7 @@ class _Shape:
         logits = 3 * tokens * self.vocabulary * 4
         optimizer = trained * (4 + 8)
         workspace = 2 * self.largest * width if state.quantized else 0
-        passes = 6 if step.gradient_checkpointing else 4
+        passes = (6 if step.gradient_checkpointing else 4) + 2 * step.distill
         flops = (
             max(step.max_steps, 1)
             * step.gradient_accumulation_steps
