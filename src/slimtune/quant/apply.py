@@ -21,7 +21,7 @@ from slimtune.calib.capture import CalibrationStream, calibration_stream
 from slimtune.errors import CalibrationError, FormatError, RecipeError, ShapeError
 from slimtune.kernels.memory import release
 from slimtune.linalg.lowrank import Factors
-from slimtune.quant.base import QTensor, Quantizer, Stats
+from slimtune.quant.base import QTensor, Quantizer, Stats, relative_error
 from slimtune.quant.blackbox import FROZEN
 from slimtune.quant.linear import QuantLinear
 
@@ -214,21 +214,11 @@ def _quantize_stage(
         quantized = methods[port.name](weight, stats)
         dense = quantized.dequantize()
         exact = weight.to(torch.float32)
-        error = _relative_error(exact, dense, stats.get("hessian"))
+        error = relative_error(exact, dense, stats.get("hessian"))
         factors = start(exact, dense, stats) if start is not None else None
         module.get_parameter(name).copy_(dense)
         layers.append(QuantizedLayer(port.name, quantized, error, factors))
     return layers
-
-
-def _relative_error(weight: Tensor, dense: Tensor, hessian: Tensor | None) -> float:
-    """`tr(D H Dᵀ) / tr(W H Wᵀ)` with `D = Ŵ - W`; `H` is the identity where there is none."""
-    off = dense - weight
-
-    def energy(w: Tensor) -> float:
-        return float(((w if hessian is None else w @ hessian) * w).sum())
-
-    return max(energy(off), 0.0) / max(energy(weight), torch.finfo(torch.float32).tiny)
 
 
 def _replace_(block: nn.Module, path: str, layer: QuantizedLayer) -> None:

@@ -30,7 +30,7 @@ from slimtune.recipe.plan import DEFAULT_SAMPLES, Plan
 from slimtune.recipe.plan import plan as make_plan
 from slimtune.recipe.run import run as run_recipe
 from slimtune.recipe.schema import Recipe, build, recipe_from, step_from
-from slimtune.recipe.steps import Session, examples_of, run_step
+from slimtune.recipe.steps import Session, examples_of, merge_low_bit, run_step
 from slimtune.train.data import Collator, padding_id
 from slimtune.train.loop import TrainFacts
 from slimtune.train.loop import finetune as train_model
@@ -108,9 +108,26 @@ def finetune(
     return model
 
 
-def merge(model: nn.Module, dtype: str = "") -> nn.Module:
-    """The dense model with its adapter folded in. `model` is consumed."""
-    return merge_adapter(model, DTYPES[dtype] if dtype else None)
+def merge(
+    model: nn.Module,
+    dtype: str = "",
+    *,
+    keep_bits: bool = False,
+    calibration: Tensor | None = None,
+    tolerance: float = 0.05,
+    force: bool = False,
+    facts: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> nn.Module:
+    """The dense model with its adapter folded in, or where `keep_bits` the packed one. `model` is consumed.
+
+    With `keep_bits`, `calibration` is token windows `[samples, length]`; what is lost is refused above `tolerance`
+    unless `force`, and given to `facts`.
+    """
+    if not keep_bits:
+        return merge_adapter(model, DTYPES[dtype] if dtype else None)
+    merged, lost = merge_low_bit(model, calibration, tolerance=tolerance, force=force)
+    facts(lost)
+    return merged
 
 
 def evaluate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from slimtune.arch import bind
 from slimtune.calib.data import calibration_tokens, text_tokens
 from slimtune.calib.formats import normalise, render
 from slimtune.calib.rows import DataSource, is_text, read_rows, read_text
+from slimtune.errors import RecipeError
 from slimtune.evaluate.perplexity import perplexity
 from slimtune.evaluate.speed import speed
 from slimtune.evaluate.tasks import tasks
@@ -20,7 +21,7 @@ from slimtune.export import Source, export
 from slimtune.export.load import DTYPES, Loaded
 from slimtune.lora.attach import add_lora, base_of, plain
 from slimtune.lora.inits import INITS
-from slimtune.lora.merge import merge
+from slimtune.lora.merge import merge, merge_packed
 from slimtune.quant.apply import Start, all_linear, quantize_
 from slimtune.quant.linear import QuantLinear
 from slimtune.quant.size import Size, model_size
@@ -66,8 +67,7 @@ def run_step(session: Session, step: Step, number: int) -> Facts:
         case Train():
             return _train(session, step, number)
         case Merge():
-            session.model = merge(session.whole(), DTYPES[step.dtype or session.recipe.dtype])
-            return {"dtype": step.dtype or session.recipe.dtype}
+            return _merge(session, step)
         case Evaluate():
             return _evaluate(session, step, number)
         case Export():
@@ -87,14 +87,7 @@ def _quantize(session: Session, step: Quantize, number: int) -> Facts:
     if method.needs:
         source = calibration_source(session.recipe)
         session.say(f"  calibrating on {source}")
-        tokens = calibration_tokens(
-            read_rows(source),
-            session.loaded.tokenizer,
-            samples=source.samples or DEFAULT_SAMPLES,
-            length=within_positions(session.model, source.length),
-            seed=session.recipe.seed,
-            where=str(source),
-        )
+        tokens = _calibration(session, source)
         facts["calibration"] = {"source": str(source), "samples": tokens.shape[0], "length": tokens.shape[1]}
     place = session.place(f"step-{number}-blocks")
     result = quantize_(
@@ -110,6 +103,73 @@ def _quantize(session: Session, step: Quantize, number: int) -> Facts:
     )
     session.loaded.materialise_()
     return {**facts, **result.to_dict()}
+
+
+def _merge(session: Session, step: Merge) -> Facts:
+    if not step.keep_bits:
+        session.model = merge(session.whole(), DTYPES[step.dtype or session.recipe.dtype])
+        return {"dtype": step.dtype or session.recipe.dtype}
+    data = session.recipe.data
+    model = session.whole()
+    tokens, source = None, None
+    if data.calibration is not None or data.train is not None:
+        source = calibration_source(session.recipe)
+        session.say(f"  calibrating on {source}")
+        tokens = _calibration(session, source)
+    merged, facts = merge_low_bit(
+        model, tokens, tolerance=step.tolerance, force=step.force, progress=_blocks_done(session)
+    )
+    session.model = merged
+    return {"keep_bits": True, "tolerance": step.tolerance, "calibration": str(source or ""), **facts}
+
+
+def merge_low_bit(
+    model: nn.Module,
+    tokens: Tensor | None,
+    *,
+    tolerance: float,
+    force: bool,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[nn.Module, Facts]:
+    """`merge_packed`, with what it costs: perplexity on the calibration `tokens` before and after, or without tokens
+    the relative squared error of the weights. `model` is consumed.
+
+    Raises `RecipeError` where the cost is above `tolerance` and `force` is not given.
+    """
+
+    def loss_of(model: nn.Module) -> float:
+        assert tokens is not None
+        return perplexity(cast(Any, model), tokens.flatten(), length=tokens.shape[1]).value
+
+    before = None if tokens is None else loss_of(model)
+    merged, done = merge_packed(model, tokens=tokens, batch_size=CALIBRATION_BATCH, progress=progress)
+    facts: Facts = {"layers": [asdict(layer) for layer in done.layers], "bits_per_weight": done.bits_per_weight}
+    if before is None:
+        cost, what = sum(layer.error for layer in done.layers) / len(done.layers), "relative error of the weights"
+    else:
+        after = loss_of(merged)
+        facts |= {"perplexity_before": before, "perplexity_after": after}
+        cost, what = after / before - 1, "perplexity on the calibration text rises by"
+    facts["cost"] = cost
+    if not force and not cost <= tolerance:
+        raise RecipeError(
+            "merging into packed weights loses too much",
+            got=f"{what} {cost:.3g}",
+            wanted=f"at most {tolerance:g}",
+            remedy="force: true goes on, tolerance allows more; merge: {} keeps it all, in 16 or 32 bits",
+        )
+    return merged, facts
+
+
+def _calibration(session: Session, source: DataSource) -> Tensor:
+    return calibration_tokens(
+        read_rows(source),
+        session.loaded.tokenizer,
+        samples=source.samples or DEFAULT_SAMPLES,
+        length=within_positions(session.model, source.length),
+        seed=session.recipe.seed,
+        where=str(source),
+    )
 
 
 def _blocks_done(session: Session) -> Callable[[int, int], None]:
