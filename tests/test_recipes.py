@@ -13,6 +13,7 @@ from slimtune.recipe.schema import STEPS, Evaluate
 
 RECIPES = sorted((Path(__file__).resolve().parent.parent / "recipes").glob("*.yaml"))
 SMALL = {
+    "prune": ["prune.every=1"],
     "quantize": ["quantize.group_size=8"],
     "train": ["train.max_steps=2", "train.max_length=192", "train.logging_steps=1", "train.save_steps=1"],
     "evaluate": ["evaluate.max_tokens=256", "evaluate.length=64"],

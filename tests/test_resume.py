@@ -264,6 +264,7 @@ if moment == "quantizing":
 elif moment == "training":
     slimtune.train.checkpoint.save_file = half_written(slimtune.train.checkpoint.save_file, 2)
 elif moment == "interrupted":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells make what they start in the background deaf to it
     write, StepLog.write = StepLog.write, interrupted
 elif moment == "exporting":
     slimtune.export.largest_difference = killed

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
         load,
         merge,
         plan,
+        prune,
         quantize,
+        rotate,
         run,
     )
 
@@ -39,7 +41,9 @@ __all__ = [
     "load",
     "merge",
     "plan",
+    "prune",
     "quantize",
+    "rotate",
     "run",
 ]
 
@@ -54,7 +58,7 @@ class _Package(ModuleType):
 
 
 class _Callable(ModuleType):
-    """A subpackage that is also the function of its name: `slimtune.evaluate` and `slimtune.export` are both."""
+    """A subpackage that is also the function of its name, as `slimtune.evaluate`, `export` and `prune` are."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         function = getattr(importlib.import_module("slimtune.recipe.api"), self.__name__.rpartition(".")[2])

@@ -90,10 +90,22 @@ def _one_step(verb: str, steps: tuple[str, ...], help: str) -> None:
 
 
 _one_step(
+    "rotate",
+    ("rotate",),
+    "Rotate a model: the same outputs, activations without outliers. Options are the keys of the recipe's rotate step: "
+    "--kind hadamard --online r4, and --calibration FILE (whose outliers to report), --dtype, --seed.",
+)
+_one_step(
     "quantize",
     ("quantize",),
     "Quantize a model. Options are the keys of the recipe's quantize step: --method optq --bits 4 --group-size 64 ... "
     "(`slimtune list quantizers`), and --calibration FILE, --dtype, --seed.",
+)
+_one_step(
+    "prune",
+    ("prune",),
+    "Remove channels, heads or layers of a model. Options are the keys of the recipe's prune step: --ratio 0.5 "
+    "--importance wanda --refit ... (`slimtune list importances`), and --calibration FILE, --dtype, --seed.",
 )
 _one_step(
     "finetune",
@@ -211,7 +223,7 @@ def report(
 
 @app.command(name="list")
 def list_table(
-    what: Annotated[str, typer.Argument(help="models, quantizers, inits, families or exporters.")],
+    what: Annotated[str, typer.Argument(help="models, quantizers, inits, importances, families or exporters.")],
     as_json: Json = False,
 ) -> None:
     """Print what there is to choose from."""
@@ -254,7 +266,7 @@ def _guarded(command: Callable[[], Any]) -> int:
 
 
 def _interrupted() -> int:
-    say("slimtune: interrupted; run, quantize and finetune continue with the same command and --resume")
+    say("slimtune: interrupted; run, quantize, prune and finetune continue with the same command and --resume")
     return INTERRUPTED
 
 

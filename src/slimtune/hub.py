@@ -25,7 +25,8 @@ FORMAT_VERSION = 1
 class SlimtuneConfig(QuantizationConfigMixin):
     """The `quantization_config` of a slimtune folder: groups of layers that share a layout.
 
-    Each group is `{"layout": "affine", "bits": 4, ..., "modules": [names]}`.
+    Each group is `{"layout": "affine", "bits": 4, ..., "modules": [names]}`, with `"activations": {"bits": 8, ...}`
+    where its layers round their inputs.
     """
 
     def __init__(self, version: int = FORMAT_VERSION, groups: list[dict[str, Any]] | None = None, **_: object) -> None:
@@ -85,9 +86,12 @@ def register() -> None:
 def _allocate_(model: nn.Module, name: str, facts: dict[str, Any]) -> None:
     import torch
 
+    from slimtune.quant.activation import activations_from_dict
     from slimtune.quant.layouts import layout_from_dict
     from slimtune.quant.linear import QuantLinear
 
+    facts = dict(facts)
+    activations = activations_from_dict(facts.pop("activations"), name) if "activations" in facts else None
     parent, _, leaf = name.rpartition(".")
     try:
         owner = model.get_submodule(parent)
@@ -98,7 +102,9 @@ def _allocate_(model: nn.Module, name: str, facts: dict[str, Any]) -> None:
         raise FormatError("a quantized layer is not a linear", where=name, got=type(linear).__name__)
     layout = layout_from_dict(facts, linear.out_features, linear.in_features)
     try:
-        quantized = QuantLinear(layout, linear.bias is not None, device="meta", dtype=linear.weight.dtype)
+        quantized = QuantLinear(
+            layout, linear.bias is not None, device="meta", dtype=linear.weight.dtype, activations=activations
+        )
     except (TypeError, ArithmeticError, RuntimeError) as error:
         raise FormatError("a quantized layer has an impossible layout", where=name, got=facts) from error
     setattr(owner, leaf, quantized)

@@ -11,6 +11,7 @@ from slimtune.recipe.schema import Recipe, recipe_from
 
 DATA = {"train": {"path": "a.jsonl"}}
 SPEED = {"evaluate": {"speed": True}}
+R4 = {"rotate": {"online": ["r4"]}}
 RESIDUAL = {"lora": {"init": "residual"}}
 PEFT, PACKED, DENSE = ({"export": {"format": f}} for f in ("peft", "compressed-tensors", "safetensors"))
 
@@ -33,6 +34,9 @@ def recipe(*steps: Any, data: dict[str, Any] = DATA) -> Recipe:
         ("quantize", SPEED, RESIDUAL, "train", PEFT),
         ("lora", "train", "merge", "train"),
         (DENSE,),
+        ("rotate", "quantize", "lora", "train", PEFT, PACKED),
+        (R4, "lora", "train", PEFT),
+        ("lora", "train", "merge", "rotate", "quantize"),
     ],
 )
 def test_an_order_that_can_work_is_accepted(steps: tuple[Any, ...]) -> None:
@@ -55,6 +59,12 @@ def test_an_order_that_can_work_is_accepted(steps: tuple[Any, ...]) -> None:
         ((PACKED,), "steps[0].export", "no packed weights", "quantize step before"),
         (("quantize", "lora", "train", "merge", PACKED), "steps[4].export", "no packed weights", "quantize"),
         (("evaluate",), "steps[0].evaluate", "nothing to measure", "speed: true"),
+        (("rotate", SPEED, "rotate"), "steps[2].rotate", "rotated already", "adds nothing"),
+        (("rotate", "lora", "merge", "rotate"), "steps[3].rotate", "rotated already", "one rotate step"),
+        (("quantize", "rotate"), "steps[1].rotate", "packed weights cannot be rotated", "before quantize"),
+        (("lora", "rotate"), "steps[1].rotate", "with an adapter cannot be rotated", "before lora"),
+        ((R4, "quantize", PACKED), "steps[2].export", "no other engine runs the online transform r4", "online: []"),
+        ((R4, "lora", "merge", DENSE), "steps[3].export", "no other engine runs", "the run's own model folder"),
     ],
 )
 def test_an_order_that_cannot_work_is_refused_with_the_reason(
@@ -75,6 +85,13 @@ def test_the_state_is_the_one_before_each_step() -> None:
     states = check_order(recipe("quantize", "lora", "merge", SPEED))
     packed = State(quantized=True, residual=True)
     assert states == [State(), packed, replace(packed, adapter=True), State()]
+
+
+def test_a_model_that_is_rotated_to_begin_with_is_not_rotated_again() -> None:
+    with pytest.raises(RecipeError, match="rotated already"):
+        check_order(recipe("rotate"), State(rotated=True))
+    with pytest.raises(RecipeError, match="no other engine"):
+        check_order(recipe(DENSE), State(rotated=True, online=("heads",)))
 
 
 def test_a_model_that_is_quantized_to_begin_with_is_not_quantized_again() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import nn
 
 from slimtune.arch.families import FAMILIES
-from slimtune.arch.spec import Config, FamilySpec, NormKind, NormSpec, PortSpec, Space
+from slimtune.arch.spec import Config, FamilySpec, NormKind, NormSpec, PortSpec, Space, Widths
 from slimtune.errors import ShapeError, UnknownArchitecture, nearest
 
 Kind = Literal["linear", "embedding"]
@@ -49,7 +49,7 @@ class Port:
     `name` is its path in the plain model, whatever wraps it. An embedding reads `in_features` tokens or positions.
     `block` is an index into `ModelMap.blocks`; None outside the blocks, where `stage` says nothing. `tied_to` names the
     earlier port whose weight this one shares. `writes` has several spaces where a fused linear stacks them along
-    `out_features`.
+    `out_features`; `values` is the place among them of the values that attention averages.
     """
 
     name: str
@@ -62,6 +62,17 @@ class Port:
     block: int | None = None
     stage: int = 0
     tied_to: str | None = None
+    values: int | None = None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention of a block: the port that makes its values, where they lie among its outputs, and the port that
+    reads what they are averaged to."""
+
+    values: Port
+    rows: slice
+    output: Port
 
 
 @dataclass(frozen=True)
@@ -95,7 +106,7 @@ class ModelMap:
     """Where everything in a model is, and how it is connected.
 
     `ports` are in dataflow order: what stands before the blocks, the blocks, what stands after them. `sizes` has the
-    width of every space but `FOREIGN`.
+    width of every space but `FOREIGN`; `widths` names the numbers of the configuration that say so.
     """
 
     family: str
@@ -104,6 +115,7 @@ class ModelMap:
     norms: tuple[Norm, ...]
     sizes: dict[Space, int]
     scaled_embeddings: bool = False
+    widths: Widths = field(default_factory=Widths)
 
     def __getitem__(self, name: str) -> Port:
         """The port called `name`. Raises `UnknownArchitecture` where there is none."""
@@ -136,6 +148,20 @@ class ModelMap:
     def kv_heads(self) -> int:
         """Key-value heads of a block."""
         return self.sizes[Space.KV_HEAD] // self.head_dim
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """Every attention, in dataflow order: values go to the next port of their block that reads `HEAD`."""
+        found = []
+        for block in self.blocks:
+            values: Port | None = None
+            for port in block.ports:
+                if port.values is not None:
+                    values = port
+                elif port.reads is Space.HEAD and values is not None and values.values is not None:
+                    found.append(Attention(values, self.slices(values)[values.values][1], port))
+                    values = None
+        return tuple(found)
 
     def slices(self, port: Port) -> tuple[tuple[Space, slice], ...]:
         """The spaces that `port` writes, and the range of `out_features` that belongs to each."""
@@ -176,7 +202,7 @@ def bind(model: nn.Module, family: FamilySpec | None = None) -> ModelMap:
         Block(path, i, stack, tuple(port for port in ports if port.block == i))
         for i, (path, stack) in enumerate(claims.blocks)
     )
-    return ModelMap(name, ports, blocks, norms, sizes, row.scaled_embeddings)
+    return ModelMap(name, ports, blocks, norms, sizes, row.scaled_embeddings, row.widths)
 
 
 def family_of(model_type: str) -> FamilySpec:
@@ -310,7 +336,16 @@ def _port(claim: _Claim[PortSpec], module: nn.Module) -> Port:
     bias = getattr(_wrapped(module), "bias", None) is not None
     kind, in_features, out_features = face
     return Port(
-        claim.name, kind, spec.reads, spec.writes, in_features, out_features, bias, block=claim.block, stage=spec.stage
+        claim.name,
+        kind,
+        spec.reads,
+        spec.writes,
+        in_features,
+        out_features,
+        bias,
+        block=claim.block,
+        stage=spec.stage,
+        values=spec.values,
     )
 
 

@@ -17,6 +17,7 @@ from slimtune.arch.spec import (
     PortSpec,
     Space,
     StackSpec,
+    Widths,
     attention_heads,
     head_width,
     key_value_heads,
@@ -41,7 +42,7 @@ LM_HEAD = PortSpec("/lm_head", RESIDUAL, (VOCAB,))
 LLAMA_PORTS = (
     PortSpec("self_attn.q_proj", RESIDUAL, (HEAD,), stage=0),
     PortSpec("self_attn.k_proj", RESIDUAL, (KV_HEAD,), stage=0),
-    PortSpec("self_attn.v_proj", RESIDUAL, (KV_HEAD,), stage=0),
+    PortSpec("self_attn.v_proj", RESIDUAL, (KV_HEAD,), stage=0, values=0),
     PortSpec("self_attn.o_proj", HEAD, (RESIDUAL,), stage=1),
     PortSpec("mlp.gate_proj", RESIDUAL, (FFN,), stage=2),
     PortSpec("mlp.up_proj", RESIDUAL, (FFN,), stage=2),
@@ -60,6 +61,7 @@ LLAMA = FamilySpec(
     norms=(NormSpec("norm", "rms", feeds=("/lm_head",)),),
     exit=(LM_HEAD,),
     sizes=SIZES,
+    widths=Widths(divides=True, stand_in="mistral"),
 )
 
 
@@ -73,6 +75,7 @@ def _query_key_norms(kind: NormKind) -> tuple[NormSpec, ...]:
 QWEN3 = replace(
     LLAMA,
     name="qwen3",
+    widths=Widths(),
     model_types=("qwen3",),
     stacks=(StackSpec("layers", LLAMA_PORTS, (*LLAMA_NORMS, *_query_key_norms("rms"))),),
 )
@@ -86,6 +89,7 @@ GEMMA_NORMS = (
 GEMMA2 = replace(
     LLAMA,
     name="gemma2",
+    widths=Widths(divides=True),
     model_types=("gemma2",),
     stacks=(StackSpec("layers", LLAMA_PORTS, GEMMA_NORMS),),
     norms=(NormSpec("norm", "rms_plus_one", feeds=("/lm_head",)),),
@@ -99,7 +103,7 @@ GEMMA3 = replace(
 )
 
 PHI3_PORTS = (
-    PortSpec("self_attn.qkv_proj", RESIDUAL, (HEAD, KV_HEAD, KV_HEAD), stage=0),
+    PortSpec("self_attn.qkv_proj", RESIDUAL, (HEAD, KV_HEAD, KV_HEAD), stage=0, values=2),
     PortSpec("self_attn.o_proj", HEAD, (RESIDUAL,), stage=1),
     PortSpec("mlp.gate_up_proj", RESIDUAL, (FFN, FFN), stage=2),
     PortSpec("mlp.down_proj", FFN, (RESIDUAL,), stage=3),
@@ -108,7 +112,13 @@ PHI3_NORMS = (
     NormSpec("input_layernorm", "rms", feeds=("self_attn.qkv_proj",)),
     NormSpec("post_attention_layernorm", "rms", feeds=("mlp.gate_up_proj",)),
 )
-PHI3 = replace(LLAMA, name="phi3", model_types=("phi3",), stacks=(StackSpec("layers", PHI3_PORTS, PHI3_NORMS),))
+PHI3 = replace(
+    LLAMA,
+    name="phi3",
+    model_types=("phi3",),
+    stacks=(StackSpec("layers", PHI3_PORTS, PHI3_NORMS),),
+    widths=Widths(),
+)
 
 
 # OPT-350m alone projects its embeddings and normalises the residual stream itself (after each addition).
@@ -127,7 +137,7 @@ def _final_norm(config: Config) -> bool:
 OPT_PORTS = (
     PortSpec("self_attn.q_proj", RESIDUAL, (HEAD,), stage=0),
     PortSpec("self_attn.k_proj", RESIDUAL, (KV_HEAD,), stage=0),
-    PortSpec("self_attn.v_proj", RESIDUAL, (KV_HEAD,), stage=0),
+    PortSpec("self_attn.v_proj", RESIDUAL, (KV_HEAD,), stage=0, values=0),
     PortSpec("self_attn.out_proj", HEAD, (RESIDUAL,), stage=1),
     PortSpec("fc1", RESIDUAL, (FFN,), stage=2),
     PortSpec("fc2", FFN, (RESIDUAL,), stage=3),
@@ -164,6 +174,7 @@ OPT = FamilySpec(
         WORD: attrgetter("word_embed_proj_dim"),
         POSITION: lambda config: config.max_position_embeddings + 2,  # the first two rows are never used
     },
+    widths=Widths(head_width="", ffn="ffn_dim"),
 )
 
 
@@ -177,7 +188,7 @@ def _t5_attention(path: str, stage: int, cross: bool = False) -> tuple[PortSpec,
     return (
         PortSpec(f"{path}.q", RESIDUAL, (HEAD,), stage),
         PortSpec(f"{path}.k", RESIDUAL, (KV_HEAD,), other),
-        PortSpec(f"{path}.v", RESIDUAL, (KV_HEAD,), other),
+        PortSpec(f"{path}.v", RESIDUAL, (KV_HEAD,), other, values=0),
         PortSpec(f"{path}.o", HEAD, (RESIDUAL,), other + 1),
     )
 
@@ -230,6 +241,7 @@ T5 = FamilySpec(
     ),
     exit=(LM_HEAD,),
     sizes=SIZES | {FFN: attrgetter("d_ff"), POSITION: attrgetter("relative_attention_num_buckets")},
+    widths=Widths("num_heads", "", "d_kv", "d_ff", ("num_layers", "num_decoder_layers")),
 )
 
 LLAVA = FamilySpec(
@@ -248,8 +260,8 @@ FAMILIES: Table[FamilySpec] = Table(
     "slimtune.families",
     {
         "llama": LLAMA,
-        "mistral": replace(LLAMA, name="mistral", model_types=("mistral",)),
-        "qwen2": replace(LLAMA, name="qwen2", model_types=("qwen2",)),
+        "mistral": replace(LLAMA, name="mistral", model_types=("mistral",), widths=Widths()),
+        "qwen2": replace(LLAMA, name="qwen2", model_types=("qwen2",), widths=Widths()),
         "qwen3": QWEN3,
         "gemma2": GEMMA2,
         "gemma3": GEMMA3,

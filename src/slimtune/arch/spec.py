@@ -15,7 +15,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
@@ -60,7 +60,8 @@ class PortSpec:
     """A linear or an embedding: where it stands, what it reads and what it writes.
 
     `writes` has one space, or several that a fused layer stacks along `out_features`. `stage` is the place in a block's
-    dataflow: ports of one stage share one input, and a stage reads what earlier stages made.
+    dataflow: ports of one stage share one input, and a stage reads what earlier stages made. `values` is the place in
+    `writes` of the values that attention averages, for the next port that reads `HEAD`.
     """
 
     path: str
@@ -68,6 +69,7 @@ class PortSpec:
     writes: tuple[Space, ...]
     stage: int = 0
     when: When = always
+    values: int | None = None
 
 
 NormKind = Literal["rms", "rms_plus_one", "layer"]
@@ -99,6 +101,25 @@ class StackSpec:
 
 
 @dataclass(frozen=True)
+class Widths:
+    """Where a family keeps the numbers that change when a model is made narrower or shallower.
+
+    Each is the name of an attribute of the configuration; `blocks` may name several, one a stack. `head_width` says
+    how wide a head is whatever the other sizes are; a family without it (`""`) cannot lose heads. `divides` says that
+    the family's configuration wants the heads to divide the hidden size; `stand_in` is then the type of a family that
+    computes the same without biases and does not.
+    """
+
+    heads: str = "num_attention_heads"
+    kv_heads: str = "num_key_value_heads"
+    head_width: str = "head_dim"
+    ffn: str = "intermediate_size"
+    blocks: tuple[str, ...] = ("num_hidden_layers",)
+    divides: bool = False
+    stand_in: str = ""
+
+
+@dataclass(frozen=True)
 class FamilySpec:
     """One row of the table of families.
 
@@ -122,6 +143,7 @@ class FamilySpec:
     scaled_embeddings: bool = False
     wraps: str = ""
     foreign: tuple[str, ...] = ()
+    widths: Widths = field(default_factory=Widths)
 
 
 def attention_heads(config: Config) -> int:

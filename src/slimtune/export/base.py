@@ -11,12 +11,15 @@ from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from slimtune.arch import family_of
 from slimtune.calib.capture import model_inputs
 from slimtune.errors import FormatError
 from slimtune.lora.attach import base_of
 from slimtune.quant.linear import QuantLinear
+from slimtune.rotate.record import rotation_of, write_rotation
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,17 @@ class Exporter(Protocol):
         """Undo what `read_back` did to `source`'s own model, where it did something."""
 
 
+def refuse_rounding(modules: Mapping[str, nn.Module], format: str) -> None:
+    """Raise `FormatError` where a linear rounds its input, which `format` cannot say."""
+    rounding = [n for n, m in modules.items() if isinstance(m, QuantLinear) and m.activations is not None]
+    if rounding:
+        raise FormatError(
+            f"{format} cannot say that inputs are rounded",
+            got=f"{rounding[0]} and {len(rounding) - 1} more" if len(rounding) > 1 else rounding[0],
+            remedy="export compressed-tensors, or use the model folder",
+        )
+
+
 def own_state(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The parameters and persistent buffers of `module` itself, without its children's; floats in `dtype` if given."""
     tensors: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
@@ -112,7 +126,8 @@ def write_folder(
     """Write config and `state`, without what `model` ties, as a Hugging Face folder: the one way slimtune writes
     models.
 
-    `config.json` says `dtype`, and `quantization` as its `quantization_config` (none by default). `model` lends
+    `config.json` says `dtype`, and `quantization` as its `quantization_config` (none by default); a rotated model's
+    folder has its rotation. `model` lends
     transformers' writer its class and its config, and is afterwards as it was: an adapter on it is not written.
     """
     base = cast(PreTrainedModel, base_of(model))
@@ -128,12 +143,45 @@ def write_folder(
         base.config.quantization_config = quantization
     try:
         untied = {name: tensor for name, tensor in state.items() if name not in base.all_tied_weights_keys}
+        base.config = stock_config(base.config)
         base.save_pretrained(folder, state_dict=untied, max_shard_size=shard)
         base.config.dtype = dtype  # save_pretrained wrote the dtype of the model in memory
+        if base.config.model_type != config.model_type:  # and the class of the model in memory
+            base.config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base.config.model_type]]
         base.config.save_pretrained(folder)
     finally:
         base.config = config
         base.__dict__.update(facts)
+    basis = rotation_of(base)
+    if basis is not None:
+        write_rotation(basis, folder)
+
+
+def stock_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration under which stock transformers loads what `config` describes.
+
+    It is `config` itself, but for a pruned model whose heads no longer divide its hidden size where its family wants
+    that (Llama): then the same model in the words of a family that computes the same (Mistral, without a window).
+    """
+    if "text_config" in vars(config):
+        config.text_config = stock_config(config.text_config)
+        return config
+    widths = family_of(config.model_type).widths
+    if not widths.divides or config.hidden_size % getattr(config, widths.heads) == 0:
+        return config
+    if not widths.stand_in:
+        raise FormatError(
+            "transformers refuses this number of heads in this family",
+            got=f"{getattr(config, widths.heads)} heads, hidden size {config.hidden_size}",
+            wanted="heads that divide the hidden size",
+        )
+    other = AutoConfig.for_model(widths.stand_in)
+    facts = {key: value for key, value in vars(config).items() if key in vars(other) and key != "architectures"}
+    made = AutoConfig.for_model(widths.stand_in, **{**facts, "sliding_window": None})
+    for key in ("quantization_config", "_name_or_path"):
+        if key in vars(config):
+            setattr(made, key, vars(config)[key])
+    return made
 
 
 def _has_reverse(conversion: Any) -> bool:

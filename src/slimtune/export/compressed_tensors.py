@@ -13,15 +13,15 @@ from typing import Any, ClassVar, cast
 
 import torch
 from packaging.version import Version
+from peft import PeftModel
 from torch import Tensor, nn
 
 from slimtune.errors import BackendMissing, FormatError, RecipeError
 from slimtune.export.base import Source, packed_state, probe_logits, write_folder
 from slimtune.export.foreign import exact
 from slimtune.export.load import read_model
-from slimtune.export.peft import PeftExporter
 from slimtune.linalg.packing import pack, words
-from slimtune.lora.attach import has_adapter, load_adapter, plain
+from slimtune.lora.attach import has_adapter, load_adapter, plain, save_adapter
 from slimtune.quant.layouts import Affine, Layout
 from slimtune.quant.linear import QuantLinear
 
@@ -66,7 +66,8 @@ class CompressedTensorsExporter:
         )
         source.tokenizer.save_pretrained(folder)
         if has_adapter(source.model):
-            PeftExporter().write(source, folder / ADAPTER)
+            (folder / ADAPTER).mkdir()
+            save_adapter(cast(PeftModel, source.model), folder / ADAPTER)
 
     def read_back(self, source: Source, folder: Path) -> nn.Module:
         """The model that plain transformers, and PEFT where there is an adapter, load."""

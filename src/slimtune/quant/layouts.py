@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from slimtune.errors import FormatError, RecipeError
-from slimtune.kernels.dispatch import unpack_as
-from slimtune.kernels.reference import apply_grid_, dequantize_codebook
+from slimtune.kernels.dispatch import dequantize_affine
+from slimtune.kernels.reference import dequantize_codebook
 from slimtune.linalg.levels import LEVELS
 from slimtune.linalg.packing import row_bytes
 from slimtune.quant.rotated import Lattice, Trellis
@@ -105,10 +105,16 @@ class Affine:
         """The weight, `dtype [out_features, in_features]`, rounded once."""
         # A code less its zero point is exact in half precision where both are whole.
         least = torch.float32 if self.float_zero else dtype
-        work = torch.promote_types(one_rounding(dtype, self.scale_dtype), least)
-        codes = unpack_as(tensors["codes"], self.bits, self.in_features, work)
-        zero = None if self.symmetric else tensors["zero"]
-        return apply_grid_(codes, tensors["scale"], zero, bits=self.bits, group_size=self.group_size).to(dtype)
+        return dequantize_affine(
+            tensors["codes"],
+            tensors["scale"],
+            None if self.symmetric else tensors["zero"],
+            bits=self.bits,
+            group_size=self.group_size,
+            in_features=self.in_features,
+            work=torch.promote_types(one_rounding(dtype, self.scale_dtype), least),
+            dtype=dtype,
+        )
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.linalg.lowrank import Factors
+from slimtune.quant.activation import Activations
 from slimtune.quant.autograd import DequantizingMatmul
 from slimtune.quant.base import QTensor
 from slimtune.quant.layouts import Layout
+from slimtune.quant.select import select
+
+SmallProduct = Callable[[Tensor], Tensor]
+"""`x Wᵀ` from a copy of the weight that is made for a few rows."""
+
+FEW = 32
+"""Rows up to which a `SmallProduct` is used."""
 
 
 class QuantLinear(nn.Module):
@@ -19,7 +27,8 @@ class QuantLinear(nn.Module):
 
     The packed tensors are frozen, contiguous `nn.Parameter`s named as the layout names them, dim 0 = out_features: they
     appear in `state_dict` as plain tensors and shard under FSDP2 without special code. The layout is plain data on the
-    module. Runs in the dtype of its input (or autocast's), float32, bfloat16 or float16.
+    module. Runs in the dtype of its input (or autocast's), float32, bfloat16 or float16. With `activations` the input
+    is rounded before the product; gradients pass through the rounding as if it were not there.
 
     Example:
         >>> from slimtune.quant.rtn import Rtn
@@ -37,9 +46,11 @@ class QuantLinear(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        activations: Activations | None = None,
     ) -> None:
         super().__init__()
         self.layout = layout
+        self.activations = activations
         self.in_features = layout.in_features
         self.out_features = layout.out_features
         self.names = tuple(layout.tensors())
@@ -47,11 +58,12 @@ class QuantLinear(nn.Module):
             self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))
         self.bias = _frozen(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
         self.start: Factors | None = None  # what an adapter on this layer may start from; not saved with it
+        self.small: SmallProduct | None = None  # see slimtune.quant.decoding
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, weight: QTensor) -> QuantLinear:
+    def from_linear(cls, linear: nn.Linear, weight: QTensor, activations: Activations | None = None) -> QuantLinear:
         """The quantized twin of `linear`: same bias (frozen, shared), `weight` instead of its weight."""
-        module = cls(weight.layout, bias=False, device="meta")
+        module = cls(weight.layout, bias=False, device="meta", activations=activations)
         for name, tensor in weight.tensors.items():
             setattr(module, name, _frozen(tensor.to(linear.weight.device)))
         if linear.bias is not None:
@@ -62,6 +74,11 @@ class QuantLinear(nn.Module):
         """`x` is `[..., in_features]`; returns `[..., out_features]` in the dtype of `x`, or of autocast."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.activations is not None:
+            x = self.activations(x)
+        if self.small is not None and not torch.is_grad_enabled() and x.numel() <= FEW * self.in_features:
+            small = self.small(x)
+            return small if self.bias is None else small + self.bias.to(small.dtype)
         y: Tensor = DequantizingMatmul.apply(x, self.layout, self.names, *(getattr(self, name) for name in self.names))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -85,12 +102,22 @@ class QuantLinear(nn.Module):
         return self.qtensor.dequantize(dtype)
 
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
-        """A dense, frozen twin in `dtype`."""
+        """A dense, frozen twin in `dtype`. It does not round its input: its weight is of 16 bits again."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight = _frozen(self.dequantize(dtype))
         if self.bias is not None:
             linear.bias = _frozen(self.bias.detach().to(dtype))
         return linear.train(self.training)
+
+    def select(self, rows: Tensor | None, columns: Tensor | None) -> tuple[QuantLinear, str]:
+        """The layer of these rows and columns (None: all), and why its weight was rounded again ("" if it was not)."""
+        weight, reason = select(self.qtensor, rows, columns)
+        module = QuantLinear(weight.layout, bias=False, device="meta")
+        for name, tensor in weight.tensors.items():
+            setattr(module, name, _frozen(tensor))
+        if self.bias is not None:
+            module.bias = self.bias if rows is None else _frozen(self.bias.detach()[rows.to(self.bias.device)])
+        return module.train(self.training), reason
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         # `model.half()` and the like move packed tensors but never change their dtype: that would change the weight.
@@ -104,7 +131,8 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, layout={self.layout}"
+        rounded = f", activations={self.activations}" if self.activations is not None else ""
+        return f"in_features={self.in_features}, out_features={self.out_features}, layout={self.layout}{rounded}"
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

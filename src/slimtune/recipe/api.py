@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimtune.arch import bind
 from slimtune.calib.data import calibration_tokens
+from slimtune.calib.gradients import Batch, GradientSketch
 from slimtune.calib.rows import DataSource as DataSource
 from slimtune.calib.rows import read_rows
 from slimtune.errors import RecipeError
@@ -18,20 +19,26 @@ from slimtune.export import Manifest, Source
 from slimtune.export import export as write_export
 from slimtune.export.load import DTYPES, Loaded
 from slimtune.export.load import load as load_model
-from slimtune.lora.attach import add_lora as attach
 from slimtune.lora.attach import base_of
 from slimtune.lora.inits import residual
 from slimtune.lora.merge import merge as merge_adapter
 from slimtune.lora.options import LoraOptions
-from slimtune.quant import QUANTIZERS
-from slimtune.quant.apply import QuantizeFacts, all_linear, quantize_
+from slimtune.prune.options import PruneOptions
+from slimtune.quant.apply import QuantizeFacts, quantize_
 from slimtune.recipe.document import read_recipe
+from slimtune.recipe.gradients import attach_adapter, gradient_batches, gradients_of, wants_gradients
+from slimtune.recipe.merging import merge_low_bit
 from slimtune.recipe.plan import DEFAULT_SAMPLES, Plan
 from slimtune.recipe.plan import plan as make_plan
+from slimtune.recipe.pruning import prune_now
 from slimtune.recipe.run import run as run_recipe
-from slimtune.recipe.schema import Recipe, build, recipe_from, step_from
-from slimtune.recipe.steps import Session, examples_of, merge_low_bit, run_step
-from slimtune.train.data import Collator, padding_id
+from slimtune.recipe.schema import Quantize, Recipe, build, recipe_from, step_from
+from slimtune.recipe.steps import Session, examples_of, run_step
+from slimtune.recipe.treatments import Treatments, check_patterns
+from slimtune.rotate.fuse import RotateFacts, rotate_
+from slimtune.rotate.online import attach_online_
+from slimtune.rotate.options import Rotation
+from slimtune.train.data import Collator, Example, padding_id
 from slimtune.train.loop import TrainFacts
 from slimtune.train.loop import finetune as train_model
 from slimtune.train.options import TrainOptions
@@ -43,6 +50,12 @@ def load(model: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTraine
     return loaded.model, loaded.tokenizer
 
 
+def rotate(model: nn.Module, *, facts: Callable[[RotateFacts], None] = lambda _: None, **options: Any) -> nn.Module:
+    """`model` (changed in place) in another basis, with the same outputs; `options` are the fields of `rotate`."""
+    facts(rotate_(model, bind(base_of(model)), build(Rotation, options, "rotate")))
+    return model
+
+
 def quantize(
     model: nn.Module,
     method: str = "optq",
@@ -50,6 +63,8 @@ def quantize(
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibration: DataSource | str | Tensor | None = None,
     ignore: Sequence[str] = (),
+    activations: Mapping[str, Any] | None = None,
+    layers: Mapping[str, Any] | None = None,
     seed: int = 0,
     residual_rank: int = 0,
     facts: Callable[[QuantizeFacts], None] = lambda _: None,
@@ -57,37 +72,93 @@ def quantize(
 ) -> nn.Module:
     """`model` (changed in place) with the linears of its blocks quantized by `method`, whose fields are `options`.
 
-    `calibration` is token windows `[samples, length]`, or a data source or file
-    (then `tokenizer` is needed). With a `residual_rank`, `add_lora(model, init="residual")` may follow, up to that `r`.
-    `facts` is called with what was done to each layer.
+    `activations`, as `{"bits": 8}`, rounds their inputs; `layers` has other fields for some of them, by name or
+    pattern: `{"*.layers.0.*": {"bits": 8}}`. `calibration` is token windows `[samples, length]`, or a data source or
+    file (then `tokenizer` is needed). With a `residual_rank`, `add_lora(model, init="residual")` may follow, up to
+    that `r`. `facts` is called with what was done to each layer.
     """
-    quantizer = build(QUANTIZERS[method], options, method)
-    tokens = calibration if isinstance(calibration, Tensor) else None
-    if isinstance(calibration, DataSource | str):
-        source = _source(calibration)
-        if tokenizer is None:
-            raise RecipeError("calibration text needs the model's tokenizer", remedy="pass tokenizer=")
-        samples = source.samples or DEFAULT_SAMPLES
-        tokens = calibration_tokens(read_rows(source), tokenizer, samples, source.length, seed, str(source))
+    step = Quantize(method, tuple(ignore), dict(activations or {}), dict(layers or {}), options)
+    treatments, modelmap = Treatments(step, method), bind(model)
+    check_patterns(step, [port.name for port in modelmap.linears], method)
+    tokens = _windows(tokenizer, calibration, seed)
     start = (lambda weight, base, stats: residual(weight, base, residual_rank, stats)) if residual_rank > 0 else None
-    facts(quantize_(model, bind(model), all_linear(quantizer, ignore), tokens=tokens, start=start))
+    rounds = treatments.rounds
+    facts(quantize_(model, modelmap, treatments.choose, activations=rounds, tokens=tokens, start=start))
+    attach_online_(model)
     return model
 
 
-def add_lora(model: nn.Module, *, seed: int = 0, base_name: str = "", **options: Any) -> nn.Module:
-    """`model` in a `PeftModel` with fresh factors; `options` are the fields of the recipe's `lora` step."""
+def prune(
+    model: nn.Module,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration: DataSource | str | Tensor | None = None,
+    seed: int = 0,
+    facts: Callable[[dict[str, Any]], None] = lambda _: None,
+    **options: Any,
+) -> nn.Module:
+    """`model` (changed in place) with fewer channels, heads or layers; `options` are the fields of the recipe's `prune`
+    step, which acts at once here.
+
+    `calibration` and `tokenizer` are those of `quantize`. `facts` is called with what was cut.
+    """
+    chosen = build(PruneOptions, options, "prune")
+    if chosen.ramped:
+        raise RecipeError(
+            "a ramp acts along training",
+            where="prune.schedule",
+            got=chosen.schedule,
+            remedy="use a recipe, or one-shot",
+        )
+    facts(prune_now(model, chosen, _windows(tokenizer, calibration, seed), seed=seed))
+    return model
+
+
+def add_lora(
+    model: nn.Module,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    train: DataSource | str | None = None,
+    tokens: Tensor | None = None,
+    gradients: GradientSketch | None = None,
+    seed: int = 0,
+    base_name: str = "",
+    facts: Callable[[dict[str, Any]], None] = lambda _: None,
+    **options: Any,
+) -> nn.Module:
+    """`model` in a `PeftModel` with fresh factors; `options` are the fields of the recipe's `lora` step.
+
+    Where factors start from gradients, those are of `train` (rows, for which `tokenizer` is needed), of `tokens`
+    `[samples, length]`, or of a sketch that was saved. `facts` is called with how each layer started.
+    """
     chosen = build(LoraOptions, options, "lora")
-    return attach(
-        model,
-        r=chosen.r,
-        lora_alpha=chosen.lora_alpha,
-        lora_dropout=chosen.lora_dropout,
-        target_modules=chosen.target_modules,
-        use_rslora=chosen.use_rslora,
-        init=chosen.init,
-        base_name=base_name,
-        seed=seed,
-    )
+    if wants_gradients(chosen) and gradients is None:
+        gradients = gradients_of(model, _batches(model, chosen, tokenizer, train, tokens, seed), chosen, seed=seed)
+    wrapped, found = attach_adapter(model, chosen, gradients, base_name=base_name, seed=seed)
+    facts(found)
+    return wrapped
+
+
+def _batches(
+    model: nn.Module,
+    chosen: LoraOptions,
+    tokenizer: PreTrainedTokenizerBase | None,
+    train: DataSource | str | None,
+    tokens: Tensor | None,
+    seed: int,
+) -> list[Batch]:
+    usual = TrainOptions()
+    if tokens is not None:
+        examples: Sequence[Example] = [Example(row, row) for row in tokens.tolist()]
+        return gradient_batches(examples, Collator(0), chosen, usual.per_device_train_batch_size, seed)
+    if train is None or tokenizer is None:
+        raise RecipeError(
+            "the adapter starts from gradients", got=chosen.init, remedy="pass train= and tokenizer=, or tokens="
+        )
+    source = _source(train)
+    examples = examples_of(model, tokenizer, source, usual)[0]
+    collator = Collator(padding_id(tokenizer))
+    return gradient_batches(examples, collator, chosen, usual.per_device_train_batch_size, seed, str(source))
 
 
 def finetune(
@@ -169,6 +240,19 @@ def run(
 ) -> dict[str, Any]:
     """Run a recipe into the folder `output`; returns the report."""
     return run_recipe(_recipe(recipe), Path(output), resume=resume, overwrite=overwrite, say=say)
+
+
+def _windows(
+    tokenizer: PreTrainedTokenizerBase | None, calibration: DataSource | str | Tensor | None, seed: int
+) -> Tensor | None:
+    """Calibration as token windows `[samples, length]`, where there is any."""
+    if calibration is None or isinstance(calibration, Tensor):
+        return calibration
+    source = _source(calibration)
+    if tokenizer is None:
+        raise RecipeError("calibration text needs the model's tokenizer", remedy="pass tokenizer=")
+    samples = source.samples or DEFAULT_SAMPLES
+    return calibration_tokens(read_rows(source), tokenizer, samples, source.length, seed, str(source))
 
 
 def _source(source: DataSource | str) -> DataSource:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from slimtune.errors import RecipeError
 from slimtune.lora.inits import INITS
-from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Quantize, Recipe, Step, Train
+from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,12 @@ class State:
 
     quantized: bool = False
     adapter: bool = False
+    rotated: bool = False
+    online: tuple[str, ...] = ()
     residual: bool = False  # whether it is known what quantization lost
+    pruned: bool = False  # whether the adapter's base is no longer the original model
+    ramp: bool = False  # whether the next train step prunes
+    rounded: bool = False  # whether linears round their inputs
 
 
 def check_order(recipe: Recipe, start: State = State()) -> list[State]:
@@ -23,7 +29,7 @@ def check_order(recipe: Recipe, start: State = State()) -> list[State]:
     states, state = [], start
     for number, step in enumerate(recipe.steps):
         states.append(state)
-        reason = _objection(step, state, recipe)
+        reason = _objection(step, state, recipe) or _pruning(step, state, recipe.steps[number + 1 :])
         if reason:
             what, remedy = reason
             raise RecipeError(what, where=f"steps[{number}].{step.name}", remedy=remedy)
@@ -33,14 +39,24 @@ def check_order(recipe: Recipe, start: State = State()) -> list[State]:
 
 def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | None:
     match step:
+        case Rotate() if state.rotated:
+            return "the model is rotated already", "keep one rotate step: a second rotation adds nothing"
+        case Rotate() if state.quantized:
+            return "packed weights cannot be rotated", "put rotate before quantize"
+        case Rotate() if state.adapter:
+            return "a model with an adapter cannot be rotated", "put rotate before lora, or merge: {} before rotate"
         case Quantize() if state.quantized:
             return "the model is quantized already", "keep one quantize step, or merge: {} before the second"
         case Quantize() if state.adapter:
             return "a model with an adapter cannot be quantized", "put merge: {} before quantize, or quantize first"
         case Lora() if state.adapter:
             return "the model has an adapter already", "put merge: {} before the second lora step"
-        case Lora() if INITS[step.init].start is not None and not state.residual:
+        case Lora() if (INITS[step.init].start is not None or step.init_residual) and not state.residual:
             return "nothing is known of what quantization lost", "put a quantize step before it, in this recipe"
+        case Lora() if INITS[step.init].start is not None and step.init_residual:
+            return "this init gives back what quantization lost already", "leave out init_residual: true"
+        case Lora() if (INITS[step.init].gradient or step.ranks == "gradient") and recipe.data.train is None:
+            return "there is nothing to take gradients of", "add data: {train: {path: FILE}}"
         case Train() if recipe.data.train is None:
             return "there is nothing to train on", "add data: {train: {path: FILE}}"
         case Train() if state.quantized and not state.adapter:
@@ -55,19 +71,59 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
             return "there is no adapter to export", "put export: {format: gguf-lora} after lora, before merge"
         case Export(format="compressed-tensors" | "gptq") if not state.quantized:
             return "there are no packed weights to export", "put a quantize step before, or export safetensors"
+        case Export(format="safetensors" | "compressed-tensors" | "gptq" | "gguf") if state.online:
+            return (
+                f"no other engine runs the online transform {', '.join(state.online)}: it would load another model",
+                "rotate with online: [], or keep the run's own model folder",
+            )
+        case Export(format="gptq" | "safetensors" | "gguf") if state.rounded:
+            return (
+                "this format cannot say that inputs are rounded",
+                "export compressed-tensors, or use the model folder",
+            )
         case Evaluate() if not (step.perplexity or step.tasks or step.speed):
             return "evaluate has nothing to measure", "give it perplexity, tasks or speed: true"
     return None
 
 
+def _pruning(step: Step, state: State, later: Sequence[Step]) -> tuple[str, str] | None:
+    """What stands against pruning here, or against `step` because of it."""
+    if state.ramp and not isinstance(step, Train | Evaluate):
+        return "the model is to be pruned by the next train step", "put train right after a prune step with a ramp"
+    match step:
+        case Prune() if state.rotated:
+            return "heads and channels of a rotated model are mixtures", "put prune before rotate"
+        case Prune() if step.importance == "lora" and not state.adapter:
+            return "the importance 'lora' looks at an adapter's gradients", "put a lora step before prune"
+        case Prune() if step.ramped and not state.adapter:
+            return "a model is pruned along the training of an adapter", "put a lora step before prune"
+        case Prune() if step.ramped and not any(isinstance(s, Train) for s in later):
+            return "there is no training to prune along", "put a train step after it, or use schedule: one-shot"
+        case Prune() if step.refit and (state.quantized or state.adapter):
+            held = "packed weights" if state.quantized else "weights under an adapter"
+            return f"{held} cannot be fitted", "put prune before quantize and lora, or set refit: false"
+        case Train() if step.distill and not state.ramp:
+            return "there is no unpruned model to learn from", "put a prune step with schedule: cubic before train"
+        case Export(format="peft") if state.pruned:
+            return "the adapter fits the pruned model alone", "put merge: {} before, and export safetensors"
+    return None
+
+
 def _after(step: Step, state: State) -> State:
     match step:
+        case Rotate():
+            return replace(state, rotated=True, online=step.online)
+        case Prune():
+            return replace(state, ramp=step.ramped, pruned=state.pruned or not step.ramped)
+        case Train():
+            return replace(state, ramp=False, pruned=state.pruned or state.ramp)
         case Quantize():
-            return replace(state, quantized=True, residual=True)
+            rounded = bool(step.activations or any("activations" in fields for fields in step.layers.values()))
+            return replace(state, quantized=True, residual=True, rounded=rounded)
         case Lora():
             return replace(state, adapter=True)
         case Merge(keep_bits=True):
             return replace(state, adapter=False, residual=False)
         case Merge():
-            return State()
+            return replace(state, quantized=False, adapter=False, residual=False, rounded=False)
     return state

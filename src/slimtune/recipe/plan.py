@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,11 +26,17 @@ from slimtune.export.load import DTYPES, empty_model, model_config
 from slimtune.hub import METHOD
 from slimtune.kernels.precision import bfloat16_units
 from slimtune.lora.attach import resolve_targets
-from slimtune.quant import QUANTIZERS, QTensor, Quantizer
-from slimtune.quant.apply import all_linear
+from slimtune.lora.start import parts
+from slimtune.prune.collect import BATCH, GRADIENTS
+from slimtune.prune.surgery import prune_
+from slimtune.quant import QTensor, Quantizer
 from slimtune.quant.layouts import layout_from_dict
+from slimtune.recipe.gradients import wants_gradients
 from slimtune.recipe.legality import State, check_order
-from slimtune.recipe.schema import Evaluate, Export, Lora, Quantize, Recipe, Step, Train, build, to_dict
+from slimtune.recipe.pruning import importance_of, needs_data, pending, rehearse
+from slimtune.recipe.schema import Evaluate, Export, Lora, Prune, Quantize, Recipe, Rotate, Step, Train, to_dict
+from slimtune.recipe.treatments import Treatment, Treatments, check_patterns
+from slimtune.rotate.record import KEY
 from slimtune.train.loss import CHUNK
 
 RUNTIME_BYTES = 90_000_000
@@ -84,15 +90,6 @@ class Plan:
         }
 
 
-def quantizer_of(step: Quantize, where: str = "quantize") -> Quantizer:
-    """The method a quantize step asks for, with its fields. Raises `RecipeError` on an unknown name, key or value."""
-    if step.method not in QUANTIZERS:
-        raise RecipeError(
-            "unknown method", where=f"{where}.method", got=step.method, remedy=nearest(step.method, QUANTIZERS)
-        )
-    return build(QUANTIZERS[step.method], step.options, where)
-
-
 def calibration_source(recipe: Recipe) -> DataSource:
     """The text a quantizer looks at: `data.calibration`, or else the training data."""
     data = recipe.data
@@ -108,15 +105,27 @@ def resolve(recipe: Recipe) -> Recipe:
     steps: list[Step] = []
     for number, step in enumerate(recipe.steps):
         if isinstance(step, Quantize):
-            method = quantizer_of(step, f"steps[{number}].quantize")
-            options = {f.name: getattr(method, f.name) for f in fields(method)}  # type: ignore[arg-type]
-            if method.needs and recipe.data.calibration is None and recipe.data.train is None:
+            treatments = Treatments(step, f"steps[{number}].quantize")
+            if treatments.need_data and recipe.data.calibration is None and recipe.data.train is None:
                 raise RecipeError(
                     f"{step.method} needs calibration text",
                     where=f"steps[{number}].quantize",
                     remedy="add data: {calibration: {builtin: pydocs}} or a file, or use method: rtn",
                 )
-            step = replace(step, options=options)
+            rounding = treatments.default.activations
+            activations = asdict(rounding) if rounding is not None else step.activations
+            step = replace(step, options=treatments.default.options, activations=activations)
+        if isinstance(step, Rotate) and step.seed == -1:
+            step = replace(step, seed=recipe.seed)
+        if isinstance(step, Prune):
+            importance_of(step, f"steps[{number}].prune")
+            if needs_data(step) and recipe.data.calibration is None and recipe.data.train is None:
+                raise RecipeError(
+                    "pruning needs calibration text",
+                    where=f"steps[{number}].prune",
+                    got=f"importance: {step.importance}, refit: {str(step.refit).lower()}",
+                    remedy="add data: {calibration: {builtin: pydocs}} or a file, or use importance: magnitude",
+                )
         if isinstance(step, Export) and step.format not in EXPORTERS:
             raise RecipeError(
                 "unknown format",
@@ -150,10 +159,12 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
     """
     recipe = resolve(recipe)
     config = model_config(recipe.model)
-    states = check_order(recipe, State(quantized="quantization_config" in config.__dict__))
+    noted = config.__dict__.get(KEY, {})
+    start = State("quantization_config" in config.__dict__, rotated=bool(noted), online=tuple(noted.get("online", ())))
+    states = check_order(recipe, start)
     model = empty_model(config, DTYPES[recipe.dtype])
     modelmap = bind(model)
-    shape = replace(_Shape.of(model, modelmap, recipe), **_held(config, modelmap))
+    shape = whole = replace(_Shape.of(model, modelmap, recipe), **_held(config, modelmap))
     baseline = psutil.Process().memory_info().rss + RUNTIME_BYTES
     steps = []
     for number, (step, state) in enumerate(zip(recipe.steps, states, strict=True)):
@@ -163,15 +174,25 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
         if isinstance(step, Lora):
             targets = resolve_targets(modelmap, model, step.target_modules)
             ports = [p for p in modelmap.ports if p.kind == "linear" and _named(p.name, targets)]
-            shape = replace(shape, adapter=sum(step.r * (p.in_features + p.out_features) for p in ports))
+            rank = step.r * parts(step.init, step.init_residual)
+            shape = replace(shape, adapter=sum(rank * (p.in_features + p.out_features) for p in ports))
         _check_fit(step, number, recipe, model, modelmap, where)
         held, flops = shape.demand(step, state, recipe)
+        if isinstance(step, Rotate) and shape.tied:  # the head becomes a weight of its own
+            shape = replace(shape, tied=False, parameters=shape.parameters + shape.vocabulary * shape.hidden)
         steps.append(StepPlan(step.name, baseline + held, flops))
+        cut = step if isinstance(step, Prune) else pending(recipe.steps, number) if isinstance(step, Train) else None
+        if cut is not None:
+            rehearsed = rehearse(cut, modelmap, where)
+            if step is not cut or not cut.ramped:
+                prune_(model, modelmap, rehearsed)
+                modelmap = bind(model)
+                shape = shape.after(_Shape.of(model, modelmap, recipe))
     peak = max(step.memory_bytes for step in steps)
     free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     available = free if memory is None else memory
     warnings = (_too_much(recipe, steps, available),) if peak > available else ()
-    return Plan(recipe, shape.parameters, tuple(steps), peak, available, warnings)
+    return Plan(recipe, whole.parameters, tuple(steps), peak, available, warnings)
 
 
 def _check_fit(step: Step, number: int, recipe: Recipe, model: Any, modelmap: ModelMap, where: str) -> None:
@@ -196,49 +217,52 @@ def _check_fit(step: Step, number: int, recipe: Recipe, model: Any, modelmap: Mo
 
 def _check_packable(step: Quantize, later: tuple[Step, ...], modelmap: ModelMap, where: str) -> None:
     """Packed formats hold affine weights without a shorter last group: say so before hours of work, not after."""
-    group = step.options.get("group_size", -1)
+    treatments = Treatments(step, where)
     packed = [s.format for s in later if isinstance(s, Export) and s.format in HOLDS]
     for kind in packed:
-        if fault := HOLDS[kind](_sample(quantizer_of(step, where), group).layout):
-            raise RecipeError(
-                f"{kind} cannot hold what this method makes",
-                where=f"{where}.method",
-                got=f"{step.method}: {fault}",
-                remedy="use rtn or optq, or export safetensors",
-            )
-    ragged = [p.name for p in modelmap.linears if group > 0 and group < p.in_features and p.in_features % group]
+        for treatment in treatments.all:
+            if fault := HOLDS[kind](_sample(treatment.method, _group(treatment)).layout):
+                raise RecipeError(
+                    f"{kind} cannot hold what this method makes",
+                    where=f"{where}.method",
+                    got=f"{step.method}: {fault}",
+                    remedy="use rtn or optq, or export safetensors",
+                )
+    groups = {p.name: _group(treatments.of(p.name)) for p in modelmap.linears}
+    ragged = [p for p in modelmap.linears if 0 < groups[p.name] < p.in_features and p.in_features % groups[p.name]]
     if packed and ragged:
+        names = ", ".join(p.name for p in ragged[:3])
         raise RecipeError(
             f"the group size does not divide every layer, which {packed[0]} needs",
             where=f"{where}.group_size",
-            got=f"{group}; {', '.join(ragged[:3])}{' ...' if len(ragged) > 3 else ''}",
+            got=f"{groups[ragged[0].name]}; {names}{' ...' if len(ragged) > 3 else ''}",
             remedy="use a group size that does, or -1 (whole rows), or export safetensors",
         )
 
 
 def _check_quantize(step: Quantize, modelmap: ModelMap, where: str) -> dict[str, Any]:
-    method = quantizer_of(step, where)
-    choose = all_linear(method, step.ignore)
-    ports = [port for port in modelmap.ports if not isinstance(choose(port), str)]
-    group = step.options.get("group_size", -1)
+    treatments = Treatments(step, where)
+    check_patterns(step, [port.name for port in modelmap.linears], where)
+    ports = {p: treatments.of(p.name) for p in modelmap.ports if not isinstance(treatments.choose(p), str)}
     if not ports:
         raise RecipeError("there is nothing left to quantize", where=f"{where}.ignore", got=list(step.ignore))
-    if group > 0 and all(port.in_features % group and group < port.in_features for port in ports):
+    groups = {port: _group(treatment) for port, treatment in ports.items()}
+    if all(0 < group < port.in_features and port.in_features % group for port, group in groups.items()):
         widths = sorted({port.in_features for port in ports})
         divisors = [g for g in (32, 64, 128, 256) if all(w % g == 0 for w in widths)]
         raise RecipeError(
             "the group size divides no layer's width",
             where=f"{where}.group_size",
-            got=group,
+            got=_group(treatments.default),
             wanted=f"a divisor of {', '.join(map(str, widths))}",
             remedy=f"use {' or '.join(map(str, divisors)) or '-1 (whole rows)'}",
         )
-    tag = _sample(method, group).layout.tag
-    return {
-        "bits": _stored_bits(method, step, group),
-        "needs_data": bool(method.needs),
-        "decoding": DECODING.get(tag, 0),
-    }
+    sizes = {port: port.in_features * port.out_features for port in ports}
+    stored = {treatment: _stored_bits(treatment) for treatment in set(ports.values())}
+    bits = sum(stored[ports[port]] * size for port, size in sizes.items()) / sum(sizes.values())
+    tags = {_sample(treatment.method, _group(treatment)).layout.tag for treatment in stored}
+    decoding = max(DECODING.get(tag, 0) for tag in tags)
+    return {"bits": bits, "needs_data": treatments.need_data, "decoding": decoding}
 
 
 def _held(config: Any, modelmap: ModelMap) -> dict[str, Any]:
@@ -263,22 +287,27 @@ def _held(config: Any, modelmap: ModelMap) -> dict[str, Any]:
     return {"bits": 8 * size / sum(p.in_features * p.out_features for p in modelmap.linears), "decoding": decoding}
 
 
+def _group(treatment: Treatment) -> int:
+    return int(treatment.options.get("group_size", -1))
+
+
 def _sample(method: Quantizer, group: int) -> QTensor:
     """What the method makes of a small weight of zeros, in whole groups, and independent inputs."""
     width = math.lcm(64, max(group, 1))
     stats = {}
     for name in method.needs:
         statistic = STATISTICS[name](width, torch.device("cpu"))
-        statistic.update(torch.eye(width))
+        statistic.update(torch.eye(width), torch.eye(width))
         stats[name] = statistic.result()
     return method(torch.zeros(32, width), stats)
 
 
-def _stored_bits(method: Quantizer, step: Quantize, group: int) -> float:
+def _stored_bits(treatment: Treatment) -> float:
+    method, options, group = treatment.method, treatment.options, _group(treatment)
     if not method.needs:  # what one row of it takes is quickly seen
         return method(torch.zeros(1, 4096), {}).bits_per_weight
-    per_group = (16 if step.options.get("sym") else 24) / group if group > 0 else 0
-    return float(step.options.get("bits", 16) + per_group)
+    per_group = (16 if options.get("sym") else 24) / group if group > 0 else 0
+    return float(options.get("bits", 16) + per_group)
 
 
 @dataclass(frozen=True)
@@ -318,6 +347,11 @@ class _Shape:
             whole_logits=bool(config.is_encoder_decoder or getattr(config, "final_logit_softcapping", None)),
         )
 
+    def after(self, smaller: _Shape) -> _Shape:
+        """This shape when the model has become `smaller`."""
+        adapter = self.adapter * smaller.weights // self.weights
+        return replace(smaller, bits=self.bits, needs_data=self.needs_data, adapter=adapter)
+
     def resident(self, quantized: bool) -> int:
         """Bytes of the model itself between steps."""
         rest = (self.parameters - self.weights) * self.dense_bytes
@@ -326,6 +360,8 @@ class _Shape:
     def demand(self, step: object, state: State, recipe: Recipe) -> tuple[int, int]:
         """Bytes beyond the process's baseline at the peak of `step`, and its floating-point operations."""
         match step:
+            case Prune():
+                return self._prune(step, state, recipe)
             case Quantize():
                 return self._quantize(recipe, whole=recipe.steps[0] is not step)
             case Train():
@@ -335,8 +371,19 @@ class _Shape:
                 work = self.resident(state.quantized) + 2 * logits + self._block(step.length, 4)
                 tokens = step.max_tokens if step.max_tokens > 0 else 0
                 return work + 4 * self.largest, 2 * self.parameters * tokens * len(step.perplexity)
+            case Lora() if wants_gradients(step):
+                later = (s for s in recipe.steps[recipe.steps.index(step) :] if isinstance(s, Train))
+                train = next(later, Train())
+                sums = 4 * 8 * self.adapter  # two sketches, each a few times as wide as the adapter
+                batch = replace(train, max_steps=max(1, step.init_passes * abs(step.init_tokens) // train.max_length))
+                held, flops = self._train(batch, State(state.quantized, adapter=True), recipe)
+                return held + sums, flops
             case Lora():
                 return self.resident(state.quantized), 0
+            case Rotate():
+                head = self.vocabulary * self.hidden * self.dense_bytes if self.tied else 0
+                probe = 3 * 128 * self.vocabulary * 8  # logits before and after, compared in float64
+                return self.resident(False) + head + max(24 * self.largest, probe), 0
         return self.resident(False) + 4 * self.largest, 0
 
     def _quantize(self, recipe: Recipe, *, whole: bool) -> tuple[int, int]:
@@ -356,6 +403,20 @@ class _Shape:
         inside = max(self._block(batch, self.dense_bytes), self.widest**2 * 8 * 4)
         flops = tokens * (2 * 2 * self.weights + self.blocks * (3 * self.hidden**2 + self.ffn**2))
         return rest + packed + block + cached + inside, flops
+
+    def _prune(self, step: Prune, state: State, recipe: Recipe) -> tuple[int, int]:
+        held = self.resident(state.quantized) + 8 * self.largest
+        if not needs_data(step):
+            return held, 0
+        source = calibration_source(recipe)
+        tokens = (source.samples or DEFAULT_SAMPLES) * source.length
+        backward = bool(GRADIENTS & importance_of(step).needs)
+        batch = BATCH * source.length
+        work = self._block(batch, self.dense_bytes) * (self.blocks if backward else 1)
+        work += (3 if backward else 1) * batch * self.vocabulary * 4
+        if step.refit:
+            work = max(work, 2 * tokens * self.hidden * self.dense_bytes + self.widest**2 * 8 * 4)
+        return held + work, tokens * self.parameters * (4 if backward else 2) * (2 if step.refit else 1)
 
     def _train(self, step: Train, state: State, recipe: Recipe) -> tuple[int, int]:
         tokens = step.per_device_train_batch_size * step.max_length

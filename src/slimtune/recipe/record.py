@@ -28,12 +28,18 @@ _REPORT = {
     "model": {"parameters?": int, "bytes?": int, "bits_per_weight?": float},
     "plan?": {"steps": [{"step": str, "memory_bytes?": float}]},
 }
+_PRUNED = {"axes?": [{"name": str, "kind": str, "units": int, "kept": int, "real": int}]}
 _FACTS: dict[str, Any] = {
+    "prune": _PRUNED,
     "quantize": {
-        "layers?": [{"name": str, "error?": float, "bits?": float}],
+        "layers?": [{"name": str, "error?": float, "bits?": float, "activations?": float}],
         "skipped?": [{"name": str, "reason": str}],
     },
-    "train": {"sample?": str},
+    "rotate": {
+        "layers?": [{"name": str, "kurtosis_before": float, "kurtosis_after": float, "peak_before": float}],
+        "channels?": {"name": str, "before": [float], "after": [float]},
+    },
+    "train": {"sample?": str, "prune?": _PRUNED},
 }
 _WORDS = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
 

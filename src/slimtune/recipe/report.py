@@ -23,12 +23,12 @@ from rich.table import Table as Grille
 from rich.text import Text
 
 from slimtune.recipe.page import Cell, Grid, Page, Section, four_digits, label, number, versus_first, words, write_page
-from slimtune.recipe.plots import Series, error_plot, loss_plot, place
+from slimtune.recipe.plots import Series, error_plot, layer_plot, loss_plot, magnitude_plot, place, width_plot
 from slimtune.recipe.record import Curve, Metric, Report, metrics, read_curves, read_report, report_path
 
 __all__ = ["Comparison", "compare", "print_comparison", "read_report", "write_comparison_html", "write_html"]
 
-_DRAWN_ELSEWHERE = ("layers", "skipped", "sample")
+_DRAWN_ELSEWHERE = ("layers", "skipped", "sample", "axes", "requantized", "lost", "prune", "channels")
 
 # How the summary says what a step did: the verb, then what follows it for each setting or fact that is known.
 _DEEDS: dict[str, tuple[str, dict[str, str]]] = {
@@ -65,6 +65,8 @@ def write_html(run: Path) -> Path:
     sections = [
         _measured(report),
         *(_training(i, facts, curves.get(i, curves.get(None))) for step, facts, i in named if step == "train"),
+        *(_rotation(i, facts) for step, facts, i in named if step == "rotate"),
+        *(_widths(i, pruned) for _, facts, i in named if (pruned := _pruned(facts))),
         *(_quantization(i, facts) for step, facts, i in named if step == "quantize"),
         _costs(report),
         *(_skipped(i, facts) for step, facts, i in named if step == "quantize"),
@@ -174,13 +176,81 @@ def _training(i: int, facts: dict[str, Any], curve: Curve | None) -> Section:
     return Section(f"Training (step {i + 1})", note.strip(), figure, text=facts.get("sample") or "")
 
 
+def _rotation(i: int, facts: dict[str, Any]) -> Section:
+    """What a rotation did to the inputs of linears: their kurtosis by block, and the channels of the worst of them."""
+    layers, channels = facts.get("layers") or [], facts.get("channels")
+    plots, shown = [], {}
+    for when in ("before", "after"):
+        shown[when] = {layer["name"]: float(layer[f"kurtosis_{when}"]) for layer in layers}
+    positive = [value for values in shown.values() for value in values.values() if 0 < value < math.inf]
+    limits = (0.8 * min(positive), 1.25 * max(positive)) if positive else None
+    for when, values in shown.items():
+        title = f"kurtosis of linear inputs {when} the rotation"
+        plots.append(layer_plot(f"kurtosis-{when}-{i}", values, f"kurtosis {when}", title, limits) or "")
+    note = (
+        "Kurtosis of the channels of a token, averaged over tokens, of the input of each linear: 3 for a Gaussian, and "
+        "the higher the more a few channels stand out. First before the rotation, then after it"
+    )
+    if channels:
+        plots.append(magnitude_plot(f"channels-{i}", channels["before"], channels["after"]))
+        note += f"; below, the largest magnitude of each channel of the input of {channels['name']}"
+    worst = sorted(layers, key=lambda layer: -float(layer["kurtosis_after"]))[:5]
+    keys = ("kurtosis_before", "kurtosis_after", "peak_before", "peak_after")
+    rows = [[Cell(layer["name"]), *(Cell(words(key, layer.get(key))) for key in keys)] for layer in worst]
+    head = ["highest kurtosis after", "before", "after", "largest channel / median before", "after"]
+    grids = [Grid(rows, head, numbers=True)] if rows else []
+    return Section(f"Activations and the rotation (step {i + 1})", f"{note}.", "".join(plots) or None, grids)
+
+
+def _pruned(facts: dict[str, Any]) -> dict[str, Any]:
+    """What a step cut away: a prune step's own facts, or those of the ramp that a train step was."""
+    found: dict[str, Any] = facts if facts.get("axes") else facts.get("prune") or {}
+    return found if found.get("axes") else {}
+
+
+def _widths(i: int, facts: dict[str, Any]) -> Section:
+    """What every block has kept, drawn, and counted by kind."""
+    shares: dict[str, list[tuple[int, float]]] = {}
+    counts: dict[tuple[str, int, int], int] = {}
+    for axis in facts["axes"]:
+        at, kind = place(axis["name"]), axis["kind"]
+        if at is not None and axis["units"] > 0:
+            shares.setdefault(kind, []).append((at.block, axis["real"] / axis["units"]))
+        key = (kind, axis["real"], axis["units"])
+        counts[key] = counts.get(key, 0) + 1
+    names = {"kv": "KV groups", "heads": "query heads", "ffn": "FFN channels", "layers": "layers"}
+    rows = [
+        [
+            Cell(names.get(kind, kind)),
+            Cell(number(kept)),
+            Cell(number(units), bar=kept / max(units, 1)),
+            Cell(number(n)),
+        ]
+        for (kind, kept, units), n in counts.items()
+    ]
+    before, after, share = (facts.get(key) for key in ("parameters_before", "parameters_after", "removed_ratio"))
+    note = f"{number(before)} parameters before, {number(after)} after. " if before and after else ""
+    note += f"{share:.1%} of those of the {facts.get('of')} are gone. " if share else ""
+    if facts.get("padded"):
+        note += "Narrower blocks are padded with zeros to the widest: what is drawn is what is not zero. "
+    again = facts.get("requantized") or []
+    if again:
+        note += f"Rounded again: {', '.join(f['name'] for f in again[:3])}{' ...' if again[3:] else ''} "
+        note += f"({again[0]['reason']})."
+    grid = Grid(rows, ["kind", "kept", "of", "sub-layers"], numbers=True)
+    return Section(f"Widths after pruning (step {i + 1})", note.strip(), width_plot(f"widths-{i}", shares), [grid])
+
+
 def _quantization(i: int, facts: dict[str, Any]) -> Section:
     layers = facts.get("layers") or []
     known = ((layer["name"], layer["error"]) for layer in layers if layer.get("error") is not None)
     errors = {name: error for name, error in known if math.isfinite(error)}
     worst, most = sorted(errors, key=lambda name: -errors[name])[:5], max(errors.values(), default=0) or 1
-    bits = Counter(layer["bits"] for layer in layers if layer.get("bits") is not None)
-    counts = ", ".join(f"{count:,} at {number(width)} bits" for width, count in sorted(bits.items()))
+    bits = Counter((layer["bits"], layer.get("activations", 16)) for layer in layers if layer.get("bits") is not None)
+    counts = ", ".join(
+        f"{count:,} at {number(width)} bits" + (f" with inputs at {number(inputs)}" if inputs < 16 else "")
+        for (width, inputs), count in sorted(bits.items())
+    )
     note = (
         "The squared error of each layer's outputs relative to their square (of its weights, where the method used no "
     )

@@ -29,11 +29,12 @@ from slimtune.export.load import load, locate
 from slimtune.export.native import write_model
 from slimtune.files import whole_folder, write_json, write_text
 from slimtune.kernels.memory import PeakMemory
-from slimtune.lora.attach import base_of, load_adapter
+from slimtune.lora.attach import base_of, has_adapter, load_adapter, save_adapter
 from slimtune.recipe.document import write_recipe
 from slimtune.recipe.plan import Plan, plan
+from slimtune.recipe.pruning import RECORD, pending, read_record
 from slimtune.recipe.report import read_report, write_html
-from slimtune.recipe.schema import Evaluate, Lora, Merge, Quantize, Recipe, Step, Train, to_dict
+from slimtune.recipe.schema import Evaluate, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train, to_dict
 from slimtune.recipe.steps import Session, run_step, size_of
 
 Say = Callable[[str], None]
@@ -170,7 +171,7 @@ def _session(recipe: Recipe, output: Path, state: dict[str, Any], say: Say, *, r
     """The model as the last finished step left it."""
     done = list(enumerate(recipe.steps[: len(state["steps"])]))
     dense = [n for n, step in done if _changes_base(step, recipe, n)]
-    adapted = [n for n, step in done if isinstance(step, Lora | Train)]
+    adapted = [n for n, step in done if isinstance(step, Lora | Train | Prune)]
     merged = max((n for n, step in done if isinstance(step, Merge)), default=-1)
     if done:
         _publish(recipe, output, len(done) - 1)  # those before it were published before it began
@@ -187,13 +188,19 @@ def _session(recipe: Recipe, output: Path, state: dict[str, Any], say: Say, *, r
     adapters = [n for n in adapted if n > merged and (output / "checkpoints" / f"step-{n}-adapter").is_dir()]
     if adapters:
         model = load_adapter(model, output / "checkpoints" / f"step-{max(adapters)}-adapter", trainable=True)
-    return Session(recipe, loaded, model, say, folder=output, resume=resume, metrics=list(state["metrics"]))
+    pruning = read_record(output / "model" if dense else locate(recipe.model)[0])
+    metrics = list(state["metrics"])
+    return Session(recipe, loaded, model, say, folder=output, resume=resume, metrics=metrics, pruning=pruning)
 
 
 def _changes_base(step: Step, recipe: Recipe, number: int) -> bool:
     """Whether a step changes weights other than an adapter's."""
+    if isinstance(step, Prune):
+        return not step.ramped
     if not isinstance(step, Train):
-        return isinstance(step, Quantize | Merge)
+        return isinstance(step, Rotate | Quantize | Merge)
+    if pending(recipe.steps, number) is not None:
+        return True
     before = recipe.steps[:number]
     loras = [n for n, s in enumerate(before) if isinstance(s, Lora)]
     merges = [n for n, s in enumerate(before) if isinstance(s, Merge)]
@@ -202,12 +209,12 @@ def _changes_base(step: Step, recipe: Recipe, number: int) -> bool:
 
 def _keep(session: Session, step: Step, number: int, output: Path) -> None:
     """Write what a step changed under `checkpoints/`."""
-    if _changes_base(step, session.recipe, number):
+    changed = _changes_base(step, session.recipe, number)
+    if changed:
         _write_base(session, output / "checkpoints" / f"step-{number}-model")
-    elif isinstance(step, Lora | Train):
+    if has_adapter(session.model) and (changed or isinstance(step, Lora | Train)):
         with whole_folder(output / "checkpoints" / f"step-{number}-adapter") as partial:
-            cast(PeftModel, session.model).save_pretrained(str(partial), save_embedding_layers=False)
-            (partial / "README.md").unlink(missing_ok=True)
+            save_adapter(cast(PeftModel, session.model), partial)
 
 
 def _publish(recipe: Recipe, output: Path, number: int) -> None:
@@ -229,6 +236,8 @@ def _write_base(session: Session, folder: Path) -> None:
     session.whole()
     with whole_folder(folder) as partial:
         write_model(cast(transformers.PreTrainedModel, base_of(session.model)), session.loaded.tokenizer, partial)
+        if session.pruning is not None:
+            write_json(partial / RECORD, session.pruning)
 
 
 def _tidy(output: Path) -> None:

@@ -2,7 +2,7 @@
 options.
 
 No torch is imported here. The fields of a quantizer are those of its own dataclass and are checked when the recipe is
-resolved, see `slimtune.recipe.plan.quantizer_of`.
+resolved, see `slimtune.recipe.treatments`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 from slimtune.calib.rows import DataSource
 from slimtune.errors import RecipeError, SlimtuneError, nearest
 from slimtune.lora.options import LoraOptions
+from slimtune.prune.options import PruneOptions
+from slimtune.rotate.options import Rotation
 from slimtune.train.options import TrainOptions
 
 T = TypeVar("T")
@@ -32,13 +34,37 @@ class Data:
 
 @dataclass(frozen=True)
 class Quantize:
-    """Weights to few bits. Every other key is a field of the method (`slimtune list quantizers`)."""
+    """Weights to few bits, and the inputs of linears where `activations` says so. Every other key is a field of the
+    method (`slimtune list quantizers`)."""
 
     name: ClassVar[str] = "quantize"
 
     method: str = field(default="optq", metadata={"help": "a name from `slimtune list quantizers`"})
     ignore: tuple[str, ...] = field(default=(), metadata={"help": "layers to leave alone, * wildcards allowed"})
+    activations: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "how inputs are rounded, {bits: 8}; default: not at all"}
+    )
+    layers: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "other fields for some layers: {NAME: {bits: 8}}, * wildcards allowed"}
+    )
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "the method's own fields"})
+
+
+@dataclass(frozen=True)
+class Rotate(Rotation):
+    """A change of basis that leaves the outputs alone and spreads activations evenly."""
+
+    name: ClassVar[str] = "rotate"
+    least_seed: ClassVar[int] = -1
+
+    seed: int = field(default=-1, metadata={"help": "of the random signs or matrix; -1: the recipe's"})
+
+
+@dataclass(frozen=True)
+class Prune(PruneOptions):
+    """Fewer channels, heads or layers: at once, or along the train step that follows."""
+
+    name: ClassVar[str] = "prune"
 
 
 @dataclass(frozen=True)
@@ -111,8 +137,10 @@ class Export:
     quantization: str = field(default="", metadata={"help": "gguf: f32, f16 (default), bf16, q8_0, q4_0 or q4_1"})
 
 
-Step = Quantize | Lora | Train | Merge | Evaluate | Export
-STEPS: dict[str, type[Step]] = {step.name: step for step in (Quantize, Lora, Train, Merge, Evaluate, Export)}
+Step = Prune | Rotate | Quantize | Lora | Train | Merge | Evaluate | Export
+STEPS: dict[str, type[Step]] = {
+    step.name: step for step in (Prune, Rotate, Quantize, Lora, Train, Merge, Evaluate, Export)
+}
 """Every step by its key in a recipe."""
 
 
@@ -190,7 +218,9 @@ def to_dict(value: Any) -> Any:
     if isinstance(value, Recipe):
         return {f.name: to_dict(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Quantize):
-        return {value.name: {"method": value.method, **to_dict(value.options), "ignore": list(value.ignore)}}
+        extra = {"activations": to_dict(value.activations), "layers": to_dict(value.layers)}
+        facts = {"method": value.method, **to_dict(value.options), "ignore": list(value.ignore)}
+        return {value.name: facts | {key: values for key, values in extra.items() if values}}
     if isinstance(value, tuple(STEPS.values())):
         return {cast(Step, value).name: {f.name: to_dict(getattr(value, f.name)) for f in fields(cast(Step, value))}}
     if is_dataclass(value) and not isinstance(value, type):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -12,27 +13,47 @@ from torch import Tensor, nn
 from slimtune.arch import bind
 from slimtune.calib.data import calibration_tokens, text_tokens
 from slimtune.calib.formats import normalise, render
+from slimtune.calib.gradients import GradientSketch
+from slimtune.calib.outliers import Outliers, outliers
 from slimtune.calib.rows import DataSource, is_text, read_rows, read_text
-from slimtune.errors import RecipeError
 from slimtune.evaluate.perplexity import perplexity
 from slimtune.evaluate.speed import speed
 from slimtune.evaluate.tasks import tasks
 from slimtune.export import Source, export
-from slimtune.export.load import DTYPES, Loaded
-from slimtune.lora.attach import add_lora, base_of, plain
-from slimtune.lora.inits import INITS
-from slimtune.lora.merge import merge, merge_packed
-from slimtune.quant.apply import Start, all_linear, quantize_
+from slimtune.export.load import DTYPES, Loaded, locate
+from slimtune.lora.attach import base_of, plain
+from slimtune.lora.inits import INITS, residual
+from slimtune.lora.merge import merge
+from slimtune.prune.options import PruneOptions
+from slimtune.quant.apply import Start, quantize_
 from slimtune.quant.linear import QuantLinear
 from slimtune.quant.size import Size, model_size
 from slimtune.recipe.blocks import FolderStore
-from slimtune.recipe.plan import CALIBRATION_BATCH, DEFAULT_SAMPLES, calibration_source, quantizer_of
-from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Quantize, Recipe, Step, Train
+from slimtune.recipe.gradients import (
+    attach_adapter,
+    gradient_batches,
+    gradients_of,
+    wants_gradients,
+    wants_residual,
+)
+from slimtune.recipe.merging import merge_low_bit
+from slimtune.recipe.plan import CALIBRATION_BATCH, DEFAULT_SAMPLES, calibration_source
+from slimtune.recipe.pruning import needs_data, pending, prune_now, record
+from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train
+from slimtune.recipe.treatments import Treatments
+from slimtune.rotate.fuse import rotate_
+from slimtune.rotate.online import attach_online_
+from slimtune.rotate.options import Rotation
 from slimtune.train.data import Collator, Example, pack, padding_id, tokenize, tokenize_seq2seq
 from slimtune.train.loop import finetune
 from slimtune.train.options import TrainOptions
 
 Facts = dict[str, Any]
+
+OUTLIER_WINDOWS = 4, 512
+"""Windows, and tokens in each at most, on which a rotate step looks at activations."""
+
+WHEN = ("before", "after")
 
 
 @dataclass
@@ -46,6 +67,7 @@ class Session:
     folder: Path | None = None
     resume: bool = False
     metrics: list[Facts] = field(default_factory=list)
+    pruning: Facts | None = None  # what pruning.json says of the model
 
     def whole(self) -> nn.Module:
         """The model with all its weights in memory."""
@@ -60,6 +82,10 @@ class Session:
 def run_step(session: Session, step: Step, number: int) -> Facts:
     """Do one step; `session.model` is the result. Returns the facts for the report."""
     match step:
+        case Rotate():
+            return _rotate(session, step)
+        case Prune():
+            return _prune(session, step)
         case Quantize():
             return _quantize(session, step, number)
         case Lora():
@@ -79,90 +105,78 @@ def size_of(model: nn.Module) -> Size:
     return model_size(plain(model), frozenset(port.name for port in bind(model).linears))
 
 
+def _rotate(session: Session, step: Rotate) -> Facts:
+    model, data = session.whole(), session.recipe.data
+    modelmap = bind(model)
+    source = data.calibration or data.train or DataSource(builtin="pydocs")
+    length = within_positions(model, min(source.length, OUTLIER_WINDOWS[1]))
+    rows, tokenizer = read_rows(source), session.loaded.tokenizer
+    tokens = calibration_tokens(rows, tokenizer, OUTLIER_WINDOWS[0], length, session.recipe.seed, str(source))
+    before = outliers(model, modelmap, tokens)
+    result = rotate_(model, modelmap, Rotation(**vars(step)))
+    after = outliers(model, modelmap, tokens)
+    for part in ("residual", "values"):
+        session.say(f"  {part}: {getattr(result, part)}")
+    session.say(f"  logits differ by {result.logit_error:.1e}, relative to their size")
+    facts = outlier_facts(before, after)
+    session.say(f"  mean kurtosis of linear inputs {facts['kurtosis_before']:.3g} -> {facts['kurtosis_after']:.3g}")
+    return {**result.to_dict(), "windows": {"source": str(source), "samples": len(tokens), "length": length}, **facts}
+
+
+def outlier_facts(before: dict[str, Outliers], after: dict[str, Outliers]) -> Facts:
+    """What a change did to the inputs of all linears, and a picture of the one that was most uneven."""
+    layers: list[Facts] = [
+        {
+            "name": name,
+            "kurtosis_before": was.kurtosis,
+            "kurtosis_after": after[name].kurtosis,
+            "peak_before": was.peak,
+            "peak_after": after[name].peak,
+        }
+        for name, was in before.items()
+    ]
+    worst = max(before, key=lambda name: before[name].kurtosis)
+    return {
+        **{f"kurtosis_{when}": fmean(layer[f"kurtosis_{when}"] for layer in layers) for when in WHEN},
+        "layers": layers,
+        "channels": {
+            "name": worst,
+            "before": list(before[worst].channels),
+            "after": list(after[worst].channels),
+        },
+    }
+
+
 def _quantize(session: Session, step: Quantize, number: int) -> Facts:
-    method = quantizer_of(step)
+    treatments = Treatments(step)
     modelmap = bind(session.model)
-    tokens: Tensor | None = None
     facts: Facts = {"method": step.method, **step.options}
-    if method.needs:
-        source = calibration_source(session.recipe)
-        session.say(f"  calibrating on {source}")
-        tokens = _calibration(session, source)
-        facts["calibration"] = {"source": str(source), "samples": tokens.shape[0], "length": tokens.shape[1]}
+    if step.activations:
+        facts["activations"] = step.activations
+    tokens, source = _calibration(session) if treatments.need_data else (None, {})
     place = session.place(f"step-{number}-blocks")
     result = quantize_(
         session.model,
         modelmap,
-        all_linear(method, step.ignore),
+        treatments.choose,
+        activations=treatments.rounds,
         tokens=tokens,
         batch_size=CALIBRATION_BATCH,
         materialise=session.loaded.materialise,
         store=FolderStore(place) if place is not None else None,
         start=_start(session.recipe.steps[number + 1 :]),
-        progress=_blocks_done(session),
+        progress=_done(session, "block"),
     )
     session.loaded.materialise_()
-    return {**facts, **result.to_dict()}
+    attach_online_(session.model)
+    return {**facts, **source, **result.to_dict()}
 
 
-def _merge(session: Session, step: Merge) -> Facts:
-    if not step.keep_bits:
-        session.model = merge(session.whole(), DTYPES[step.dtype or session.recipe.dtype])
-        return {"dtype": step.dtype or session.recipe.dtype}
-    data = session.recipe.data
-    model = session.whole()
-    tokens, source = None, None
-    if data.calibration is not None or data.train is not None:
-        source = calibration_source(session.recipe)
-        session.say(f"  calibrating on {source}")
-        tokens = _calibration(session, source)
-    merged, facts = merge_low_bit(
-        model, tokens, tolerance=step.tolerance, force=step.force, progress=_blocks_done(session)
-    )
-    session.model = merged
-    return {"keep_bits": True, "tolerance": step.tolerance, "calibration": str(source or ""), **facts}
-
-
-def merge_low_bit(
-    model: nn.Module,
-    tokens: Tensor | None,
-    *,
-    tolerance: float,
-    force: bool,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[nn.Module, Facts]:
-    """`merge_packed`, with what it costs: perplexity on the calibration `tokens` before and after, or without tokens
-    the relative squared error of the weights. `model` is consumed.
-
-    Raises `RecipeError` where the cost is above `tolerance` and `force` is not given.
-    """
-
-    def loss_of(model: nn.Module) -> float:
-        assert tokens is not None
-        return perplexity(cast(Any, model), tokens.flatten(), length=tokens.shape[1]).value
-
-    before = None if tokens is None else loss_of(model)
-    merged, done = merge_packed(model, tokens=tokens, batch_size=CALIBRATION_BATCH, progress=progress)
-    facts: Facts = {"layers": [asdict(layer) for layer in done.layers], "bits_per_weight": done.bits_per_weight}
-    if before is None:
-        cost, what = sum(layer.error for layer in done.layers) / len(done.layers), "relative error of the weights"
-    else:
-        after = loss_of(merged)
-        facts |= {"perplexity_before": before, "perplexity_after": after}
-        cost, what = after / before - 1, "perplexity on the calibration text rises by"
-    facts["cost"] = cost
-    if not force and not cost <= tolerance:
-        raise RecipeError(
-            "merging into packed weights loses too much",
-            got=f"{what} {cost:.3g}",
-            wanted=f"at most {tolerance:g}",
-            remedy="force: true goes on, tolerance allows more; merge: {} keeps it all, in 16 or 32 bits",
-        )
-    return merged, facts
-
-
-def _calibration(session: Session, source: DataSource) -> Tensor:
-    return calibration_tokens(
+def _calibration(session: Session) -> tuple[Tensor, Facts]:
+    """The recipe's calibration windows, and the facts of them."""
+    source = calibration_source(session.recipe)
+    session.say(f"  calibrating on {source}")
+    tokens = calibration_tokens(
         read_rows(source),
         session.loaded.tokenizer,
         samples=source.samples or DEFAULT_SAMPLES,
@@ -170,12 +184,50 @@ def _calibration(session: Session, source: DataSource) -> Tensor:
         seed=session.recipe.seed,
         where=str(source),
     )
+    return tokens, {"calibration": {"source": str(source), "samples": tokens.shape[0], "length": tokens.shape[1]}}
 
 
-def _blocks_done(session: Session) -> Callable[[int, int], None]:
-    def progress(done: int, blocks: int) -> None:
-        if done == blocks or done % max(blocks // 6, 1) == 0:
-            session.say(f"  block {done}/{blocks}")
+def _prune(session: Session, step: Prune) -> Facts:
+    facts: Facts = {f.name: getattr(step, f.name) for f in fields(PruneOptions)}
+    if step.ramped:
+        session.say("  acts along the train step that follows")
+        return {**facts, "acts": "in the next train step"}
+    tokens, source = _calibration(session) if needs_data(step) else (None, {})
+    facts |= source | prune_now(
+        session.whole(), step, tokens, seed=session.recipe.seed, progress=_done(session, "batch")
+    )
+    _record(session, facts)
+    return facts
+
+
+def _merge(session: Session, step: Merge) -> Facts:
+    if not step.keep_bits:
+        session.model = merge(session.whole(), DTYPES[step.dtype or session.recipe.dtype])
+        return {"dtype": step.dtype or session.recipe.dtype}
+    data, model = session.recipe.data, session.whole()
+    tokens, source = _calibration(session) if data.calibration or data.train else (None, {})
+    session.model, facts = merge_low_bit(
+        model, tokens, tolerance=step.tolerance, force=step.force, progress=_done(session, "block")
+    )
+    return {"keep_bits": True, "tolerance": step.tolerance, **source, **facts}
+
+
+def _record(session: Session, facts: Facts) -> None:
+    """Note what was cut, and say it."""
+    folder = locate(session.recipe.model)[0] if session.pruning is None else None
+    session.pruning = record(facts, session.pruning, session.loaded.name, folder)
+    del facts["kept"]  # pruning.json has them
+    widths = {axis["kind"]: f"{axis['kept']} of {axis['units']} {axis['kind']}" for axis in facts["axes"]}
+    session.say(
+        f"  {facts['parameters_before']:,} -> {facts['parameters_after']:,} parameters, "
+        f"{facts['removed_ratio']:.1%} of the {facts['of']} gone; kept {', '.join(widths.values())}"
+    )
+
+
+def _done(session: Session, what: str) -> Callable[[int, int], None]:
+    def progress(done: int, all: int) -> None:
+        if done == all or done % max(all // 6, 1) == 0:
+            session.say(f"  {what} {done}/{all}")
 
     return progress
 
@@ -183,10 +235,9 @@ def _blocks_done(session: Session) -> Callable[[int, int], None]:
 def _start(later: Sequence[Step]) -> Start | None:
     """How the adapter that comes next starts, where that is found while quantizing."""
     lora = next((step for step in later if isinstance(step, Lora)), None)
-    start = INITS[lora.init].start if lora is not None else None
-    if lora is None or start is None:
+    if lora is None or not wants_residual(lora):
         return None
-    rank = lora.r
+    start, rank = INITS[lora.init].start or residual, lora.r
     return lambda weight, base, stats: start(weight, base, rank, stats)
 
 
@@ -201,18 +252,11 @@ def _recall_starts_(session: Session, number: int) -> None:
 
 
 def _lora(session: Session, step: Lora, number: int) -> Facts:
-    if INITS[step.init].start is not None and session.resume:
+    if wants_residual(step) and session.resume:
         _recall_starts_(session, number)
-    model = add_lora(
-        session.whole(),
-        r=step.r,
-        lora_alpha=step.lora_alpha,
-        lora_dropout=step.lora_dropout,
-        target_modules=step.target_modules,
-        use_rslora=step.use_rslora,
-        init=step.init,
-        base_name=session.loaded.name,
-        seed=session.recipe.seed,
+    gradients = _gradients(session, step, number) if wants_gradients(step) else None
+    model, facts = attach_adapter(
+        session.whole(), step, gradients, base_name=session.loaded.name, seed=session.recipe.seed
     )
     session.model = model
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -224,7 +268,29 @@ def _lora(session: Session, step: Lora, number: int) -> Facts:
         "lora_alpha": step.lora_alpha,
         "targets": targets,
         "trainable_parameters": trainable,
+        **facts,
     }
+
+
+def _gradients(session: Session, step: Lora, number: int) -> GradientSketch:
+    """Of the training data, as the train step that comes next will see it."""
+    data, model = session.recipe.data, session.whole()
+    assert data.train is not None, "the plan has checked it"
+    later = session.recipe.steps[number + 1 :]
+    options: TrainOptions = next((s for s in later if isinstance(s, Train)), TrainOptions())
+    tokenizer = session.loaded.tokenizer
+    examples, _ = examples_of(model, tokenizer, data.train, options)
+    batches = gradient_batches(
+        examples,
+        Collator(padding_id(tokenizer)),
+        step,
+        options.per_device_train_batch_size,
+        session.recipe.seed,
+        str(data.train),
+    )
+    session.say(f"  gradients of {len(batches)} batches of {data.train}")
+    seed, checkpointing = session.recipe.seed, options.gradient_checkpointing
+    return gradients_of(model, batches, step, seed=seed, checkpointing=checkpointing)
 
 
 def _train(session: Session, step: Train, number: int) -> Facts:
@@ -252,7 +318,10 @@ def _train(session: Session, step: Train, number: int) -> Facts:
         resume=session.resume,
         number=number,
         progress=lambda line: session.say("  " + _log_line(line)),
+        prune=pending(session.recipe.steps, number),
     )
+    if result.prune is not None:
+        _record(session, result.prune)
     return {**result.to_dict(), "sample": facts.pop("sample"), "data": {"source": str(data.train), **facts}}
 
 

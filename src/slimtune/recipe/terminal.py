@@ -10,6 +10,7 @@ from slimtune.errors import RecipeError, nearest
 from slimtune.export import EXPORTERS
 from slimtune.export.load import BUNDLED
 from slimtune.lora.inits import INITS
+from slimtune.prune import IMPORTANCES
 from slimtune.quant import QUANTIZERS
 from slimtune.recipe.plan import Plan
 
@@ -29,11 +30,12 @@ def plan_text(plan: Plan) -> str:
 
 
 def listing(what: str) -> list[Row]:
-    """The rows of a table: `models`, `quantizers`, `inits`, `families` or `exporters`."""
+    """The rows of a table: `models`, `quantizers`, `inits`, `importances`, `families` or `exporters`."""
     tables = {
         "models": lambda: [{"name": name, "hub": hub, "package": pkg} for name, (pkg, _, hub) in BUNDLED.items()],
         "quantizers": lambda: [_method(name, QUANTIZERS[name]) for name in QUANTIZERS],
         "inits": lambda: [{"name": name, "what": init.what} for name, init in INITS.items()],
+        "importances": lambda: [_method(name, IMPORTANCES[name]) for name in IMPORTANCES],
         "families": lambda: [{"name": name, "model_types": list(FAMILIES[name].model_types)} for name in FAMILIES],
         "exporters": lambda: [{"name": name, "what": _first_line(EXPORTERS[name])} for name in EXPORTERS],
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -65,8 +65,23 @@ def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
     return [decode(v, tensors) for v in value["list"]]
 
 
+class Stateful(Protocol):
+    """What changes with training beside parameters and optimizer, and the model with it."""
+
+    def state(self) -> dict[str, Any]:
+        """Plain values and tensors."""
+
+    def restore_(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned, before the parameters are loaded."""
+
+
 class CheckpointingTrainer(Trainer):
-    """transformers' `Trainer` with the checkpoints described above (sharded runs keep transformers' own)."""
+    """transformers' `Trainer` with the checkpoints described above (sharded runs keep transformers' own).
+
+    `beside` is kept with them, where it is set.
+    """
+
+    beside: Stateful | None = None
 
     def train_from(self, checkpoint: Path | None) -> int:
         """Train to the end, from `checkpoint` on if there is one; returns the number of steps of the whole.
@@ -93,6 +108,8 @@ class CheckpointingTrainer(Trainer):
             "scheduler": encode(self.lr_scheduler.state_dict(), tensors, "scheduler"),
             "random": encode(_random_state(), tensors, "random"),
         }
+        if self.beside is not None:
+            state["beside"] = encode(self.beside.state(), tensors, "beside")
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 tensors[f"model.{name}"] = parameter.detach().contiguous()
@@ -108,6 +125,8 @@ class CheckpointingTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         tensors = _tensors(Path(resume_from_checkpoint))
+        if self.beside is not None:
+            self.beside.restore_(decode(_state(Path(resume_from_checkpoint))["beside"], tensors))
         for name, parameter in (model or cast(nn.Module, self.model)).named_parameters():
             if parameter.requires_grad:
                 saved = tensors.get(f"model.{name}")

@@ -12,16 +12,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from slimtune.errors import RecipeError
 from slimtune.lora.attach import base_of
+from slimtune.prune.options import PruneOptions
+from slimtune.prune.surgery import PruneFacts
 from slimtune.train.callbacks import Progress, StepLog
 from slimtune.train.checkpoint import CheckpointingTrainer, last_checkpoint
 from slimtune.train.data import Collator, Example
+from slimtune.train.distill import distilled_loss, require_plain_head, unpruned
 from slimtune.train.loss import chunked_loss
 from slimtune.train.options import TrainOptions
+from slimtune.train.pruning import Ramp
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class TrainFacts:
     seconds: float
     tokens_per_second: float | None
     trainable_parameters: int
+    prune: dict[str, object] | None = None
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for `report.json`."""
@@ -50,6 +56,14 @@ class _CountingTrainer(CheckpointingTrainer):
     """Counts the tokens that were computed, padding excluded, for the log."""
 
     log_lines: StepLog
+    ramp: Ramp | None = None
+    distill: bool = False
+
+    def prune_along(self, ramp: Ramp, distill: bool) -> None:
+        """Prune while training, and learn from the unpruned model where `distill`."""
+        self.ramp = self.beside = ramp
+        self.distill = distill
+        self.add_callback(ramp)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         mask = inputs.get("attention_mask")
@@ -64,6 +78,9 @@ class _CountingTrainer(CheckpointingTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         base = base_of(self.accelerator.unwrap_model(model))
+        if self.distill and self.ramp is not None:
+            teacher = unpruned(cast(PeftModel, self.accelerator.unwrap_model(model)), self.ramp, inputs)
+            return distilled_loss(model, base, teacher, inputs, num_items_in_batch)
         with nullcontext() if return_outputs else chunked_loss(base):  # who wants outputs wants true logits
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
@@ -94,6 +111,7 @@ def finetune(
     resume: bool = False,
     number: int = 0,
     progress: Progress | None = None,
+    prune: PruneOptions | None = None,
 ) -> TrainFacts:
     """Train what is trainable in `model` on `examples`, in place.
 
@@ -109,12 +127,15 @@ def finetune(
         resume: continue from the last whole checkpoint there, bit for bit as if never interrupted.
         number: which train step of the recipe this is, for the log.
         progress: called with every logged line.
+        prune: prune along the training, and cut at the end of the ramp.
 
     Raises `TrainingDiverged` when the loss is not finite, `RecipeError` when nothing is trainable.
     """
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trainable:
         raise RecipeError("nothing in the model is trainable", remedy="put a lora step before train")
+    if options.distill:
+        require_plain_head(base_of(model))
     with tempfile.TemporaryDirectory() as scratch, _without_cache(model):
         folder = checkpoints or Path(scratch)
         start = last_checkpoint(folder) if resume else None
@@ -122,8 +143,11 @@ def finetune(
         trainer = _trainer(model, examples, collator, options, folder, seed, save=checkpoints is not None)
         trainer.log_lines = lines
         trainer.add_callback(lines)
+        ramp = Ramp(model, prune, last=options.distill, seed=seed) if prune is not None else None
+        if ramp is not None:
+            trainer.prune_along(ramp, options.distill)
         lines.resume_at(int(start.name.rsplit("-", 1)[1]) if start else -1)
-        measure = partial(heldout_loss, model, held_out, collator, options.per_device_train_batch_size)
+        measure = partial(_measured, ramp, model, held_out, collator, options.per_device_train_batch_size)
         if held_out and 0 not in lines.eval_losses:
             lines.write({"step": 0, "eval_loss": measure()})
         if held_out and options.eval_steps:
@@ -133,6 +157,8 @@ def finetune(
         steps = trainer.train_from(start)
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # what follows is not in bfloat16 autocast
         seconds = time.perf_counter() - clock
+        if ramp is not None:
+            ramp.finish()
         if held_out and steps not in lines.eval_losses:
             lines.write({"step": steps, "eval_loss": measure()})
     model.eval()
@@ -147,7 +173,19 @@ def finetune(
         seconds=seconds,
         tokens_per_second=(lines.tokens - before) / seconds if lines.tokens > before else None,
         trainable_parameters=trainable,
+        prune=None if ramp is None or ramp.facts is None else _pruned(ramp, ramp.facts),
     )
+
+
+def _pruned(ramp: Ramp, facts: PruneFacts) -> dict[str, object]:
+    kept = {name: list(units) for name, units in ramp.kept.items()}
+    return {**facts.to_dict(), "kept": kept, "history": {str(step): share for step, share in ramp.history.items()}}
+
+
+def _measured(ramp: Ramp | None, *arguments: Any) -> float:
+    """The held-out loss, unseen by a ramp."""
+    with nullcontext() if ramp is None else ramp.deaf():
+        return heldout_loss(*arguments)
 
 
 @contextmanager

@@ -1,0 +1,117 @@
+"""WikiText-2 perplexity of SmolLM2-135M with 20 and 50 % of its blocks' parameters really removed, at once.
+
+Every arm prunes the same float32 model by scores from the same calibration windows (C4, 512 tokens each), with and
+without fitting what is kept, and no training; one evaluator scores all of them: token perplexity over windows of 512 on
+the first `--tokens` tokens of the raw test split.
+
+    python benchmarks/prune_smollm2.py --calibration c4.jsonl.gz --text wiki.test.raw.gz
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slimtune.arch import bind
+from slimtune.calib.data import calibration_tokens, text_tokens
+from slimtune.calib.rows import DataSource, read_rows, read_text
+from slimtune.evaluate.perplexity import perplexity
+from slimtune.export.load import load
+from slimtune.kernels.precision import fast_forward
+from slimtune.lora.attach import add_lora, base_of
+from slimtune.prune import IMPORTANCES
+from slimtune.prune.collect import collect
+from slimtune.prune.groups import axes, parameters
+from slimtune.prune.probe import Scores
+from slimtune.prune.refit import refit_
+from slimtune.prune.select import select
+from slimtune.prune.surgery import PrunePlan, prune_
+from slimtune.recipe.run import environment
+
+RESULT = Path(__file__).parent / "results" / "prune_smollm2.json"
+
+
+def scores_of(model: Any, targets: Any, name: str, tokens: torch.Tensor) -> Scores:
+    """The scores of a criterion as it is published: LoRAPrune's normalised in each weight."""
+    model = add_lora(model, r=8) if name == "lora" else model
+    modelmap = bind(model)
+    normalise: Any = "module" if name == "lora" else "none"
+    found = axes(modelmap, targets)
+    return collect(base_of(model), modelmap, found, IMPORTANCES[name](), tokens, normalise=normalise)
+
+
+def measured(model: Any, tokens: torch.Tensor) -> float:
+    """Perplexity, computed alike for every arm."""
+    with fast_forward(torch.device("cpu"), torch.float32):
+        return perplexity(model, tokens, length=512).value
+
+
+def main() -> None:
+    """Run every arm and write benchmarks/results/prune_smollm2.json after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--calibration", default="", help="rows of text; default: the built-in pydocs")
+    parser.add_argument("--text", required=True, help="a raw text to score")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.5])
+    parser.add_argument("--criteria", nargs="+", default=["gate-fisher", "wanda", "flap", "gate", "lora",
+                                                          "weight-taylor", "magnitude", "random"])  # fmt: skip
+    parser.add_argument("--targets", nargs="+", default=["kv+ffn", "ffn"], help="kinds of units, joined by +")
+    arguments = parser.parse_args()
+    loaded = load(arguments.model)
+    source = DataSource(path=arguments.calibration) if arguments.calibration else DataSource(builtin="pydocs")
+    windows = calibration_tokens(read_rows(source), loaded.tokenizer, arguments.samples, 512, seed=0)
+    text = text_tokens(read_text(arguments.text), loaded.tokenizer)[: arguments.tokens]
+    facts: dict[str, Any] = {
+        "environment": environment(),
+        "model": Path(arguments.model).name,
+        "seed": 0,
+        "calibration": Path(str(source)).name,
+        "samples": arguments.samples,
+        "text": Path(arguments.text).name,
+        "length": 512,
+        "tokens": len(text),
+        "dense": measured(loaded.model, text),
+        "rows": [],
+    }
+    print(f"dense {facts['dense']:.2f}", flush=True)
+    for targets in arguments.targets:
+        for name in arguments.criteria:
+            start = time.process_time()
+            scores = scores_of(load(arguments.model).model, targets.split("+"), name, windows)
+            seconds = time.process_time() - start
+            for ratio in arguments.ratios:
+                for refit in (False, True) if targets != "layers" else (False,):
+                    model = load(arguments.model).model
+                    modelmap = bind(model)
+                    found = axes(modelmap, targets.split("+"))  # type: ignore[arg-type]
+                    remove = ratio * parameters(modelmap, "blocks")
+                    kept = select(modelmap, found, scores, remove, additive=IMPORTANCES[name].additive)
+                    plan = PrunePlan(found, kept, ratio)
+                    if refit:
+                        refit_(model, modelmap, plan, windows)
+                    pruned = prune_(model, modelmap, plan)
+                    row = {
+                        "importance": name,
+                        "targets": targets,
+                        "refit": refit,
+                        "ratio": ratio,
+                        "removed_ratio": pruned.removed_ratio,
+                        "kept": {fact.kind: fact.kept for fact in pruned.axes},
+                        "parameters": sum(p.numel() for p in model.parameters()),
+                        "perplexity": measured(model, text),
+                        "score_cpu_seconds": seconds,
+                    }
+                    facts["rows"].append(row)
+                    RESULT.write_text(json.dumps(facts, indent=1) + "\n")
+                    print({k: v for k, v in row.items() if k != "parameters"}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

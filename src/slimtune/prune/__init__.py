@@ -1,0 +1,31 @@
+"""Fewer channels, heads and layers: groups from the map, importances, a schedule, and surgery."""
+
+from slimtune.prune.importance import (
+    Flap,
+    Gate,
+    GateFisher,
+    Importance,
+    Lora,
+    Magnitude,
+    Random,
+    Wanda,
+    WeightTaylor,
+)
+from slimtune.tables import Table
+
+IMPORTANCES: Table[type[Importance]] = Table(
+    "slimtune.importances",
+    {
+        "lora": Lora,
+        "gate": Gate,
+        "gate-fisher": GateFisher,
+        "weight-taylor": WeightTaylor,
+        "flap": Flap,
+        "wanda": Wanda,
+        "magnitude": Magnitude,
+        "random": Random,
+    },
+)
+"""Every importance by its recipe name. Adding one: a class in `importance.py`, and a row here."""
+
+__all__ = ["IMPORTANCES", "Importance"]

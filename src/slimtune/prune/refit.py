@@ -1,0 +1,103 @@
+"""Fitting what is kept to the outputs of what was there: least squares, one reader at a time.
+
+With `H = XᵀX / n` of a reader's input and `K` the kept columns, `W' = W H[:, K] (H[K, K] + d·I)⁻¹` is the weight on
+`K` alone whose outputs are nearest to `W`'s on the calibration tokens. (The reconstruction of SlimGPT and of GRAIL,
+without their sequence of removals.) Blocks are fitted in order, each on what the pruned blocks before it hand on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.arch import ModelMap
+from slimtune.calib.capture import calibration_stream
+from slimtune.errors import RecipeError
+from slimtune.prune.surgery import PrunePlan
+
+DAMP = 0.01
+"""Share of the mean of the diagonal of `H[K, K]` that is added to it."""
+
+
+def fitted(weight: Tensor, hessian: Tensor, kept: Tensor, damp: float = DAMP) -> Tensor:
+    """`W'` (`[out, kept]`, float64) for `weight` `[out, in]`, `hessian` `[in, in]` and int64 `kept`.
+
+    >>> h = torch.eye(4, dtype=torch.float64); h[0, 1] = h[1, 0] = 1.0  # features 0 and 1 are the same
+    >>> fitted(torch.ones(1, 4), h, torch.tensor([0, 2]), damp=0.0)
+    tensor([[2., 1.]], dtype=torch.float64)
+    """
+    h = hessian.to(torch.float64)
+    inside = h[kept][:, kept]
+    inside.diagonal().add_(damp * float(inside.diagonal().mean()))
+    target = weight.to(torch.float64) @ h[:, kept]
+    found: Tensor = torch.linalg.solve(inside, target.T).T
+    return found
+
+
+@torch.no_grad()
+def refit_(
+    model: nn.Module,
+    modelmap: ModelMap,
+    plan: PrunePlan,
+    tokens: Tensor,
+    *,
+    batch_size: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """Fit the readers of every axis to the units that `plan` keeps, in place, and zero what they read of the others.
+
+    Where a reader has a bias, the mean of what went is added to it (FLAP, arXiv 2312.11983), and what varies is fitted.
+    To be followed by `prune_`. Returns the share of the outputs' squares that is lost, by the reader's name.
+
+    Raises `RecipeError` when a reader is not a plain linear: packed weights and adapters hide the weight.
+    """
+    readers = {part.port: (axis.name, part) for axis in plan.axes for part in axis.readers}
+    for name in readers:
+        if not isinstance(model.get_submodule(name), nn.Linear):
+            raise RecipeError(
+                "only a plain linear can be fitted",
+                where=name,
+                got=type(model.get_submodule(name)).__name__,
+                remedy="prune before quantize and lora, or set refit: false",
+            )
+    lost: dict[str, float] = {}
+    with calibration_stream(model, modelmap, tokens, batch_size=batch_size) as stream:
+        for number, block in enumerate(modelmap.blocks, start=1):
+            own = {port.name: model.get_submodule(port.name) for port in block.ports if port.name in readers}
+            whole = {name: [p.data for p in reader.parameters()] for name, reader in own.items()}
+            stream.enter(block)  # may compute in fewer bits than the weights have
+            for index, stage in enumerate(block.stages):
+                for port in stage:
+                    if port.name in readers:
+                        axis, part = readers[port.name]
+                        stats = stream.collect(block, index, ("hessian", "mean"))
+                        kept = torch.tensor(part.indices(plan.kept[axis]))
+                        linear = cast(nn.Linear, own[port.name])  # as found above
+                        lost[port.name] = _fit_(linear, whole[port.name], stats, kept)
+                stream.settle(block, index)
+            stream.advance(block, last=number == len(modelmap.blocks))
+            if progress is not None:
+                progress(number, len(modelmap.blocks))
+    return lost
+
+
+def _fit_(linear: nn.Linear, whole: list[Tensor], stats: dict[str, Tensor], kept: Tensor) -> float:
+    """Fit one reader, whose parameters are `whole` and which may compute with rounded copies of them; returns the share
+    of its outputs' squares that is lost."""
+    weight, h = whole[0].to(torch.float64), stats["hessian"].to(torch.float64)
+    mean = stats["mean"].to(torch.float64)
+    if linear.bias is not None:
+        h = h - torch.outer(mean, mean)
+    new = torch.zeros_like(weight)
+    new[:, kept] = fitted(weight, h, kept)
+    off = new - weight
+    energy = float(((weight @ h) * weight).sum())
+    if linear.bias is not None:
+        whole[1].sub_(off @ mean)
+    whole[0].copy_(new)
+    for parameter, data in zip(linear.parameters(), whole, strict=True):
+        parameter.copy_(data)
+    return max(float(((off @ h) * off).sum()), 0.0) / max(energy, torch.finfo(torch.float64).tiny)

@@ -1,0 +1,131 @@
+"""The prune step: at once, or along the train step that follows; and the record of what was kept, `pruning.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.arch import ModelMap, bind
+from slimtune.errors import FormatError, RecipeError, nearest
+from slimtune.lora.attach import base_of
+from slimtune.prune import IMPORTANCES, Importance
+from slimtune.prune.collect import collect
+from slimtune.prune.groups import axes, parameters
+from slimtune.prune.options import PruneOptions
+from slimtune.prune.refit import refit_
+from slimtune.prune.select import select
+from slimtune.prune.surgery import PruneFacts, PrunePlan, prune_
+from slimtune.recipe.schema import Prune, Step, Train
+
+RECORD = "pruning.json"
+Facts = dict[str, Any]
+Progress = Callable[[int, int], None]
+
+
+def importance_of(options: PruneOptions, where: str = "prune") -> Importance:
+    """The measure that `options` names. Raises `RecipeError` on an unknown name."""
+    if options.importance not in IMPORTANCES:
+        remedy = nearest(options.importance, IMPORTANCES)
+        raise RecipeError("unknown importance", where=f"{where}.importance", got=options.importance, remedy=remedy)
+    return IMPORTANCES[options.importance]()
+
+
+def needs_data(options: PruneOptions) -> bool:
+    """Whether the step itself looks at calibration text (a ramp looks at what it trains on)."""
+    return not options.ramped and (options.refit or bool(importance_of(options).needs - {"noise"}))
+
+
+def pending(steps: Sequence[Step], number: int) -> Prune | None:
+    """The prune step whose ramp acts in train step `number`, if there is one."""
+    for step in reversed(steps[:number]):
+        if isinstance(step, Prune):
+            return step if step.ramped else None
+        if isinstance(step, Train):
+            return None
+    return None
+
+
+def rehearse(options: PruneOptions, modelmap: ModelMap, where: str) -> PrunePlan:
+    """A way to prune as much as `options` ask for, whatever the scores will say.
+
+    Raises `RecipeError` where the model has nothing of the kind to prune, or not as much: before any work.
+    """
+    try:
+        found = axes(modelmap, cast(Any, options.targets))
+        scores = {axis.name: torch.zeros(axis.units, dtype=torch.float64) for axis in found}
+        remove = options.ratio * parameters(modelmap, options.of)
+        return PrunePlan(found, select(modelmap, found, scores, remove, step=options.multiple_of))
+    except RecipeError as error:
+        raise error.within(where) from error
+
+
+def prune_now(
+    model: nn.Module, options: PruneOptions, tokens: Tensor | None, *, seed: int = 0, progress: Progress | None = None
+) -> Facts:
+    """Prune `model` (a Hugging Face model, with or without an adapter) in place, at once; returns the facts, with the
+    units `kept` of each axis."""
+    base, modelmap, importance = base_of(model), bind(model), importance_of(options)
+    found = axes(modelmap, cast(Any, options.targets))
+    normalise: Any = options.normalise
+    scores = collect(base, modelmap, found, importance, tokens, normalise=normalise, seed=seed, progress=progress)
+    kept = select(
+        modelmap,
+        found,
+        scores,
+        options.ratio * parameters(modelmap, options.of),
+        step=options.multiple_of,
+        additive=importance.additive,
+        allocated=options.widths == "allocated",
+    )
+    plan = PrunePlan(found, kept, options.ratio, options.of)
+    lost = refit_(base, modelmap, plan, cast(Tensor, tokens)) if options.refit else {}
+    facts: PruneFacts = prune_(base, modelmap, plan)
+    fitted = {"lost": [{"name": name, "share": share} for name, share in lost.items()]} if lost else {}
+    return {**facts.to_dict(), **fitted, "kept": {name: list(units) for name, units in kept.items()}}
+
+
+def record(facts: Facts, before: Facts | None, base: str, folder: Path | None) -> Facts:
+    """What `pruning.json` says: the model it began with, and what each pruning since then kept of the one before it.
+
+    `before` is the record of the model that was pruned now, where it had one; `folder` holds the base's weights.
+    """
+    axes = [
+        {"name": axis["name"], "kind": axis["kind"], "units": axis["units"], "kept": facts["kept"][axis["name"]]}
+        for axis in facts["axes"]
+    ]
+    begun = {"version": 1, "base": base, "base_sha256": "", "base_parameters": facts["parameters_before"]}
+    if before is None:
+        begun["base_sha256"] = _digest(folder)
+    first = {key: before[key] for key in begun} if before else begun
+    done = {"ratio": facts["ratio"], "of": facts["of"], "removed_ratio": facts["removed_ratio"]}
+    prunings = [*(before["prunings"] if before else ()), {**done, "padded": facts["padded"], "axes": axes}]
+    return {**first, "parameters": facts["parameters_after"], "prunings": prunings}
+
+
+def read_record(folder: Path) -> Facts | None:
+    """The record in a model folder, if it is a pruned model's. Raises `FormatError` when it is damaged."""
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    try:
+        facts: Facts = json.loads(path.read_text(encoding="utf-8"))
+        keys = ("version", "base", "base_sha256", "base_parameters", "parameters", "prunings")
+        return {key: facts[key] for key in keys}
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError("the record of a pruned model is damaged", where=str(path), remedy="delete it") from error
+
+
+def _digest(folder: Path | None) -> str:
+    """SHA-256 over the weight files of a folder, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")) if folder else ():
+        with path.open("rb") as file:
+            while piece := file.read(1 << 24):
+                digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,137 @@
+"""Pruning along training: gates close by a schedule while an adapter learns, then what is behind them is cut away.
+
+After every optimizer step the scores of all units are averaged (LoRAPrune's moving average); every few steps the units
+to keep are chosen anew from all of them, so one that was closed by mistake opens again. When the ramp is over the
+closed units are cut out, with the adapter's factors and the optimizer's state, and the rest of the training is faster;
+where the unpruned model teaches, it is needed until the end, and the cut comes last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from slimtune.arch import bind
+from slimtune.lora.attach import base_of
+from slimtune.prune import IMPORTANCES, Importance
+from slimtune.prune.groups import axes, parameters
+from slimtune.prune.options import PruneOptions
+from slimtune.prune.probe import Probe, Scores
+from slimtune.prune.schedule import ends_at, ratio_at
+from slimtune.prune.select import Kept, select
+from slimtune.prune.surgery import PruneFacts, PrunePlan, prune_
+
+AVERAGE = 0.9
+"""What the moving average of the scores keeps of itself at every step (LoRAPrune's)."""
+
+
+class Ramp(TrainerCallback):
+    """Prunes `model` along its training by `options`.
+
+    Attributes:
+        facts: what was cut, once it was.
+        kept: the units that stay, of those the model had at the start.
+        history: the share of parameters behind closed gates, by training step.
+    """
+
+    def __init__(self, model: nn.Module, options: PruneOptions, *, last: bool = False, seed: int = 0) -> None:
+        self._base, self._options, self._last = base_of(model), options, last
+        self._modelmap = bind(model)
+        self._axes = axes(self._modelmap, options.targets)  # type: ignore[arg-type]  # PruneOptions checked them
+        self._importance: Importance = IMPORTANCES[options.importance]()
+        self._whole = parameters(self._modelmap, options.of)
+        self._scores: Scores = {}
+        self._steps = 0
+        self.kept: Kept = {axis.name: tuple(range(axis.units)) for axis in self._axes}
+        self.facts: PruneFacts | None = None
+        self.history: dict[int, float] = {}
+        self.probe = Probe(self._base, self._modelmap, self._axes, self._importance, seed)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Learn how long the training is; evaluation is not looked at."""
+        self._steps = state.max_steps
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Take the scores, while the gradients are there (clipped, as LoRAPrune's)."""
+        if self.facts is not None:
+            return
+        for name, score in self.probe.take(self._options.normalise).items():
+            held = self._scores.get(name)
+            self._scores[name] = score if held is None else AVERAGE * held + (1 - AVERAGE) * score
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Choose anew every few steps and at the end of the ramp; then cut."""
+        if self.facts is not None:
+            return
+        step, end = state.global_step, ends_at(self._options, self._steps)
+        if step == end or (step < end and step % self._options.every == 0):
+            self._choose(ratio_at(self._options, step, self._steps), final=step == end)
+            self.history[step] = self._share()
+        if step == end and not self._last:
+            self._cut(kwargs.get("optimizer"))
+
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """Within the block, what runs is not looked at."""
+        before, self.probe.listening = self.probe.listening, False
+        try:
+            yield
+        finally:
+            self.probe.listening = before
+
+    def finish(self) -> None:
+        """Cut, where that was put off to the end; the gates are gone afterwards."""
+        if self.facts is None:
+            self._cut(None)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of the ramp."""
+        return {
+            "scores": self._scores,
+            "kept": {name: torch.tensor(units) for name, units in self.kept.items()},
+            "cut": self.facts is not None,
+            "history": self.history,
+            "generator": self.probe.generator.get_state(),
+        }
+
+    def restore_(self, state: dict[str, Any]) -> None:
+        """Go on from `state`: the gates, or the model that was cut."""
+        self._scores, self.history = state["scores"], {int(k): v for k, v in state["history"].items()}
+        self.kept = {name: tuple(units.tolist()) for name, units in state["kept"].items()}
+        self.probe.generator.set_state(state["generator"])
+        for name, units in self.kept.items():
+            self.probe.keep(name, units)
+        if state["cut"]:
+            self._cut(None)
+
+    def _choose(self, ratio: float, *, final: bool) -> None:
+        self.kept = select(
+            self._modelmap,
+            self._axes,
+            self._scores,
+            ratio * self._whole,
+            step=self._options.multiple_of,
+            additive=self._importance.additive,
+            allocated=self._options.widths == "allocated",
+            none=not final,
+        )
+        for name, units in self.kept.items():
+            self.probe.keep(name, units)
+
+    def _share(self) -> float:
+        gone = sum(axis.parameters * (axis.units - len(self.kept[axis.name])) for axis in self._axes)
+        return gone / self._whole
+
+    def _cut(self, optimizer: torch.optim.Optimizer | None) -> None:
+        self.probe.remove()
+        plan = PrunePlan(self._axes, self.kept, self._options.ratio, self._options.of)
+        self.facts = prune_(self._base, self._modelmap, plan, optimizer=optimizer)

@@ -1,0 +1,320 @@
+"""The prune step in whole recipes: at once, along training, killed and resumed, and loaded by stock transformers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+import slimtune
+from pico import logits, pico_inputs, pico_model, pico_tokenizer, save_pico
+from slimtune.arch import bind
+from slimtune.errors import FormatError, RecipeError
+from slimtune.export.base import stock_config
+from slimtune.export.load import load
+from slimtune.lora.attach import add_lora, base_of
+from slimtune.prune.options import PruneOptions
+from slimtune.recipe.plan import plan
+from slimtune.recipe.pruning import pending, read_record
+from slimtune.recipe.run import run
+from slimtune.recipe.schema import Recipe, recipe_from
+from slimtune.train.checkpoint import CheckpointingTrainer
+from slimtune.train.data import Collator
+from slimtune.train.distill import distilled_loss, unpruned
+from slimtune.train.loop import finetune
+from slimtune.train.options import TrainOptions
+from slimtune.train.pruning import Ramp
+
+WINDOWS = torch.randint(6, 262, (4, 24), generator=torch.Generator().manual_seed(1))
+ROWS = [{"prompt": f"What is {i}?", "completion": f"{i} is {'odd' if i % 2 else 'even'}."} for i in range(40)]
+TRAIN = {"max_steps": 12, "max_length": 48, "save_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 2}
+RAMP = {"ratio": 0.4, "schedule": "cubic", "every": 2, "cooldown": 0.4, "importance": "gate", "multiple_of": 2}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> dict[str, Any]:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return {"train": {"path": str(path)}, "calibration": {"path": str(path), "samples": 3, "length": 32}}
+
+
+def recipe(model: Path, data: dict[str, Any], *steps: Any) -> Recipe:
+    return recipe_from({"model": str(model), "data": data, "steps": list(steps)})
+
+
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+STOCK = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+assert "slimtune" not in sys.modules
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+tokens = torch.tensor([[7, 9, 30, 200, 31, 8]])
+torch.save({"logits": model(tokens).logits.detach(), "type": model.config.model_type}, sys.argv[2])
+"""
+
+
+def stock_logits(folder: Path, scratch: Path) -> tuple[Tensor, str]:
+    """What transformers computes in a process that never heard of slimtune."""
+    command = [sys.executable, "-W", "error", "-c", STOCK, str(folder), str(scratch)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    facts = torch.load(scratch, weights_only=True)
+    return facts["logits"], facts["type"]
+
+
+@pytest.mark.parametrize(("heads", "ratio", "kept", "wanted"), [(8, 0.2, 6, "mistral"), (4, 0.3, 2, "llama")])
+def test_a_pruned_model_loads_in_stock_transformers(
+    heads: int, ratio: float, kept: int, wanted: str, data: Any, tmp_path: Path
+) -> None:
+    model = save_pico(tmp_path / "pico", "llama-tied", num_attention_heads=heads, num_key_value_heads=heads)
+    step = {"prune": {"ratio": ratio, "importance": "magnitude", "targets": ["kv"]}}
+    report = run(recipe(model, data, step), tmp_path / "run")
+    facts = report["steps"][0]["facts"]
+    mine = load(str(tmp_path / "run" / "model")).model
+    assert {axis["kept"] for axis in facts["axes"]} == {kept}
+    got, kind = stock_logits(tmp_path / "run" / "model", tmp_path / "logits.pt")
+    assert kind == wanted
+    torch.testing.assert_close(got, logits(mine, {"input_ids": torch.tensor([[7, 9, 30, 200, 31, 8]])}))
+    assert sum(p.numel() for p in mine.parameters()) == facts["parameters_after"]
+    saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert sum(t.numel() for t in saved.values()) == facts["parameters_after"]
+
+
+def test_the_record_says_what_was_kept_of_what(data: Any, tmp_path: Path) -> None:
+    model = save_pico(tmp_path / "pico", "llama")
+    steps = [{"prune": {"ratio": 0.2, "importance": "wanda", "targets": "ffn", "refit": True}},
+             {"prune": {"ratio": 0.2, "importance": "random", "targets": "ffn", "multiple_of": 2}}]  # fmt: skip
+    report = run(recipe(model, data, *steps), tmp_path / "run")
+    record = read_record(tmp_path / "run" / "model")
+    assert record is not None
+    assert record["base_parameters"] == report["steps"][0]["facts"]["parameters_before"]
+    assert record["parameters"] == report["model"]["parameters"] == report["steps"][1]["facts"]["parameters_after"]
+    first, second = record["prunings"]
+    assert [axis["units"] for axis in first["axes"]] == [40, 40]
+    assert [axis["units"] for axis in second["axes"]] == [len(axis["kept"]) for axis in first["axes"]]
+    last = {"prune": {"ratio": 0.1, "importance": "magnitude", "targets": "ffn", "multiple_of": 2}}
+    again = run(recipe(tmp_path / "run" / "model", data, last), tmp_path / "again")
+    third = read_record(tmp_path / "again" / "model")
+    assert third is not None and len(third["prunings"]) == 3 and third["base"] == record["base"]
+    assert again["model"]["parameters"] == third["parameters"]
+    (tmp_path / "run" / "model" / "pruning.json").write_text("{}")
+    with pytest.raises(FormatError, match="damaged"):
+        read_record(tmp_path / "run" / "model")
+
+
+def test_pruned_weights_are_those_of_the_base_that_the_record_names(data: Any, tmp_path: Path) -> None:
+    model = save_pico(tmp_path / "pico", "llama")
+    run(recipe(model, data, {"prune": {"ratio": 0.3, "importance": "gate-fisher"}}), tmp_path / "run")
+    before, after = (load_file(f / "model.safetensors") for f in (model, tmp_path / "run" / "model"))
+    record = read_record(tmp_path / "run" / "model")
+    assert record is not None
+    for axis in record["prunings"][0]["axes"]:
+        size = before[f"{axis['name']}.weight"].shape[1] // axis["units"]
+        columns = [u * size + i for u in axis["kept"] for i in range(size)]
+        assert torch.equal(after[f"{axis['name']}.weight"], before[f"{axis['name']}.weight"][:, columns])
+
+
+@pytest.mark.parametrize("distill", [False, True])
+def test_a_ramp_prunes_along_training_and_the_result_is_what_was_trained(
+    distill: bool, data: Any, tmp_path: Path
+) -> None:
+    model = save_pico(tmp_path / "pico", "llama", num_attention_heads=8, num_key_value_heads=4)
+    steps = [{"lora": {"r": 4}}, {"prune": RAMP}, {"train": {**TRAIN, "distill": distill}}, "merge"]
+    report = run(recipe(model, data, *steps), tmp_path / "run")
+    facts = report["steps"][2]["facts"]["prune"]
+    assert facts["removed_ratio"] == pytest.approx(0.4, abs=0.03)
+    shares = list(facts["history"].values())
+    assert shares == sorted(shares) and shares[0] < shares[-1] == facts["removed_ratio"] and len(shares) > 2
+    assert report["model"]["parameters"] == facts["parameters_after"]
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert read_record(tmp_path / "run" / "model") is not None
+
+
+@pytest.mark.parametrize(  # with gates half closed, after the cut, and where the cut comes last
+    ("killed_in", "changes"),
+    [(5, {"importance": "random"}), (10, {}), (10, {"importance": "lora"}), (12, {"distill": True})],
+)
+def test_resumed_across_a_surgery_is_uninterrupted_bit_for_bit(
+    killed_in: int, changes: dict[str, Any], data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = dict(changes)
+    distill = changes.pop("distill", False)
+    model = save_pico(tmp_path / "pico", "llama", num_attention_heads=8, num_key_value_heads=4)
+    train = {**TRAIN, "distill": distill}
+    made = recipe(model, data, {"lora": {"r": 3}}, {"prune": {**RAMP, **changes}}, {"train": train})
+    run(made, tmp_path / "whole")
+    kill = CheckpointingTrainer.training_step
+
+    def dying(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step + 1 == killed_in:
+            raise Killed
+        return kill(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointingTrainer, "training_step", dying)
+        with pytest.raises(Killed):
+            run(made, tmp_path / "cut")
+    run(made, tmp_path / "cut", resume=True)
+    for name in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+        a, b = (load_file(tmp_path / folder / name) for folder in ("whole", "cut"))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
+    records = [(tmp_path / folder / "model" / "pruning.json").read_text() for folder in ("whole", "cut")]
+    assert records[0] == records[1]
+
+
+def test_a_run_goes_on_after_pruning(data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pruned to a width Llama's configuration refuses, with an adapter on it: killed in the step after, and resumed."""
+    model = save_pico(tmp_path / "pico", "llama", num_attention_heads=8, num_key_value_heads=8)
+    prune = {"prune": {"ratio": 0.2, "importance": "magnitude", "targets": "kv"}}
+    steps = [{"lora": {"r": 2}}, {"train": TRAIN}, prune, {"train": {**TRAIN, "max_steps": 2}}, "merge"]
+    made = recipe(model, data, *steps)
+    run(made, tmp_path / "whole")
+    from slimtune.recipe import steps as module
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "merge", lambda *_: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            run(made, tmp_path / "cut")
+    run(made, tmp_path / "cut", resume=True)
+    a, b = (load_file(tmp_path / folder / "model" / "model.safetensors") for folder in ("whole", "cut"))
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key])
+    config = json.loads((tmp_path / "cut" / "model" / "config.json").read_text())
+    assert (config["model_type"], config["num_attention_heads"], config["head_dim"]) == ("mistral", 6, 12)
+    assert config["architectures"] == ["MistralForCausalLM"] and config["sliding_window"] is None
+
+
+def test_the_teacher_is_the_model_without_gates_and_adapters() -> None:
+    plain = pico_model("llama")
+    wanted = logits(plain, {"input_ids": WINDOWS})
+    model = add_lora(pico_model("llama"), r=2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    ramp = Ramp(model, PruneOptions(**{**RAMP, "targets": ("ffn",)}))
+    for axis in ramp.probe.axes:
+        ramp.probe.keep(axis, range(8))
+    inputs = {"input_ids": WINDOWS, "labels": WINDOWS}
+    base: Any = base_of(model)
+    hidden = unpruned(model, ramp, inputs)
+    torch.testing.assert_close(base.get_output_embeddings()(hidden), wanted)
+    student = model(input_ids=WINDOWS).logits
+    assert (student - wanted).abs().max() > 1e-2
+    labels = WINDOWS.clone()
+    labels[:, :5] = -100
+    loss = distilled_loss(model, base, hidden, {"input_ids": WINDOWS, "labels": labels})
+    p, q = (x[:, 4:-1].log_softmax(-1).flatten(0, 1) for x in (wanted, student))
+    oracle = kl_div(q, p, log_target=True, reduction="batchmean")
+    torch.testing.assert_close(loss, oracle)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    wanted_grads = torch.autograd.grad(oracle, trained)
+    for got, expected in zip(torch.autograd.grad(loss, trained), wanted_grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_distillation_wants_a_head_it_can_run_itself() -> None:
+    model = add_lora(pico_model("gemma2"), r=2)
+    with pytest.raises(RecipeError, match="distillation needs"):
+        finetune(model, [], Collator(0), TrainOptions(distill=True))
+
+
+def test_units_behind_a_closed_gate_can_come_back() -> None:
+    model = add_lora(pico_model("llama"), r=2)
+    ramp = Ramp(model, PruneOptions(**{**RAMP, "targets": ("ffn",)}))
+    name = next(iter(ramp.probe.axes))
+    ramp.probe.keep(name, range(20))
+    out = model(input_ids=WINDOWS, labels=WINDOWS)
+    out.loss.backward()
+    scores = ramp.probe.take()[name]
+    assert float(scores[20:].min()) > 0
+
+
+def test_python_prunes_like_a_recipe() -> None:
+    model, facts = pico_model("qwen2"), []
+    before = logits(model, pico_inputs(model))
+    same = slimtune.prune(
+        model, ratio=0.25, importance="wanda", calibration=WINDOWS, multiple_of=4, refit=True, facts=facts.append
+    )
+    assert same is model and facts[0]["removed_ratio"] == pytest.approx(0.25, abs=0.05)
+    assert bind(model) and not torch.equal(logits(model, pico_inputs(model)), before)
+    with pytest.raises(RecipeError, match="acts along training"):
+        slimtune.prune(model, ratio=0.2, schedule="cubic")
+    with pytest.raises(RecipeError, match="importance"):
+        slimtune.prune(model, ratio=0.2, importance="wonda")
+
+
+@pytest.mark.parametrize(
+    ("steps", "where", "what"),
+    [
+        (({"prune": {"ratio": 0.97}},), "steps[0].prune, ratio", "cannot be pruned"),
+        (({"prune": {"ratio": 0.001}},), "steps[0].prune, ratio", "nothing would be pruned"),
+        (({"prune": {"importance": "wonda"}},), "steps[0].prune.importance", "unknown importance"),
+        (({"prune": {"importance": "lora"}},), "steps[0].prune", "adapter's gradients"),
+        (({"prune": RAMP}, "train"), "steps[0].prune", "along the training of an adapter"),
+        (("lora", {"prune": RAMP}), "steps[1].prune", "no training to prune along"),
+        (("lora", {"prune": RAMP}, "merge", "train"), "steps[2].merge", "pruned by the next train step"),
+        (("lora", {"prune": {"refit": True}}), "steps[1].prune", "cannot be fitted"),
+        (({"quantize": {"method": "rtn", "group_size": 8}}, {"prune": {"refit": True}}), "steps[1].prune", "fitted"),
+        (("lora", {"train": {"distill": True}}), "steps[1].train", "no unpruned model"),
+        (("lora", {"prune": RAMP}, "train", {"export": {"format": "peft"}}), "steps[3].export", "pruned model alone"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_loaded(
+    steps: Any, where: str, what: str, data: Any, tmp_path: Path
+) -> None:
+    model = save_pico(tmp_path / "pico", "llama")
+    with pytest.raises(RecipeError, match=what) as caught:
+        plan(recipe(model, data, *steps))
+    assert caught.value.facts["where"] == where
+
+
+def test_a_model_without_prunable_heads_says_what_it_can_lose(data: Any, tmp_path: Path) -> None:
+    model = save_pico(tmp_path / "pico", "opt")
+    with pytest.raises(RecipeError, match="no prunable groups") as caught:
+        plan(recipe(model, data, "prune"))
+    assert caught.value.facts["wanted"] == "opt can lose: ffn, layers"
+
+
+def test_the_plan_knows_the_smaller_model(data: Any, tmp_path: Path) -> None:
+    model = save_pico(tmp_path / "pico", "llama")
+    speed = {"evaluate": {"speed": True}}
+    made = plan(recipe(model, data, speed, {"prune": {"ratio": 0.5}}, speed))
+    assert made.steps[2].memory_bytes < made.steps[0].memory_bytes
+    assert made.steps[1].flops > 0
+    ramped = plan(recipe(model, data, "lora", speed, {"prune": RAMP}, "train", speed))
+    assert ramped.steps[4].memory_bytes < ramped.steps[1].memory_bytes
+
+
+def test_the_pending_ramp_is_that_of_the_next_train_step() -> None:
+    steps = recipe_from({"model": "m", "steps": ["lora", {"prune": RAMP}, "train", "train", {"prune": {}}]}).steps
+    assert pending(steps, 2) is steps[1] and pending(steps, 3) is None and pending(steps, 5) is None
+
+
+def test_a_configuration_transformers_takes_is_left_alone() -> None:
+    config = pico_model("llama").config
+    assert stock_config(config) is config
+    config.num_attention_heads = config.num_key_value_heads = 3
+    made = stock_config(config)
+    assert (made.model_type, made.num_attention_heads, made.head_dim, made.hidden_size) == ("mistral", 3, 12, 32)
+    gemma = pico_model("gemma2").config
+    gemma.num_attention_heads = 3
+    with pytest.raises(FormatError, match="refuses this number of heads"):
+        stock_config(gemma)
+
+
+def test_the_tokenizer_goes_along(data: Any, tmp_path: Path) -> None:
+    model = save_pico(tmp_path / "pico", "llama")
+    run(recipe(model, data, {"prune": {"ratio": 0.3, "importance": "flap"}}), tmp_path / "run")
+    assert load(str(tmp_path / "run" / "model")).tokenizer("x").input_ids == pico_tokenizer()("x").input_ids

@@ -1,0 +1,160 @@
+"""Which units stay, how much that removes, and fitting what stays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pico import logits, pico_inputs, pico_model
+from slimtune.arch import bind
+from slimtune.errors import RecipeError
+from slimtune.lora.attach import add_lora, base_of
+from slimtune.prune.collect import collect
+from slimtune.prune.groups import axes, parameters
+from slimtune.prune.importance import Magnitude, Wanda
+from slimtune.prune.options import PruneOptions
+from slimtune.prune.refit import fitted, refit_
+from slimtune.prune.schedule import ratio_at
+from slimtune.prune.select import chunks, select
+from slimtune.prune.surgery import PrunePlan, prune_
+
+TOKENS = torch.randint(6, 262, (6, 24), generator=torch.Generator().manual_seed(5))
+
+
+def scored(model: Any, targets: Any = ("kv", "ffn")) -> Any:
+    modelmap = bind(model)
+    found = axes(modelmap, targets)
+    return modelmap, found, collect(model, modelmap, found, Magnitude())
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "phi3", "opt", "t5", "gemma2"])
+@pytest.mark.parametrize("of", ["blocks", "model"])
+@pytest.mark.parametrize("ratio", [0.2, 0.5])
+@pytest.mark.parametrize("allocated", [False, True])
+def test_the_ratio_is_met_within_a_unit(name: str, of: Any, ratio: float, allocated: bool) -> None:
+    if of == "model" and ratio == 0.5:
+        ratio = 0.3  # the embeddings of a pico model are half of it
+    if name == "opt":
+        ratio /= 2  # its heads stay
+    model = pico_model(name)
+    modelmap, found, scores = scored(model, ("ffn",) if name == "opt" else ("kv", "ffn"))
+    whole = parameters(modelmap, of)
+    kept = select(modelmap, found, scores, ratio * whole, step=2, allocated=allocated)
+    gone = sum(a.parameters * (a.units - len(kept[a.name])) for a in found)
+    unit = max(2 * a.parameters if a.kind == "ffn" else a.parameters for a in found)
+    fine = 2 * sum(a.parameters for a in found if a.kind == "ffn")
+    assert abs(gone - ratio * whole) <= (unit if allocated else fine)
+    assert all(len(kept[a.name]) % 2 == 0 for a in found if a.kind == "ffn")
+    if not allocated:
+        assert len({len(kept[a.name]) for a in found if a.kind == "ffn"}) == 1
+
+
+def test_the_cheapest_units_go_first() -> None:
+    modelmap, found, scores = scored(pico_model("llama"), ("ffn",))
+    kept = select(modelmap, found, scores, 0.3 * parameters(modelmap, "blocks"), step=1)
+    for axis in found:
+        stays = set(kept[axis.name])
+        goes = set(range(axis.units)) - stays
+        assert max(scores[axis.name][u] for u in goes) <= min(scores[axis.name][u] for u in stays)
+        assert goes
+
+
+def test_allocated_widths_follow_score_per_parameter() -> None:
+    modelmap, found, scores = scored(pico_model("llama"), ("ffn",))
+    scores[found[0].name] *= 1000  # the first block matters more
+    remove = 0.15 * parameters(modelmap, "blocks")
+    kept = select(modelmap, found, scores, remove, step=1, allocated=True, additive=True)
+    assert len(kept[found[0].name]) == found[0].units > len(kept[found[1].name])
+
+
+def test_query_heads_go_one_of_each_group() -> None:
+    modelmap, found, scores = scored(pico_model("llama"), ("heads",))
+    assert [chunk.units for chunk in chunks(found[0], torch.tensor([3.0, 1.0, 2.0, 5.0]))] == [(1, 2), (0, 3)]
+    kept = select(modelmap, found, scores, found[0].parameters * 4, step=1)
+    assert all(len(units) == 2 and units[0] < 2 <= units[1] for units in kept.values())
+
+
+def test_heads_stay_in_numbers_that_the_configuration_can_hold() -> None:
+    model = pico_model("gemma2", num_attention_heads=8, num_key_value_heads=8)  # 32 wide: 8, 4, 2 or 1
+    modelmap, found, scores = scored(model, ("kv",))
+    kept = select(modelmap, found, scores, found[0].parameters * 2 * 3)
+    assert {len(units) for units in kept.values()} == {4}
+
+
+def test_too_much_and_too_little_are_refused() -> None:
+    modelmap, found, scores = scored(pico_model("llama"))
+    with pytest.raises(RecipeError, match="cannot be pruned") as caught:
+        select(modelmap, found, scores, 0.99 * parameters(modelmap, "blocks"))
+    assert "something of every sub-layer stays" in caught.value.facts["wanted"]
+    with pytest.raises(RecipeError, match="nothing would be pruned"):
+        select(modelmap, found, scores, 10.0)
+
+
+def test_the_ramp_is_the_cubic_of_the_paper() -> None:
+    options = PruneOptions(ratio=0.5, schedule="cubic", warmup=0.1, cooldown=0.2)
+    assert [ratio_at(options, step, 100) for step in (0, 10, 80, 100)] == [0, 0, 0.5, 0.5]
+    for step in (20, 45, 70):
+        p = (step - 10) / 70
+        assert ratio_at(options, step, 100) == pytest.approx(0.5 - 0.5 * (1 - p) ** 3)
+    linear = PruneOptions(ratio=0.4, schedule="linear", warmup=0.0, cooldown=0.0)
+    assert [ratio_at(linear, step, 8) for step in (0, 2, 4, 8)] == pytest.approx([0, 0.1, 0.2, 0.4])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"ratio": 1.0},
+        {"targets": ("kv", "heads")},
+        {"targets": ("layers", "ffn")},
+        {"targets": ("up",)},
+        {"multiple_of": 0},
+        {"every": 0},
+        {"warmup": 0.6, "cooldown": 0.4},
+        {"refit": True, "schedule": "cubic"},
+        {"targets": ("layers",), "schedule": "linear"},
+    ],
+)
+def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError):
+        PruneOptions(**wrong)
+
+
+def test_refitting_is_least_squares() -> None:
+    generator = np.random.default_rng(0)
+    x, w = generator.normal(size=(50, 6)) @ generator.normal(size=(6, 6)), generator.normal(size=(3, 6))
+    kept = [0, 3, 5]
+    wanted = np.linalg.lstsq(x[:, kept], x @ w.T, rcond=None)[0].T
+    got = fitted(torch.tensor(w), torch.tensor(x.T @ x / 50), torch.tensor(kept), damp=0.0)
+    np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-biased", "opt", "t5-gated", "phi3"])
+def test_refitting_brings_the_outputs_nearer(name: str) -> None:
+    def off(refit: bool) -> float:
+        model = pico_model(name)
+        modelmap = bind(model)
+        found = axes(modelmap, ("ffn",))
+        scores = collect(model, modelmap, found, Wanda(), TOKENS)
+        kept = select(modelmap, found, scores, 0.25 * parameters(modelmap, "blocks"), step=2)
+        inputs = pico_inputs(model, batch=4, length=20)
+        dense, plan = logits(model, inputs), PrunePlan(found, kept)
+        if refit:
+            lost = refit_(model, modelmap, plan, TOKENS)
+            assert lost.keys() == {part.port for a in found for part in a.readers}
+            assert all(0 < share < 1 for share in lost.values())
+        prune_(model, modelmap, plan)
+        return float((logits(model, inputs) - dense).square().mean())
+
+    assert off(refit=True) < 0.9 * off(refit=False)
+
+
+def test_only_plain_linears_are_fitted() -> None:
+    model = add_lora(pico_model("llama"), r=2)
+    modelmap = bind(model)
+    found = axes(modelmap, ("ffn",))
+    plan = PrunePlan(found, {axis.name: tuple(range(8)) for axis in found})
+    with pytest.raises(RecipeError, match="only a plain linear can be fitted"):
+        refit_(base_of(model), modelmap, plan, TOKENS)
