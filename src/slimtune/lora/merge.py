@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from slimtune.arch import Port, bind
 from slimtune.errors import RecipeError
-from slimtune.lora.attach import base_of, has_adapter, plain
+from slimtune.lora.attach import adapted, base_of, has_adapter, plain
+from slimtune.lora.pooled import fold_
 from slimtune.quant.again import Again, AgainBlind
 from slimtune.quant.apply import QuantizeFacts, dequantize_, quantize_
 from slimtune.quant.base import Quantizer
@@ -60,11 +61,15 @@ def merge_packed(
 
     `model` is consumed. Every sum `W + s·BA` is quantized again (`slimtune.quant.again`), block by block on what the
     blocks before it make of the calibration `tokens` (`[samples, length]`); without them the weights alone decide. The
-    facts say what each layer lost. Dense layers are merged as by `merge`, in the dtype they had.
+    facts say what each layer lost. Layers whose adapter is pooled (`slimtune.lora.pooled`) lose nothing: it goes into
+    their zero points. Dense layers are merged as by `merge`, in the dtype they had.
 
     Raises `RecipeError` when there is no adapter, or nothing is packed by slimtune's layouts.
     """
-    layers = plain(model) if has_adapter(model) else {}
+    layers: dict[str, nn.Module] = {}
+    if has_adapter(model):
+        fold_(adapted(model))
+        layers = plain(model)
     old = {name: layer.qtensor for name, layer in layers.items() if isinstance(layer, QuantLinear)}
     rounding = {name: layer.activations for name, layer in layers.items() if isinstance(layer, QuantLinear)}
     if layers and (not old or any(isinstance(layer, BlackBox) for layer in layers.values())):
