@@ -17,7 +17,20 @@ from slimtune.cli import _bytes, _guarded, app
 from slimtune.errors import RecipeError
 from slimtune.recipe.shell import recipe_of
 
-VERBS = ("run", "plan", "prune", "rotate", "quantize", "finetune", "evaluate", "generate", "export", "report", "list", "version")
+VERBS = (
+    "run",
+    "plan",
+    "prune",
+    "rotate",
+    "quantize",
+    "finetune",
+    "evaluate",
+    "generate",
+    "export",
+    "report",
+    "list",
+    "version",
+)
 Command = Callable[..., tuple[str, str]]
 
 

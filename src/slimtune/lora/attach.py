@@ -27,6 +27,7 @@ from slimtune.files import write_json
 from slimtune.linalg.lowrank import Factors
 from slimtune.lora.fused import fused_lora
 from slimtune.lora.inits import INITS, PLAIN, Knobs
+from slimtune.lora.pooled import pool_
 from slimtune.lora.start import StartFact, live_ranks, parts, split_layer_, start_, total_alpha
 from slimtune.quant.blackbox import FROZEN, BlackBox, adopt_
 from slimtune.quant.linear import QuantLinear
@@ -88,6 +89,7 @@ def add_lora(
     gradients: GradientSketch | None = None,
     ranks: Mapping[str, int] | None = None,
     keep_residual: bool = False,
+    pooled: bool = False,
     base_name: str = "",
     seed: int = 0,
     facts: Callable[[list[StartFact]], None] = lambda _: None,
@@ -106,6 +108,7 @@ def add_lora(
         gradients: of the targets (`sketch_targets`), for an init that starts from them.
         ranks: other ranks than `r` for layers by name; the scaling of a layer follows its rank, as in PEFT.
         keep_residual: give back what quantization lost, as a frozen part of the adapter.
+        pooled: one number of A for each quantization group (`slimtune.lora.pooled`).
         base_name: what `adapter_config.json` calls the base: the original model, whose users can load the adapter.
         seed: of the random factors.
         facts: called with how each layer started.
@@ -162,6 +165,8 @@ def add_lora(
         layer.start = None
     if base_name:  # PEFT puts the folder that the model was loaded from
         wrapped.peft_config["default"].base_model_name_or_path = base_name
+    if pooled and not pool_(adapted(wrapped), fresh=True):
+        raise RecipeError("no adapted layer has quantization groups to pool", remedy="quantize before, or leave it out")
     attach_online_(wrapped.get_base_model())
     return wrapped
 
@@ -232,6 +237,8 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
         raise FormatError("the adapter does not fit the model", where=str(folder), got=str(error)[:300]) from error
     wrapped.peft_config["default"].base_model_name_or_path = name
     attach_online_(wrapped.get_base_model())
+    if trainable:
+        pool_(adapted(wrapped))
     if trainable and (folder / LIVE).is_file():
         _split_again_(wrapped, folder / LIVE)
     return wrapped

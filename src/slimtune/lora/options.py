@@ -41,6 +41,9 @@ class LoraOptions:
         metadata={"help": "learnt tokens whose gradients are looked at; -1: 16,384, or all where there are fewer"},
     )
     init_passes: int = field(default=1, metadata={"help": "passes over them; more are more exact"})
+    pooled: bool = field(
+        default=False, metadata={"help": "A sees the mean of each quantization group: merges exactly into zero points"}
+    )
     init_residual: bool = field(
         default=False, metadata={"help": "also give back what quantization lost, as a frozen part of the adapter"}
     )
@@ -54,6 +57,10 @@ class LoraOptions:
             raise RecipeError("lora_alpha out of range", where="lora", got=self.lora_alpha, wanted="above 0")
         if self.init_tokens != ALL_OR_DEFAULT and self.init_tokens < 1:
             raise RecipeError("init_tokens out of range", where="lora", got=self.init_tokens, wanted="above 0, or -1")
+        if self.pooled and (self.init not in ("default", "gaussian") or self.init_residual):
+            raise RecipeError(
+                "a pooled adapter starts from zero", where="lora", got=self.init, wanted="init: default or gaussian"
+            )
         for name in ("init_target", "init_passes"):
             if not 0 < getattr(self, name) < math.inf:
                 raise RecipeError(f"{name} out of range", where="lora", got=getattr(self, name), wanted="above 0")

@@ -27,6 +27,7 @@ from slimtune.prune.options import PruneOptions
 from slimtune.quant.apply import QuantizeFacts, quantize_
 from slimtune.recipe.document import read_recipe
 from slimtune.recipe.gradients import attach_adapter, gradient_batches, gradients_of, wants_gradients
+from slimtune.recipe.merging import merge_low_bit
 from slimtune.recipe.plan import DEFAULT_SAMPLES, Plan
 from slimtune.recipe.plan import plan as make_plan
 from slimtune.recipe.pruning import prune_now
@@ -190,9 +191,26 @@ def finetune(
     return model
 
 
-def merge(model: nn.Module, dtype: str = "") -> nn.Module:
-    """The dense model with its adapter folded in. `model` is consumed."""
-    return merge_adapter(model, DTYPES[dtype] if dtype else None)
+def merge(
+    model: nn.Module,
+    dtype: str = "",
+    *,
+    keep_bits: bool = False,
+    calibration: Tensor | None = None,
+    tolerance: float = 0.05,
+    force: bool = False,
+    facts: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> nn.Module:
+    """The dense model with its adapter folded in, or where `keep_bits` the packed one. `model` is consumed.
+
+    With `keep_bits`, `calibration` is token windows `[samples, length]`; what is lost is refused above `tolerance`
+    unless `force`, and given to `facts`.
+    """
+    if not keep_bits:
+        return merge_adapter(model, DTYPES[dtype] if dtype else None)
+    merged, lost = merge_low_bit(model, calibration, tolerance=tolerance, force=force)
+    facts(lost)
+    return merged
 
 
 def evaluate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[dict[str, Any]]:

@@ -48,6 +48,7 @@ def attach_adapter(
         gradients=gradients,
         ranks=ranks,
         keep_residual=options.init_residual,
+        pooled=options.pooled,
         base_name=base_name,
         seed=seed,
         facts=starts.extend,

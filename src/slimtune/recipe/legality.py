@@ -63,6 +63,8 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
             return "packed weights do not train", "put a lora step before train"
         case Merge() if not state.adapter:
             return "there is no adapter to merge", "put merge after lora and train"
+        case Merge(keep_bits=True) if not state.quantized:
+            return "there are no packed weights to merge into", "leave out keep_bits, or quantize before lora"
         case Export(format="peft") if not state.adapter:
             return "there is no adapter to export", "put export: {format: peft} after lora, before merge"
         case Export(format="gguf-lora") if not state.adapter:
@@ -122,6 +124,8 @@ def _after(step: Step, state: State) -> State:
             return replace(state, quantized=True, residual=True, rounded=rounded)
         case Lora():
             return replace(state, adapter=True)
+        case Merge(keep_bits=True):
+            return replace(state, adapter=False, residual=False)
         case Merge():
             return replace(state, quantized=False, adapter=False, residual=False, rounded=False)
     return state

@@ -83,11 +83,22 @@ class Train(TrainOptions):
 
 @dataclass(frozen=True)
 class Merge:
-    """The adapter folded into dense weights."""
+    """The adapter folded into dense weights, or into the packed ones where `keep_bits`."""
 
     name: ClassVar[str] = "merge"
 
     dtype: Literal["", "float32", "bfloat16", "float16"] = field(default="", metadata={"help": "default: the recipe's"})
+    keep_bits: bool = field(default=False, metadata={"help": "quantize the sums again, each as its layer was"})
+    tolerance: float = field(
+        default=0.05, metadata={"help": "keep_bits: the share by which perplexity on the calibration text may rise"}
+    )
+    force: bool = field(default=False, metadata={"help": "keep_bits: go on above the tolerance"})
+
+    def __post_init__(self) -> None:
+        if not self.tolerance >= 0:
+            raise RecipeError("tolerance out of range", got=self.tolerance, wanted="0 or more")
+        if self.keep_bits and self.dtype:
+            raise RecipeError("packed weights have no dtype", where="dtype", got=self.dtype, remedy="leave it out")
 
 
 @dataclass(frozen=True)

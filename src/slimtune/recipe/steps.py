@@ -36,6 +36,7 @@ from slimtune.recipe.gradients import (
     wants_gradients,
     wants_residual,
 )
+from slimtune.recipe.merging import merge_low_bit
 from slimtune.recipe.plan import CALIBRATION_BATCH, DEFAULT_SAMPLES, calibration_source
 from slimtune.recipe.pruning import needs_data, pending, prune_now, record
 from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train
@@ -98,8 +99,7 @@ def run_step(session: Session, step: Step, number: int) -> Facts:
         case Train():
             return _train(session, step, number)
         case Merge():
-            session.model = merge(session.whole(), DTYPES[step.dtype or session.recipe.dtype])
-            return {"dtype": step.dtype or session.recipe.dtype}
+            return _merge(session, step)
         case Evaluate():
             return _evaluate(session, step, number)
         case Export():
@@ -207,6 +207,18 @@ def _prune(session: Session, step: Prune) -> Facts:
     )
     _record(session, facts)
     return facts
+
+
+def _merge(session: Session, step: Merge) -> Facts:
+    if not step.keep_bits:
+        session.model = merge(session.whole(), DTYPES[step.dtype or session.recipe.dtype])
+        return {"dtype": step.dtype or session.recipe.dtype}
+    data, model = session.recipe.data, session.whole()
+    tokens, source = _calibration(session) if data.calibration or data.train else (None, {})
+    session.model, facts = merge_low_bit(
+        model, tokens, tolerance=step.tolerance, force=step.force, progress=_done(session, "block")
+    )
+    return {"keep_bits": True, "tolerance": step.tolerance, **source, **facts}
 
 
 def _record(session: Session, facts: Facts) -> None:
