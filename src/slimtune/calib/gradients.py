@@ -427,8 +427,8 @@ def _tapped(layers: Mapping[str, nn.Module], work: _Work) -> Iterator[None]:
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No parameter requires a gradient, and dropout is off; blocks that recompute their activations go on doing so.
 
-    The embedding's outputs require gradients: reentrant checkpointing looks at a block's inputs. Everything is as it was
-    at the end, whatever happens.
+    The embedding's outputs require gradients: reentrant checkpointing looks at a block's inputs. Everything is as it
+    was at the end, whatever happens.
     """
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]

@@ -32,7 +32,7 @@ from slimtune.quant.blackbox import FROZEN, BlackBox, adopt_
 from slimtune.quant.linear import QuantLinear
 
 LIVE = "slimtune_lora.json"
-"""Beside an adapter that is frozen in part: the rank that trains, of each layer; first rows of A, first columns of B."""
+"""Beside an adapter frozen in part: the rank that trains, of each layer (first rows of A, first columns of B)."""
 
 
 class LoraQuantLinear(PeftLoraLinear):

@@ -144,8 +144,8 @@ def olora(place: Place, knobs: Knobs) -> Factors:
 
 
 def _columns(basis: Tensor, at: Tensor, seed: int) -> Tensor:
-    """The columns `at` of `basis`, completed to orthonormal ones. Where there is no room for a column, the first that is
-    not taken stands in for it, as long as there is one."""
+    """The columns `at` of `basis`, completed to orthonormal ones. Where there is no room for a column, the first that
+    is not taken stands in for it, as long as there is one."""
     height, places = len(basis), at.tolist()
     if len(places) <= height:
         spare = iter(sorted(set(range(height)) - set(places)))
