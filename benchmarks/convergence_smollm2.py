@@ -284,7 +284,7 @@ def main() -> None:
                 place.write_text(kept + "\n")
     rows = table(a.cache, setting, a.shared_rate)
     before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    key = f"{a.base}, r={a.r}, {a.steps} steps of {a.batch} x {a.length}, {a.dtype}"
+    key = f"{Path(a.model).name}, {a.base}, r={a.r}, {a.steps} steps of {a.batch} x {a.length}, {a.dtype}"
     before[key] = {"environment": environment(), "setting": asdict(setting), "shared_rate": a.shared_rate, "rows": rows}
     RESULT.write_text(json.dumps(before, indent=1) + "\n")
     for row in rows:

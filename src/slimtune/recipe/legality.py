@@ -55,8 +55,8 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
             return "there is no adapter to export", "put export: {format: peft} after lora, before merge"
         case Export(format="compressed-tensors" | "gptq") if not state.quantized:
             return "there are no packed weights to export", "put a quantize step before, or export safetensors"
-        case Evaluate() if not (step.perplexity or step.tasks or step.speed):
-            return "evaluate has nothing to measure", "give it perplexity, tasks or speed: true"
+        case Evaluate() if not (step.perplexity or step.accuracy or step.tasks or step.speed):
+            return "evaluate has nothing to measure", "give it perplexity, accuracy, tasks or speed: true"
     return None
 
 

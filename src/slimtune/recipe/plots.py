@@ -86,8 +86,14 @@ def loss_plot(name: str, series: Sequence[Series], target: float | None = None) 
         return _svg(name, figure, "loss over training steps")
 
 
-def error_plot(name: str, errors: Mapping[str, float]) -> str | None:
-    """Relative error of each layer over its block, one series for each kind of layer, one panel for each stack.
+def error_plot(
+    name: str,
+    errors: Mapping[str, float],
+    axis: str = "relative squared error",
+    title: str = "quantization error by block",
+) -> str | None:
+    """Relative error (or another number) of each layer over its block, one series for each kind of layer, one panel for
+    each stack.
 
     `errors` maps dotted layer names to errors; those without a block number or with an error that is not positive are
     left out, and None is returned where nothing remains. Where a block has several layers of a kind (experts) every one
@@ -113,10 +119,10 @@ def error_plot(name: str, errors: Mapping[str, float]) -> str | None:
             axes.set_yscale("log")
             _plain_log_ticks(axes)
             axes.set_xlabel(_printable(f"block of {stack}" if stack else "block"))
-            axes.set_ylabel("relative squared error")
+            axes.set_ylabel(axis)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             _legend(axes)
-        return _svg(name, figure, "quantization error by block")
+        return _svg(name, figure, title)
 
 
 def _loss_limits(series: Sequence[Series], target: float | None) -> tuple[float, float]:

@@ -34,6 +34,11 @@ _FACTS: dict[str, Any] = {
         "skipped?": [{"name": str, "reason": str}],
     },
     "train": {"sample?": str},
+    "lora": {
+        "layers?": [{"name": str, "rank?": float, "ratio?": float, "energy?": float, "overlap?": float,
+                     "gradient_norm?": float, "note?": str}],
+        "gradients?": {"tokens": int},
+    },
 }
 _WORDS = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
 
