@@ -250,7 +250,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--data", required=True)
-    parser.add_argument("--cache", type=Path, required=True, help="a folder for the arms; those in it are not run again")
+    parser.add_argument(
+        "--cache", type=Path, required=True, help="a folder for the arms; those in it are not run again"
+    )
     parser.add_argument("--arms", default=",".join(USUAL))
     parser.add_argument("--rates", default=",".join(f"{rate:g}" for rate in RATES))
     parser.add_argument("--seeds", default="0")

@@ -63,7 +63,9 @@ def accuracy(
         for start in range(0, len(pairs), batch_size):
             chunk = pairs[start : start + batch_size]
             scores = torch.stack([_likelihood(model, tokenizer, [p for p, _ in chunk], reply) for reply in replies], 1)
-            right += sum(replies[best] == reply for best, (_, reply) in zip(scores.argmax(1).tolist(), chunk, strict=True))
+            right += sum(
+                replies[best] == reply for best, (_, reply) in zip(scores.argmax(1).tolist(), chunk, strict=True)
+            )
     return Accuracy(right / len(pairs), max(counts.values()) / len(pairs), len(pairs), tuple(replies))
 
 

@@ -113,16 +113,7 @@ def add_lora(
     Raises `RecipeError` when a target matches no linear, the model has an adapter already, or `init` asks for what
     quantization lost and no target was quantized so that it is known.
     """
-    if isinstance(model, PeftModel):
-        raise RecipeError("the model has an adapter already", remedy="merge it before adding another")
-    if r < 1:
-        raise RecipeError("r out of range", got=r, wanted="a positive number")
-    if init not in INITS:
-        raise RecipeError("unknown init", where="init", got=init, remedy=nearest(init, INITS))
-    if INITS[init].gradient and gradients is None:
-        raise RecipeError(
-            "this init starts from gradients", where="init", got=init, remedy="pass batches of tokens and labels"
-        )
+    _check(model, r, init, gradients)
     adopt_(model)
     modelmap = bind(model)
     times = parts(init, keep_residual)
@@ -160,6 +151,19 @@ def add_lora(
     if base_name:  # PEFT puts the folder that the model was loaded from
         wrapped.peft_config["default"].base_model_name_or_path = base_name
     return wrapped
+
+
+def _check(model: nn.Module, r: int, init: str, gradients: GradientSketch | None) -> None:
+    if isinstance(model, PeftModel):
+        raise RecipeError("the model has an adapter already", remedy="merge it before adding another")
+    if r < 1:
+        raise RecipeError("r out of range", got=r, wanted="a positive number")
+    if init not in INITS:
+        raise RecipeError("unknown init", where="init", got=init, remedy=nearest(init, INITS))
+    if INITS[init].gradient and gradients is None:
+        raise RecipeError(
+            "this init starts from gradients", where="init", got=init, remedy="pass batches of tokens and labels"
+        )
 
 
 def sketch_targets(

@@ -35,8 +35,17 @@ _FACTS: dict[str, Any] = {
     },
     "train": {"sample?": str},
     "lora": {
-        "layers?": [{"name": str, "rank?": float, "ratio?": float, "energy?": float, "overlap?": float,
-                     "gradient_norm?": float, "note?": str}],
+        "layers?": [
+            {
+                "name": str,
+                "rank?": float,
+                "ratio?": float,
+                "energy?": float,
+                "overlap?": float,
+                "gradient_norm?": float,
+                "note?": str,
+            }
+        ],
         "gradients?": {"tokens": int},
     },
 }

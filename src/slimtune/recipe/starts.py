@@ -25,7 +25,9 @@ def starts_section(i: int, facts: dict[str, Any]) -> Section:
         at = place(layer["name"])
         kinds.setdefault(at.kind if at else layer["name"], []).append(layer)
     shown = [key for key in _COLUMNS if any(layer.get(key) is not None for layer in layers)]
-    rows = [[Cell(kind), *(_spread([layer.get(key) for layer in found]) for key in shown)] for kind, found in kinds.items()]
+    rows = [
+        [Cell(kind), *(_spread([layer.get(key) for layer in found]) for key in shown)] for kind, found in kinds.items()
+    ]
     notes: dict[str, list[str]] = {}
     for layer in layers:
         if layer.get("note"):
