@@ -14,7 +14,7 @@ class Task(NamedTuple):
     words: dict[str, str]
 
 
-# Those with more columns first: CoLA's rows have those of SST-2 too. RTE's files have MNLI's columns, and get its words.
+# Those with more columns first: CoLA's rows have SST-2's too. RTE's files have MNLI's columns, and get its words.
 TASKS = {
     "cola": Task(
         ("sentence", "label", "star"), "cola sentence: {sentence}", "label", {"0": "unacceptable", "1": "acceptable"}
