@@ -52,6 +52,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "rslora": RS,
     "lora-ga": {**RS, "init": "lora-ga"},
     "lora-ga-stable": {**RS, "init": "lora-ga", "init_scale": "stable"},
+    "lora-ga-0.02": {**RS, "init": "lora-ga", "init_target": 0.02},
     "lora-ga-0.1": {**RS, "init": "lora-ga", "init_target": 0.1},
     "lora-ga-0.3": {**RS, "init": "lora-ga", "init_target": 0.3},
     "lora-ga-ranks": {**RS, "init": "lora-ga", "ranks": "gradient"},
