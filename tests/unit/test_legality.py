@@ -13,6 +13,7 @@ DATA = {"train": {"path": "a.jsonl"}}
 SPEED = {"evaluate": {"speed": True}}
 R4 = {"rotate": {"online": ["r4"]}}
 RESIDUAL = {"lora": {"init": "residual"}}
+GA, BOTH = ({"lora": {"init": "lora-ga", "init_residual": kept}} for kept in (False, True))
 PEFT, PACKED, DENSE = ({"export": {"format": f}} for f in ("peft", "compressed-tensors", "safetensors"))
 
 
@@ -33,6 +34,8 @@ def recipe(*steps: Any, data: dict[str, Any] = DATA) -> Recipe:
         ("lora", "train", "train", PEFT),
         ("quantize", SPEED, RESIDUAL, "train", PEFT),
         ("lora", "train", "merge", "train"),
+        (GA, "train", PEFT),
+        ("quantize", BOTH, "train", PEFT),
         (DENSE,),
         ("rotate", "quantize", "lora", "train", PEFT, PACKED),
         (R4, "lora", "train", PEFT),
@@ -49,6 +52,13 @@ def test_an_order_that_can_work_is_accepted(steps: tuple[Any, ...]) -> None:
         (("quantize", "quantize"), "steps[1].quantize", "quantized already", "merge"),
         (("lora", "quantize"), "steps[1].quantize", "with an adapter cannot be quantized", "merge: {} before quantize"),
         ((RESIDUAL,), "steps[0].lora", "what quantization lost", "a quantize step before"),
+        ((BOTH,), "steps[0].lora", "what quantization lost", "a quantize step before"),
+        (
+            ("quantize", {"lora": {"init": "residual", "init_residual": True}}),
+            "steps[1].lora",
+            "lost already",
+            "leave out",
+        ),
         (("quantize", "lora", "merge", RESIDUAL), "steps[3].lora", "what quantization lost", "a quantize step before"),
         (("lora", SPEED, "lora"), "steps[2].lora", "has an adapter already", "merge"),
         (("quantize", "train"), "steps[1].train", "packed weights do not train", "lora step before"),
@@ -79,6 +89,12 @@ def test_an_order_that_cannot_work_is_refused_with_the_reason(
 def test_training_without_data_is_refused() -> None:
     with pytest.raises(RecipeError, match="nothing to train on"):
         check_order(recipe("lora", "train", data={}))
+
+
+@pytest.mark.parametrize("step", [GA, {"lora": {"ranks": "gradient"}}, {"lora": {"init": "gradient-a"}}])
+def test_gradients_of_nothing_are_refused(step: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="nothing to take gradients of"):
+        check_order(recipe(step, data={}))
 
 
 def test_the_state_is_the_one_before_each_step() -> None:

@@ -34,7 +34,7 @@ class LoraOptions:
     init_scale: Literal["auto", "stable", "gd", "unit", "weight-svd"] = field(
         default="auto", metadata={"help": "lora-ga: size of the start; auto: init_target, stable: the paper's"}
     )
-    init_target: float = field(default=0.02, metadata={"help": "size of the start beside the weight, with auto"})
+    init_target: float = field(default=0.2, metadata={"help": "size of the start beside the weight, with auto"})
     init_gamma: float = field(default=0.0, metadata={"help": "divides the start (stable, lora-one); 0: the paper's"})
     init_tokens: int = field(
         default=ALL_OR_DEFAULT,

@@ -148,6 +148,5 @@ def sketch_facts(gradients: GradientSketch) -> dict[str, Any]:
         "mean_energy": sum(energies) / len(energies),
         "mean_overlap": sum(known) / len(known) if known else None,
         "held_bytes": gradients.held_bytes,
-        "seconds": gradients.seconds,
         "unreached": list(gradients.unreached),
     }

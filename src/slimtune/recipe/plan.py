@@ -142,7 +142,7 @@ def resolve(recipe: Recipe) -> Recipe:
 def _check_data(recipe: Recipe) -> None:
     """Raise `CalibrationError` for a local file that is not there: now, and not hours into the run."""
     data = recipe.data
-    texts = [text for step in recipe.steps if isinstance(step, Evaluate) for text in step.perplexity.values()]
+    texts = [text for step in recipe.steps if isinstance(step, Evaluate) for text in step.sources]
     for source in filter(None, (data.train, data.eval, data.calibration, *texts)):
         kind = Path(source.path.removesuffix(".gz").removesuffix(".zst")).suffix.lower()
         hub = source.path.count("/") == 1 and kind not in FILES

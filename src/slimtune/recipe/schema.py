@@ -110,6 +110,9 @@ class Evaluate:
     perplexity: dict[str, DataSource] = field(
         default_factory=dict, metadata={"help": "a name for each text file, or {builtin: pydocs}"}
     )
+    accuracy: dict[str, DataSource] = field(
+        default_factory=dict, metadata={"help": "a name for each file of prompts with one of a few replies"}
+    )
     length: int = field(default=512, metadata={"help": "tokens of a perplexity window"})
     max_tokens: int = field(default=-1, metadata={"help": "tokens of a text to use; -1: all of it"})
     tasks: tuple[str, ...] = field(
@@ -125,6 +128,11 @@ class Evaluate:
             raise RecipeError("max_tokens out of range", got=self.max_tokens, wanted="at least 2, or -1")
         if self.limit != -1 and self.limit < 1:
             raise RecipeError("limit out of range", got=self.limit, wanted="at least 1, or -1")
+
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        """What is read to measure."""
+        return *self.perplexity.values(), *self.accuracy.values()
 
 
 @dataclass(frozen=True)
@@ -182,9 +190,9 @@ def step_from(name: str, facts: Mapping[str, Any], where: str) -> Step:
     if name not in STEPS:
         raise RecipeError("unknown step", where=where, got=name, remedy=nearest(name, STEPS))
     where = f"{where}.{name}" if where else name
-    texts = facts.get("perplexity") if name == Evaluate.name else None
-    if isinstance(texts, Mapping):
-        facts = {**facts, "perplexity": {k: _source(v, f"{where}.perplexity.{k}") for k, v in texts.items()}}
+    for key in ("perplexity", "accuracy") if name == Evaluate.name else ():
+        if isinstance(texts := facts.get(key), Mapping):
+            facts = {**facts, key: {k: _source(v, f"{where}.{key}.{k}") for k, v in texts.items()}}
     if name != Quantize.name:
         return build(STEPS[name], facts, where)
     own = {f.name for f in fields(Quantize)} - {"options"}

@@ -16,6 +16,7 @@ from slimtune.calib.formats import normalise, render
 from slimtune.calib.gradients import GradientSketch
 from slimtune.calib.outliers import Outliers, outliers
 from slimtune.calib.rows import DataSource, is_text, read_rows, read_text
+from slimtune.evaluate.accuracy import accuracy
 from slimtune.evaluate.perplexity import perplexity
 from slimtune.evaluate.speed import speed
 from slimtune.evaluate.tasks import tasks
@@ -375,6 +376,11 @@ def _evaluate(session: Session, step: Evaluate, number: int) -> Facts:
         found.append(
             {"name": f"{name}_perplexity", "value": result.value, "tokens": result.tokens, "length": result.length}
         )
+    for name, source in step.accuracy.items():
+        rows = read_rows(source)[: source.samples][: step.limit if step.limit > 0 else None]
+        scored = accuracy(model, session.loaded.tokenizer, normalise(rows, where=str(source)), where=str(source))
+        found.append({"name": f"{name}_accuracy", "value": scored.value, "samples": scored.samples})
+        found.append({"name": f"{name}_majority", "value": scored.majority, "samples": scored.samples})
     if step.tasks:
         limit = step.limit if step.limit > 0 else None
         for item in tasks(model, session.loaded.tokenizer, step.tasks, limit=limit):

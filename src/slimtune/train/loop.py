@@ -25,6 +25,7 @@ from slimtune.train.checkpoint import CheckpointingTrainer, last_checkpoint
 from slimtune.train.data import Collator, Example
 from slimtune.train.distill import distilled_loss, require_plain_head, unpruned
 from slimtune.train.loss import chunked_loss
+from slimtune.train.optimizers import own_optimizer
 from slimtune.train.options import TrainOptions
 from slimtune.train.pruning import Ramp
 
@@ -136,7 +137,7 @@ def finetune(
         raise RecipeError("nothing in the model is trainable", remedy="put a lora step before train")
     if options.distill:
         require_plain_head(base_of(model))
-    with tempfile.TemporaryDirectory() as scratch, _without_cache(model):
+    with tempfile.TemporaryDirectory() as scratch, _without_cache(model), _same_flags(model):
         folder = checkpoints or Path(scratch)
         start = last_checkpoint(folder) if resume else None
         lines = StepLog(log or Path(scratch) / "log.jsonl", number, progress)
@@ -189,6 +190,17 @@ def _measured(ramp: Ramp | None, *arguments: Any) -> float:
 
 
 @contextmanager
+def _same_flags(model: nn.Module) -> Iterator[None]:
+    """What requires a gradient before the block does so after it: an optimizer may freeze factors for its own time."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
     """No key-value cache in the block, where packed rows could not be told apart; transformers' trainer would leave it
     off in the model's config for good."""
@@ -231,6 +243,7 @@ def _trainer(
     *,
     save: bool,
 ) -> _CountingTrainer:
+    optimizer = own_optimizer(model, options)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=options.max_steps,
@@ -242,7 +255,7 @@ def _trainer(
         warmup_steps=options.warmup_ratio,  # transformers >= 5: a fraction below 1 is a ratio
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
-        optim=options.optim,
+        optim=options.optim if optimizer is None else "adamw_torch",
         bf16=options.bf16,
         activation_checkpointing=options.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
@@ -265,6 +278,7 @@ def _trainer(
         args=arguments,
         train_dataset=cast(Any, _Examples(examples)),
         data_collator=cast(Any, collator),
+        optimizers=(optimizer, None),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -25,7 +25,9 @@ class TrainOptions:
     warmup_ratio: float = field(default=0.03, metadata={"help": "fraction of the steps that warm up"})
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW weight decay"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradient clipping; 0: none"})
-    optim: str = field(default="adamw_torch", metadata={"help": "a transformers optimizer name"})
+    optim: str = field(
+        default="adamw_torch", metadata={"help": "lora-plus, lora-fa, riemannian, or a transformers name"}
+    )
     max_length: int = field(default=512, metadata={"help": "tokens of an example at most"})
     packing: bool = field(default=False, metadata={"help": "several examples in a row, kept apart in attention"})
     completion_only_loss: bool = field(default=True, metadata={"help": "learn the answers, not the prompts"})
