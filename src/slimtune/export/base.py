@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimtune.calib.capture import model_inputs
 from slimtune.errors import FormatError
+from slimtune.kernels.dispatch import reference
 from slimtune.lora.attach import base_of
 from slimtune.quant.linear import QuantLinear
 
@@ -152,7 +153,8 @@ def probe_logits(model: nn.Module) -> torch.Tensor:
     config: Any = model.config
     vocabulary = config.get_text_config(decoder=True).vocab_size
     tokens = torch.tensor([[token % vocabulary for token in PROBE]])
-    logits: torch.Tensor = model(**model_inputs(model, tokens)).logits
+    with reference():  # readers multiply floats; near a tie, inputs are rounded elsewhere after any other sum
+        logits: torch.Tensor = model(**model_inputs(model, tokens)).logits
     return logits.float()
 
 
