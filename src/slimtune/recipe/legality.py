@@ -46,6 +46,8 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
             return "there is nothing to train on", "add data: {train: {path: FILE}}"
         case Train() if state.quantized and not state.adapter:
             return "packed weights do not train", "put a lora step before train"
+        case Train() if step.fake_quant is not None and not state.adapter:
+            return "fake_quant rounds what an adapter trains", "put a lora step before train"
         case Merge() if not state.adapter:
             return "there is no adapter to merge", "put merge after lora and train"
         case Export(format="peft") if not state.adapter:

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from slimtune.calib.rows import DataSource
 from slimtune.errors import RecipeError, SlimtuneError, nearest
-from slimtune.lora.options import LoraOptions
+from slimtune.lora.options import FakeQuant, LoraOptions
 from slimtune.train.options import TrainOptions
 
 T = TypeVar("T")
@@ -152,6 +152,8 @@ def step_from(name: str, facts: Mapping[str, Any], where: str) -> Step:
     texts = facts.get("perplexity") if name == Evaluate.name else None
     if isinstance(texts, Mapping):
         facts = {**facts, "perplexity": {k: _source(v, f"{where}.perplexity.{k}") for k, v in texts.items()}}
+    if name == Train.name and facts.get("fake_quant") is not None:
+        facts = {**facts, "fake_quant": build(FakeQuant, facts["fake_quant"], f"{where}.fake_quant")}
     if name != Quantize.name:
         return build(STEPS[name], facts, where)
     own = {f.name for f in fields(Quantize)} - {"options"}
