@@ -4,8 +4,9 @@
 
 Two models: SmolLM2-135M, and a random Llama of the 1B shape (2048 wide, 8192 inside, 32 heads, 8 of them for keys and
 values) with a few of its 16 layers, since they are all alike. Only the last row of logits is computed, as in
-generation. Arms run in turns; the best of the repeats counts, in CPU seconds of the process, which a busy machine
-disturbs less than wall time. The plain arm rounds tokens and scales products in the model's dtype, a line each.
+generation. The reference decodes the weights and rounds inputs in floats, as slimtune does elsewhere. Arms run in
+turns; the best of the repeats counts, in CPU seconds of the process, which a busy machine disturbs less than wall
+time. The plain arm rounds tokens and scales products in the model's dtype, a line each.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import slimtune
 from slimtune.arch import bind
+from slimtune.kernels.dispatch import reference
 from slimtune.recipe.run import environment
 
 RESULTS = Path(__file__).parent / "results" / "int8_prefill.json"
@@ -58,6 +61,7 @@ def arms(make: Callable[[], Any]) -> dict[str, Any]:
         model = make()
         options = {"bits": bits, "group_size": -1, "sym": True, "grid": "minmax"}
         models[f"{name}, slimtune"] = slimtune.quantize(model, "rtn", activations={"bits": activations}, **options)
+    models["W8A8, slimtune's reference"] = models["W8A8, slimtune"]
     return models
 
 
@@ -88,7 +92,8 @@ def measure(models: dict[str, Any], repeats: int) -> dict[str, dict[str, float]]
     for repeat in range(repeats + 1):
         for name, model in models.items():
             cpu, wall = time.process_time(), time.perf_counter()
-            model(input_ids=tokens, use_cache=True, logits_to_keep=1)
+            with reference() if name.endswith("reference") else nullcontext():
+                model(input_ids=tokens, use_cache=True, logits_to_keep=1)
             spent = {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall}
             if repeat:  # the first packs weights
                 best[name] = {key: min(best[name][key], seconds) for key, seconds in spent.items()}

@@ -90,3 +90,26 @@ def test_what_the_format_cannot_say_is_refused(activations: dict[str, Any], tmp_
 def test_zero_points_of_weights_below_rounded_inputs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="none rounds its input"):
         written(tmp_path / "out", **{**FOUR, "sym": False})
+
+
+@pytest.mark.parametrize("case", [case for case, (_, format) in CASES.items() if format == "pack-quantized"])
+def test_slimtune_reads_packed_ones_back(case: str, tmp_path: Path) -> None:
+    model = written(tmp_path / "out", **CASES[case][0])
+    read, _ = slimtune.load(str(tmp_path / "out"))
+    assert {type(m).__name__ for n, m in read.named_modules() if n.endswith("q_proj")} == {"QuantLinear"}
+    assert torch.equal(logits(read, pico_inputs(model)), logits(model, pico_inputs(model)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"dynamic": False}, {"strategy": "tensor"}, {"type": "float"}, {"num_bits": 1}, {"symmetric": 3}],
+    ids=str,
+)
+def test_inputs_that_are_rounded_in_an_unknown_way_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    written(tmp_path / "out", **FOUR)
+    path = tmp_path / "out" / "config.json"
+    facts = json.loads(path.read_text())
+    facts["quantization_config"]["config_groups"]["group_0"]["input_activations"].update(change)
+    path.write_text(json.dumps(facts))
+    with pytest.raises(FormatError, match="in an unknown way"):
+        slimtune.load(str(tmp_path / "out"))
