@@ -27,6 +27,7 @@ def recipe(*steps: Any, data: dict[str, Any] = DATA) -> Recipe:
         ("train", "quantize"),
         ("quantize", "lora", "train", SPEED, PEFT),
         ("lora", "train", "merge", "quantize", PACKED),
+        ({"quantize": {"activations": {"bits": 8}}}, PACKED, "lora", "train", "merge", DENSE),
         ("quantize", PACKED, "lora", "train", PEFT, "merge", DENSE),
         ("quantize", "lora", "train", "merge", "quantize", "lora", "train", PEFT),
         ("lora", "train", "train", PEFT),
@@ -54,6 +55,8 @@ def test_an_order_that_can_work_is_accepted(steps: tuple[Any, ...]) -> None:
         (("lora", "train", "merge", PEFT), "steps[3].export", "no adapter to export", "before merge"),
         ((PACKED,), "steps[0].export", "no packed weights", "quantize step before"),
         (("quantize", "lora", "train", "merge", PACKED), "steps[4].export", "no packed weights", "quantize"),
+        (({"quantize": {"activations": {"bits": 8}}}, DENSE), "steps[1].export", "inputs are rounded", "model folder"),
+        (({"quantize": {"kv_cache": {"bits": 8}}}, PACKED), "steps[1].export", "cache is rounded", "model folder"),
         (("evaluate",), "steps[0].evaluate", "nothing to measure", "speed: true"),
     ],
 )

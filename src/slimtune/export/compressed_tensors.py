@@ -19,7 +19,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from slimtune.errors import BackendMissing, FormatError, RecipeError
-from slimtune.export.base import Source, packed_state, probe_logits, write_folder
+from slimtune.export.base import Source, packed_state, probe_logits, refuse_rounding, write_folder
 from slimtune.export.foreign import exact
 from slimtune.export.load import read_model
 from slimtune.export.peft import PeftExporter
@@ -63,6 +63,7 @@ class CompressedTensorsExporter:
     def write(self, source: Source, folder: Path) -> None:
         """Write packed weights, everything else in `source.dtype`, and the adapter; `source.model` is not changed."""
         require_reader()
+        refuse_rounding(source.model, PACKAGE, inputs=False)
         modules = plain(source.model)
         schemes = schemes_of({name: module for name, module in modules.items() if isinstance(module, QuantLinear)})
         dense = [name for name, module in modules.items() if isinstance(module, nn.Linear)]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from slimtune.errors import RecipeError
+from slimtune.hub import cache_bits, round_cache_
 from slimtune.lora.attach import has_adapter
 from slimtune.quant.apply import dequantize_
 
@@ -29,6 +30,8 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         if isinstance(module, nn.Linear):
             module.to(torch.float32)
     merged = cast(nn.Module, cast(Any, model).merge_and_unload(safe_merge=True))
+    if cache_bits(merged) < 16:
+        round_cache_(cast(Any, merged), 16)  # as exact as its weights
     for parameter in merged.parameters():  # buffers keep their dtype: rotary frequencies need float32
         parameter.data = parameter.data.to(dtype)
         parameter.requires_grad_(True)

@@ -17,6 +17,7 @@ class State:
     adapter: bool = False
     residual: bool = False  # whether it is known what quantization lost
     rounded: bool = False  # whether linears round their inputs
+    cache: bool = False  # whether attention rounds keys and values
 
 
 def check_order(recipe: Recipe, start: State = State()) -> list[State]:
@@ -54,6 +55,8 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
             return "there is no adapter to export", "put export: {format: peft} after lora, before merge"
         case Export(format="compressed-tensors" | "gptq") if not state.quantized:
             return "there are no packed weights to export", "put a quantize step before, or export safetensors"
+        case Export(format="gptq" | "safetensors" | "compressed-tensors") if state.cache:
+            return "this format cannot say that the cache is rounded", "use the model folder"
         case Export(format="gptq" | "safetensors") if state.rounded:
             return (
                 "this format cannot say that inputs are rounded",
@@ -68,7 +71,7 @@ def _after(step: Step, state: State) -> State:
     match step:
         case Quantize():
             rounded = bool(step.activations or any("activations" in fields for fields in step.layers.values()))
-            return replace(state, quantized=True, residual=True, rounded=rounded)
+            return replace(state, quantized=True, residual=True, rounded=rounded, cache=bool(step.kv_cache))
         case Lora():
             return replace(state, adapter=True)
         case Merge():

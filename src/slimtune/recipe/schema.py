@@ -45,6 +45,9 @@ class Quantize:
     layers: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "other fields for some layers: {NAME: {bits: 8}}, * wildcards allowed"}
     )
+    kv_cache: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "how keys and values are rounded, {bits: 8}; default: not at all"}
+    )
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "the method's own fields"})
 
 
@@ -187,7 +190,7 @@ def to_dict(value: Any) -> Any:
     if isinstance(value, Recipe):
         return {f.name: to_dict(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Quantize):
-        extra = {"activations": to_dict(value.activations), "layers": to_dict(value.layers)}
+        extra = {"activations": to_dict(value.activations), "layers": to_dict(value.layers), "kv_cache": value.kv_cache}
         facts = {"method": value.method, **to_dict(value.options), "ignore": list(value.ignore)}
         return {value.name: facts | {key: values for key, values in extra.items() if values}}
     if isinstance(value, tuple(STEPS.values())):

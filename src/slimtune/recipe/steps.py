@@ -18,6 +18,7 @@ from slimtune.evaluate.speed import speed
 from slimtune.evaluate.tasks import tasks
 from slimtune.export import Source, export
 from slimtune.export.load import DTYPES, Loaded
+from slimtune.hub import round_cache_
 from slimtune.lora.attach import add_lora, base_of, plain
 from slimtune.lora.inits import INITS
 from slimtune.lora.merge import merge
@@ -87,6 +88,9 @@ def _quantize(session: Session, step: Quantize, number: int) -> Facts:
     facts: Facts = {"method": step.method, **step.options}
     if step.activations:
         facts["activations"] = step.activations
+    if step.kv_cache:
+        facts["kv_cache"] = step.kv_cache
+        round_cache_(session.loaded.model, treatments.cache.bits)
     if treatments.need_data:
         source = calibration_source(session.recipe)
         session.say(f"  calibrating on {source}")
