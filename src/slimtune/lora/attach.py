@@ -26,6 +26,9 @@ from slimtune.lora.inits import INITS
 from slimtune.quant.blackbox import FROZEN, BlackBox, adopt_
 from slimtune.quant.linear import QuantLinear
 
+LoraLayer = PeftLoraLinear
+"""PEFT's LoRA layer around a linear, dense or quantized."""
+
 
 class LoraQuantLinear(PeftLoraLinear):
     """PEFT's LoRA layer around a `QuantLinear` or `BlackBox`. It saves as PEFT's own; it cannot merge into codes.

@@ -17,11 +17,11 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from slimtune.errors import RecipeError
+from slimtune.lora.attach import LoraLayer
 from slimtune.lora.options import FakeQuant
 from slimtune.quant.activation import Activations
 from slimtune.quant.blackbox import FROZEN
@@ -43,7 +43,7 @@ def rounded_lora(model: nn.Module, options: FakeQuant) -> Iterator[Switch]:
     Raises `RecipeError` where there are none, or one cannot be seen as one weight: it has dropout, a bias of its own,
     or is not a plain adapter.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PeftLoraLinear)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if not layers:
         raise RecipeError("fake_quant rounds what an adapter trains", remedy="put a lora step before train")
     for name, layer in layers.items():
@@ -59,7 +59,7 @@ def rounded_lora(model: nn.Module, options: FakeQuant) -> Iterator[Switch]:
             layer.__dict__.pop("forward", None)
 
 
-def _forward(layer: PeftLoraLinear, options: FakeQuant, switch: Switch, ratio: Tensor, x: Tensor, *args: Any) -> Tensor:
+def _forward(layer: LoraLayer, options: FakeQuant, switch: Switch, ratio: Tensor, x: Tensor, *args: Any) -> Tensor:
     if layer.training and not switch.on:
         return type(layer).forward(layer, x, *args)
     a, b = (cast(Tensor, factors["default"].weight) for factors in (layer.lora_A, layer.lora_B))
@@ -93,7 +93,7 @@ def _parts(weight: Tensor, options: FakeQuant) -> Tensor:
     return pad(weight.detach(), (0, -weight.shape[1] % size)).view(-1, size)
 
 
-def _weight(layer: PeftLoraLinear) -> Tensor:
+def _weight(layer: LoraLayer) -> Tensor:
     """The frozen weight, float32."""
     base = layer.get_base_layer()
     if isinstance(base, FROZEN):
@@ -101,7 +101,7 @@ def _weight(layer: PeftLoraLinear) -> Tensor:
     return cast(Tensor, base.weight).detach().to(torch.float32)
 
 
-def _require_plain(name: str, layer: PeftLoraLinear) -> None:
+def _require_plain(name: str, layer: LoraLayer) -> None:
     adapters = list(layer.lora_A)
     dropout = any(not isinstance(part, nn.Identity) for part in layer.lora_dropout.values())
     bias = any(layer.lora_bias.values())
