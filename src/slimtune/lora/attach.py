@@ -39,6 +39,9 @@ from slimtune.rotate.record import require_basis, rotation_of, write_hash
 LIVE = "slimtune_lora.json"
 """Beside an adapter that is frozen in part: the rank that trains, of each layer: first rows of A and columns of B."""
 
+LoraLayer = PeftLoraLinear
+"""PEFT's LoRA layer around a linear, dense or quantized."""
+
 
 class LoraQuantLinear(PeftLoraLinear):
     """PEFT's LoRA layer around a `QuantLinear` or `BlackBox`. It saves as PEFT's own; it cannot merge into codes.
@@ -283,7 +286,7 @@ def save_truncated(model: PeftModel, folder: Path) -> float:
             keys = [f"base_model.model.{name}.lora_{side}.weight" for side in "AB"]
             for key, factor in zip(keys, best, strict=True):
                 state[key] = factor.to(torch.float32).contiguous()
-    config = copy.deepcopy(model.peft_config["default"])
+    config: Any = copy.deepcopy(model.peft_config["default"])
     times = next((len(adapted(model)[name].lora_A["default"].weight) // rank for name, rank in ranks.items()), 1)
     config.r //= times
     config.lora_alpha = config.lora_alpha / (times**0.5 if config.use_rslora else times)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from slimtune.arch import Port, bind
 from slimtune.errors import RecipeError
+from slimtune.hub import cache_bits, round_cache_
 from slimtune.lora.attach import adapted, base_of, has_adapter, plain
 from slimtune.lora.pooled import fold_
 from slimtune.quant.again import Again, AgainBlind
@@ -43,6 +44,8 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         warnings.filterwarnings("ignore", message="Input and output embeddings are no longer", category=UserWarning)
         merged = cast(nn.Module, cast(Any, model).merge_and_unload(safe_merge=True))
     config.tie_word_embeddings = tied
+    if cache_bits(merged) < 16:
+        round_cache_(cast(Any, merged), 16)  # as exact as its weights
     for parameter in merged.parameters():  # buffers keep their dtype: rotary frequencies need float32
         parameter.data = parameter.data.to(dtype)
         parameter.requires_grad_(True)

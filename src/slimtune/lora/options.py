@@ -66,3 +66,24 @@ class LoraOptions:
                 raise RecipeError(f"{name} out of range", where="lora", got=getattr(self, name), wanted="above 0")
         if not 0 <= self.init_gamma < math.inf:
             raise RecipeError("init_gamma out of range", where="lora", got=self.init_gamma, wanted="0 or above")
+
+
+@dataclass(frozen=True)
+class FakeQuant:
+    """How an adapter trains on what will run: its merged weights and their inputs, rounded."""
+
+    weights: int = field(default=4, metadata={"help": "bits of merged weights: 2 to 8; 16 leaves them alone"})
+    activations: int = field(default=4, metadata={"help": "bits of inputs, per token: 2 to 8; 16 leaves them alone"})
+    group_size: int = field(default=-1, metadata={"help": "input features that share a scale; -1: a whole row"})
+    sym: bool = field(default=True, metadata={"help": "symmetric grids of weights"})
+    activations_sym: bool = field(default=True, metadata={"help": "symmetric grids of inputs"})
+    warmup_steps: int = field(default=0, metadata={"help": "steps in 16 bit before rounding begins"})
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "activations"):
+            if getattr(self, name) not in (*range(2, 9), 16):
+                raise RecipeError(f"{name} out of range", got=getattr(self, name), wanted="2 to 8, or 16 for none")
+        if self.group_size != -1 and self.group_size < 1:
+            raise RecipeError("group_size out of range", got=self.group_size, wanted="a positive number, or -1")
+        if self.warmup_steps < 0:
+            raise RecipeError("warmup_steps out of range", got=self.warmup_steps, wanted="0 or above")

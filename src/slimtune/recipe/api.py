@@ -19,6 +19,7 @@ from slimtune.export import Manifest, Source
 from slimtune.export import export as write_export
 from slimtune.export.load import DTYPES, Loaded
 from slimtune.export.load import load as load_model
+from slimtune.hub import round_cache_
 from slimtune.lora.attach import base_of
 from slimtune.lora.inits import residual
 from slimtune.lora.merge import merge as merge_adapter
@@ -77,6 +78,7 @@ def quantize(
     ignore: Sequence[str] = (),
     activations: Mapping[str, Any] | None = None,
     layers: Mapping[str, Any] | None = None,
+    kv_cache: Mapping[str, Any] | None = None,
     seed: int = 0,
     residual_rank: int = 0,
     facts: Callable[[QuantizeFacts], None] = lambda _: None,
@@ -85,13 +87,16 @@ def quantize(
     """`model` (changed in place) with the linears of its blocks quantized by `method`, whose fields are `options`.
 
     `activations`, as `{"bits": 8}`, rounds their inputs; `layers` has other fields for some of them, by name or
-    pattern: `{"*.layers.0.*": {"bits": 8}}`. `calibration` is token windows `[samples, length]`, or a data source or
-    file (then `tokenizer` is needed). With a `residual_rank`, `add_lora(model, init="residual")` may follow, up to
-    that `r`. `facts` is called with what was done to each layer.
+    pattern: `{"*.layers.0.*": {"bits": 8}}`. `kv_cache`, as `{"bits": 8}`, rounds keys and values. `calibration` is
+    token windows `[samples, length]`, or a data source or file (then `tokenizer` is needed). With a
+    `residual_rank`, `add_lora(model, init="residual")` may follow, up to that `r`. `facts` is called with what was
+    done to each layer.
     """
-    step = Quantize(method, tuple(ignore), dict(activations or {}), dict(layers or {}), options)
+    step = Quantize(method, tuple(ignore), dict(activations or {}), dict(layers or {}), dict(kv_cache or {}), options)
     treatments, modelmap = Treatments(step, method), bind(model)
     check_patterns(step, [port.name for port in modelmap.linears], method)
+    if step.kv_cache:
+        round_cache_(cast(PreTrainedModel, model), treatments.cache.bits)
     tokens = _windows(calibration, tokenizer, DEFAULT_SAMPLES, seed)
     start = (lambda weight, base, stats: residual(weight, base, residual_rank, stats)) if residual_rank > 0 else None
     rounds = treatments.rounds

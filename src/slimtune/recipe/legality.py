@@ -22,6 +22,7 @@ class State:
     pruned: bool = False  # whether the adapter's base is no longer the original model
     ramp: bool = False  # whether the next train step prunes
     rounded: bool = False  # whether linears round their inputs
+    cache: bool = False  # whether attention rounds keys and values
 
 
 def check_order(recipe: Recipe, start: State = State()) -> list[State]:
@@ -61,6 +62,8 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
             return "there is nothing to train on", "add data: {train: {path: FILE}}"
         case Train() if state.quantized and not state.adapter:
             return "packed weights do not train", "put a lora step before train"
+        case Train() if step.fake_quant is not None and not state.adapter:
+            return "fake_quant rounds what an adapter trains", "put a lora step before train"
         case Merge() if not state.adapter:
             return "there is no adapter to merge", "put merge after lora and train"
         case Merge(keep_bits=True) if not state.quantized:
@@ -76,6 +79,8 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
                 f"no other engine runs the online transform {', '.join(state.online)}: it would load another model",
                 "rotate with online: [], or keep the run's own model folder",
             )
+        case Export(format="gptq" | "safetensors" | "compressed-tensors" | "gguf") if state.cache:
+            return "this format cannot say that the cache is rounded", "use the model folder"
         case Export(format="gptq" | "safetensors" | "gguf") if state.rounded:
             return (
                 "this format cannot say that inputs are rounded",
@@ -121,11 +126,11 @@ def _after(step: Step, state: State) -> State:
             return replace(state, ramp=False, pruned=state.pruned or state.ramp)
         case Quantize():
             rounded = bool(step.activations or any("activations" in fields for fields in step.layers.values()))
-            return replace(state, quantized=True, residual=True, rounded=rounded)
+            return replace(state, quantized=True, residual=True, rounded=rounded, cache=bool(step.kv_cache))
         case Lora():
             return replace(state, adapter=True)
         case Merge(keep_bits=True):
             return replace(state, adapter=False, residual=False)
         case Merge():
-            return replace(state, quantized=False, adapter=False, residual=False, rounded=False)
+            return replace(state, quantized=False, adapter=False, residual=False, rounded=False, cache=False)
     return state

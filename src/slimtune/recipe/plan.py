@@ -228,6 +228,14 @@ def _check_packable(step: Quantize, later: tuple[Step, ...], modelmap: ModelMap,
                     got=f"{step.method}: {fault}",
                     remedy="use rtn or optq, or export safetensors",
                 )
+    for treatment in treatments.all if "compressed-tensors" in packed else ():
+        if fault := compressed_tensors.fault_of_rounding(treatment.activations):
+            raise RecipeError(
+                "compressed-tensors cannot say how inputs are rounded",
+                where=f"{where}.activations",
+                got=fault,
+                remedy="use activations: {bits: N} alone, or the model folder",
+            )
     groups = {p.name: _group(treatments.of(p.name)) for p in modelmap.linears}
     ragged = [p for p in modelmap.linears if 0 < groups[p.name] < p.in_features and p.in_features % groups[p.name]]
     if packed and ragged:

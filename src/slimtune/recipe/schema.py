@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from slimtune.calib.rows import DataSource
 from slimtune.errors import RecipeError, SlimtuneError, nearest
-from slimtune.lora.options import LoraOptions
+from slimtune.lora.options import FakeQuant, LoraOptions
 from slimtune.prune.options import PruneOptions
 from slimtune.rotate.options import Rotation
 from slimtune.train.options import TrainOptions
@@ -46,6 +46,9 @@ class Quantize:
     )
     layers: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "other fields for some layers: {NAME: {bits: 8}}, * wildcards allowed"}
+    )
+    kv_cache: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "how keys and values are rounded, {bits: 8}; default: not at all"}
     )
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "the method's own fields"})
 
@@ -193,6 +196,8 @@ def step_from(name: str, facts: Mapping[str, Any], where: str) -> Step:
     for key in ("perplexity", "accuracy") if name == Evaluate.name else ():
         if isinstance(texts := facts.get(key), Mapping):
             facts = {**facts, key: {k: _source(v, f"{where}.{key}.{k}") for k, v in texts.items()}}
+    if name == Train.name and facts.get("fake_quant") is not None:
+        facts = {**facts, "fake_quant": build(FakeQuant, facts["fake_quant"], f"{where}.fake_quant")}
     if name != Quantize.name:
         return build(STEPS[name], facts, where)
     own = {f.name for f in fields(Quantize)} - {"options"}
@@ -226,7 +231,7 @@ def to_dict(value: Any) -> Any:
     if isinstance(value, Recipe):
         return {f.name: to_dict(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Quantize):
-        extra = {"activations": to_dict(value.activations), "layers": to_dict(value.layers)}
+        extra = {"activations": to_dict(value.activations), "layers": to_dict(value.layers), "kv_cache": value.kv_cache}
         facts = {"method": value.method, **to_dict(value.options), "ignore": list(value.ignore)}
         return {value.name: facts | {key: values for key, values in extra.items() if values}}
     if isinstance(value, tuple(STEPS.values())):

@@ -22,6 +22,7 @@ from slimtune.evaluate.speed import speed
 from slimtune.evaluate.tasks import tasks
 from slimtune.export import Source, export
 from slimtune.export.load import DTYPES, Loaded, locate
+from slimtune.hub import round_cache_
 from slimtune.lora.attach import base_of, plain
 from slimtune.lora.inits import INITS, residual
 from slimtune.lora.merge import merge
@@ -163,6 +164,9 @@ def _quantize(session: Session, step: Quantize, number: int) -> Facts:
     facts: Facts = {"method": step.method, **step.options}
     if step.activations:
         facts["activations"] = step.activations
+    if step.kv_cache:
+        facts["kv_cache"] = step.kv_cache
+        round_cache_(session.loaded.model, treatments.cache.bits)
     tokens, source = _calibration(session) if treatments.need_data else (None, {})
     place = session.place(f"step-{number}-blocks")
     result = quantize_(

@@ -18,6 +18,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 
 from slimtune.errors import RecipeError
 from slimtune.lora.attach import base_of
+from slimtune.lora.rounded import Switch, rounded_lora
 from slimtune.prune.options import PruneOptions
 from slimtune.prune.surgery import PruneFacts
 from slimtune.train.callbacks import Progress, StepLog
@@ -99,6 +100,18 @@ class _HeldOut(TrainerCallback):
             self._lines.write({"step": state.global_step, "eval_loss": self._measure()})
 
 
+class _WarmUp(TrainerCallback):
+    """Lets rounding wait for so many steps."""
+
+    def __init__(self, switch: Switch, steps: int) -> None:
+        self._switch, self._steps = switch, steps
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._switch.on = state.global_step >= self._steps
+
+
 def finetune(
     model: nn.Module,
     examples: Sequence[Example],
@@ -137,7 +150,8 @@ def finetune(
         raise RecipeError("nothing in the model is trainable", remedy="put a lora step before train")
     if options.distill:
         require_plain_head(base_of(model))
-    with tempfile.TemporaryDirectory() as scratch, _without_cache(model), _same_flags(model):
+    rounding = nullcontext() if options.fake_quant is None else rounded_lora(model, options.fake_quant)
+    with tempfile.TemporaryDirectory() as scratch, _without_cache(model), _same_flags(model), rounding as switch:
         folder = checkpoints or Path(scratch)
         start = last_checkpoint(folder) if resume else None
         lines = StepLog(log or Path(scratch) / "log.jsonl", number, progress)
@@ -147,6 +161,8 @@ def finetune(
         ramp = Ramp(model, prune, last=options.distill, seed=seed) if prune is not None else None
         if ramp is not None:
             trainer.prune_along(ramp, options.distill)
+        if switch is not None and options.fake_quant is not None:
+            trainer.add_callback(_WarmUp(switch, options.fake_quant.warmup_steps))
         lines.resume_at(int(start.name.rsplit("-", 1)[1]) if start else -1)
         measure = partial(_measured, ramp, model, held_out, collator, options.per_device_train_batch_size)
         if held_out and 0 not in lines.eval_losses:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from slimtune.errors import RecipeError
+from slimtune.lora.options import FakeQuant
 
 Scheduler = Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "inverse_sqrt"]
 
@@ -34,6 +35,9 @@ class TrainOptions:
     distill: bool = field(default=False, metadata={"help": "learn from the model before it is pruned, not from labels"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations: less memory, slower"})
     bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast"})
+    fake_quant: FakeQuant | None = field(
+        default=None, metadata={"help": "train the adapter as rounded: {weights: 4, activations: 4, warmup_steps: 20}"}
+    )
     logging_steps: int = field(default=5, metadata={"help": "steps between log lines"})
     eval_steps: int = field(default=0, metadata={"help": "steps between held-out losses; 0: before and after only"})
     save_steps: int = field(default=50, metadata={"help": "steps between checkpoints for --resume"})
