@@ -1,7 +1,7 @@
 """WikiText-2 perplexity of SmolLM2-135M with 20 and 50 % of its blocks' parameters really removed, at once.
 
-Every arm prunes the same float32 model by scores from the same calibration windows (C4, 512 tokens each), with and
-without fitting what is kept, and no training; one evaluator scores all of them: token perplexity over windows of 512 on
+Every arm prunes the same float32 model by scores from the same calibration windows (C4, 512 tokens each), without
+training, some with what is kept fitted; one evaluator scores all of them: token perplexity over windows of 512 on
 the first `--tokens` tokens of the raw test split.
 
     python benchmarks/prune_smollm2.py --calibration c4.jsonl.gz --text wiki.test.raw.gz
@@ -38,9 +38,9 @@ RESULT = Path(__file__).parent / "results" / "prune_smollm2.json"
 
 def scores_of(model: Any, targets: Any, name: str, tokens: torch.Tensor) -> Scores:
     """The scores of a criterion as it is published: LoRAPrune's normalised in each weight."""
-    model = add_lora(model, r=8) if name == "lora" else model
+    model = add_lora(model, r=8) if name.startswith("lora") else model
     modelmap = bind(model)
-    normalise: Any = "module" if name == "lora" else "none"
+    normalise: Any = "module" if name.startswith("lora") else "none"
     found = axes(modelmap, targets)
     return collect(base_of(model), modelmap, found, IMPORTANCES[name](), tokens, normalise=normalise)
 
@@ -57,60 +57,70 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--calibration", default="", help="rows of text; default: the built-in pydocs")
     parser.add_argument("--text", required=True, help="a raw text to score")
-    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.5])
-    parser.add_argument("--criteria", nargs="+", default=["gate-fisher", "wanda", "flap", "gate", "lora",
-                                                          "weight-taylor", "magnitude", "random"])  # fmt: skip
-    parser.add_argument("--targets", nargs="+", default=["kv+ffn", "ffn"], help="kinds of units, joined by +")
+    parser.add_argument("--criteria", nargs="+", default=list(IMPORTANCES))
+    parser.add_argument("--refit", nargs="+", default=["wanda", "flap", "gate-fisher"], help="criteria to refit, too")
+    parser.add_argument("--targets", default="kv+ffn", help="kinds of units, joined by +")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the result has")
     arguments = parser.parse_args()
     loaded = load(arguments.model)
     source = DataSource(path=arguments.calibration) if arguments.calibration else DataSource(builtin="pydocs")
     windows = calibration_tokens(read_rows(source), loaded.tokenizer, arguments.samples, 512, seed=0)
     text = text_tokens(read_text(arguments.text), loaded.tokenizer)[: arguments.tokens]
-    facts: dict[str, Any] = {
-        "environment": environment(),
-        "model": Path(arguments.model).name,
-        "seed": 0,
-        "calibration": Path(str(source)).name,
-        "samples": arguments.samples,
-        "text": Path(arguments.text).name,
-        "length": 512,
-        "tokens": len(text),
-        "dense": measured(loaded.model, text),
-        "rows": [],
+    if arguments.resume:
+        facts = json.loads(RESULT.read_text())
+    else:
+        facts = {
+            "environment": environment(),
+            "model": Path(arguments.model).name,
+            "seed": 0,
+            "calibration": Path(str(source)).name,
+            "samples": arguments.samples,
+            "text": Path(arguments.text).name,
+            "length": 512,
+            "tokens": len(text),
+            "dense": measured(loaded.model, text),
+            "rows": [],
+        }
+        print(f"dense {facts['dense']:.2f}", flush=True)
+    for name in arguments.criteria:
+        fits = (False, True) if name in arguments.refit else (False,)
+        wanted = [(ratio, fit) for fit in fits for ratio in arguments.ratios]
+        held = [(r["importance"], r["targets"], r["ratio"], r["refit"]) for r in facts["rows"]]
+        wanted = [(ratio, fit) for ratio, fit in wanted if (name, arguments.targets, ratio, fit) not in held]
+        if not wanted:
+            continue
+        start = time.process_time()
+        targets = arguments.targets.split("+")
+        scores = scores_of(load(arguments.model).model, targets, name, windows)
+        seconds = time.process_time() - start
+        for ratio, fit in wanted:
+            row = {"importance": name, "targets": arguments.targets, "refit": fit, "ratio": ratio}
+            row |= arm(load(arguments.model).model, targets, name, scores, ratio, windows if fit else None, text)
+            facts["rows"].append({**row, "score_cpu_seconds": round(seconds, 1)})
+            RESULT.write_text(json.dumps(facts, indent=1) + "\n")
+            print(row, flush=True)
+
+
+def arm(
+    model: Any, targets: Any, name: str, scores: Scores, ratio: float, windows: torch.Tensor | None, text: torch.Tensor
+) -> dict[str, Any]:
+    """Prune `model` by `scores`, with a refit where there are windows for it, and score it."""
+    modelmap = bind(model)
+    found = axes(modelmap, targets)
+    kept = select(modelmap, found, scores, ratio * parameters(modelmap, "blocks"), additive=IMPORTANCES[name].additive)
+    plan = PrunePlan(found, kept, ratio)
+    if windows is not None:
+        refit_(model, modelmap, plan, windows)
+    pruned = prune_(model, modelmap, plan)
+    return {
+        "removed_ratio": pruned.removed_ratio,
+        "kept": {fact.kind: fact.kept for fact in pruned.axes},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "perplexity": measured(model, text),
     }
-    print(f"dense {facts['dense']:.2f}", flush=True)
-    for targets in arguments.targets:
-        for name in arguments.criteria:
-            start = time.process_time()
-            scores = scores_of(load(arguments.model).model, targets.split("+"), name, windows)
-            seconds = time.process_time() - start
-            for ratio in arguments.ratios:
-                for refit in (False, True) if targets != "layers" else (False,):
-                    model = load(arguments.model).model
-                    modelmap = bind(model)
-                    found = axes(modelmap, targets.split("+"))  # type: ignore[arg-type]
-                    remove = ratio * parameters(modelmap, "blocks")
-                    kept = select(modelmap, found, scores, remove, additive=IMPORTANCES[name].additive)
-                    plan = PrunePlan(found, kept, ratio)
-                    if refit:
-                        refit_(model, modelmap, plan, windows)
-                    pruned = prune_(model, modelmap, plan)
-                    row = {
-                        "importance": name,
-                        "targets": targets,
-                        "refit": refit,
-                        "ratio": ratio,
-                        "removed_ratio": pruned.removed_ratio,
-                        "kept": {fact.kind: fact.kept for fact in pruned.axes},
-                        "parameters": sum(p.numel() for p in model.parameters()),
-                        "perplexity": measured(model, text),
-                        "score_cpu_seconds": seconds,
-                    }
-                    facts["rows"].append(row)
-                    RESULT.write_text(json.dumps(facts, indent=1) + "\n")
-                    print({k: v for k, v in row.items() if k != "parameters"}, flush=True)
 
 
 if __name__ == "__main__":

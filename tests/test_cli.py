@@ -17,7 +17,20 @@ from slimtune.cli import _bytes, _guarded, app
 from slimtune.errors import RecipeError
 from slimtune.recipe.shell import recipe_of
 
-VERBS = ("run", "plan", "rotate", "quantize", "finetune", "evaluate", "generate", "export", "report", "list", "version")
+VERBS = (
+    "run",
+    "plan",
+    "prune",
+    "rotate",
+    "quantize",
+    "finetune",
+    "evaluate",
+    "generate",
+    "export",
+    "report",
+    "list",
+    "version",
+)
 Command = Callable[..., tuple[str, str]]
 
 
@@ -156,6 +169,16 @@ def test_quantize_calibrates_on_a_file(command: Command, place: Path, tmp_path: 
     assert "calibrating on" in err
 
 
+def test_prune_takes_the_fields_of_its_step(command: Command, place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    _, err = command("prune", place / "base", "--ratio", ".3", "--importance", "magnitude", "--targets", "[kv, ffn]",
+                     "--multiple-of", "4", "-o", out)  # fmt: skip
+    facts = json.loads((out / "report.json").read_text())["steps"][0]["facts"]
+    assert f"{facts['parameters_after']:,} parameters" in err
+    assert abs(facts["removed_ratio"] - 0.3) < 0.05
+    assert (out / "model" / "pruning.json").is_file()
+
+
 def test_finetune_is_lora_and_train(command: Command, place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command("finetune", place / "base", "--train", place / "sums.jsonl", "--r", "2", "--max-steps", "2",
@@ -232,6 +255,7 @@ def test_report_shows_one_run_and_compares_two(command: Command, place: Path, tm
         ("models", {"smollm2-135m"}),
         ("quantizers", {"optq", "rtn"}),
         ("inits", {"default", "gaussian"}),
+        ("importances", {"gate", "lora", "wanda"}),
         ("families", {"llama", "qwen2", "t5", "llava"}),
         ("exporters", {"peft", "safetensors", "compressed-tensors", "gguf", "gguf-lora"}),
     ],

@@ -267,6 +267,11 @@ def test_python_prunes_like_a_recipe() -> None:
         (("lora", {"prune": RAMP}, "merge", "train"), "steps[2].merge", "pruned by the next train step"),
         (("lora", {"prune": {"refit": True}}), "steps[1].prune", "cannot be fitted"),
         (({"quantize": {"method": "rtn", "group_size": 8}}, {"prune": {"refit": True}}), "steps[1].prune", "fitted"),
+        (
+            ({"quantize": {"method": "rtn", "group_size": 8}}, {"prune": {"widths": "allocated"}}),
+            "steps[1].prune",
+            "padded with zeros",
+        ),
         (("lora", {"train": {"distill": True}}), "steps[1].train", "no unpruned model"),
         (("lora", {"prune": RAMP}, "train", {"export": {"format": "peft"}}), "steps[3].export", "pruned model alone"),
     ],

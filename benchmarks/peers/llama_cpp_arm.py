@@ -15,12 +15,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import llama_cpp.llama_cpp as library
 import numpy as np
 from llama_cpp import Llama
 
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
+    # Weights stay as they are in the file: repacked ones use AMX, and crash where a machine has it but may not use it.
+    defaults = library.llama_model_default_params
+    library.llama_model_default_params = lambda: with_field(defaults(), "use_extra_bufts", False)
     model = Llama(
         job["model"],
         lora_path=job.get("adapter"),
@@ -37,6 +41,11 @@ def main() -> None:
         "tokens": [model.tokenize(text.encode(), add_bos=False, special=True) for text in job["texts"]],
     }
     Path(job["out"]).write_text(json.dumps(facts))
+
+
+def with_field(params: Any, name: str, value: object) -> Any:
+    setattr(params, name, value)
+    return params
 
 
 def answer(model: Llama, prompt: list[int], new_tokens: int) -> tuple[list[int], list[float]]:

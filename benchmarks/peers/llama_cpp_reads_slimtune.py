@@ -8,7 +8,7 @@ For each export: greedy tokens of llama.cpp beside those of transformers (float3
 them, read back by slimtune), the largest difference of the logits after the prompts, and llama.cpp's tokens of a few
 texts beside the tokenizer's. llama.cpp rounds activations, to float16 or in blocks to 8 bits, so a tie may fall the
 other way: how many tokens agree before the first that does not, and how close the two best logits were there, stands
-beside. (On a machine whose AMX may not be used, build llama.cpp without it: it crashes on any quantized file.)
+beside.
 
 Pico models of every family (`--pico tests`) are compared by logits alone: their greedy tokens mean nothing.
 """

@@ -17,7 +17,7 @@ from slimtune.lora.attach import add_lora, base_of
 from slimtune.prune import IMPORTANCES
 from slimtune.prune.collect import collect
 from slimtune.prune.groups import Axis, axes
-from slimtune.prune.importance import Flap, Gate, GateFisher, Lora, Magnitude, Random, Wanda, WeightTaylor
+from slimtune.prune.importance import Flap, Gate, GateFisher, Lora, LoraSquared, Magnitude, Random, Wanda, WeightTaylor
 from slimtune.quant.apply import all_linear, quantize_
 from slimtune.quant.rtn import Rtn
 
@@ -130,7 +130,7 @@ def test_lora_is_the_papers_formula(squared: bool) -> None:
             nn.init.normal_(parameter)
     base, modelmap = base_of(model), bind(model)
     found = axes(modelmap, ("ffn",))
-    scores = collect(base, modelmap, found, Lora(squared=squared), TOKENS, batch_size=4)
+    scores = collect(base, modelmap, found, LoraSquared() if squared else Lora(), TOKENS, batch_size=4)
     loss_of(base, TOKENS).backward()
     for axis in found:
         total = torch.zeros(axis.units, dtype=torch.float64)
@@ -202,7 +202,7 @@ def test_gates_see_through_packed_weights() -> None:
 @pytest.mark.parametrize("importance", IMPORTANCES)
 def test_every_importance_scores_every_family_and_leaves_it_alone(importance: str, name: str) -> None:
     model: Any = pico_model(name)
-    if importance == "lora":
+    if importance.startswith("lora"):
         model = add_lora(model, r=2)
     base, modelmap = base_of(model), bind(model)
     before = {n: (p.detach().clone(), p.requires_grad) for n, p in base.named_parameters()}

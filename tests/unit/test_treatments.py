@@ -141,7 +141,7 @@ def test_a_run_says_what_it_did_and_leaves_a_model_that_does_it(
     rows = BUILTINS["pydocs"]
     monkeypatch.setitem(BUILTINS, "pydocs", lambda split: rows(split)[:150])
     model = save_pico(tmp_path / "pico")
-    facts = {**MIXED, "method": "optq", "activations": {"bits": 2, "search": True}}
+    facts = {**MIXED, "method": "optq", "activations": {"bits": 2, "search": True}, "kv_cache": {"bits": 4}}
     measured = {
         "evaluate": {"perplexity": {"pydocs": {"builtin": "pydocs", "split": "test"}}, "max_tokens": 200, "length": 50}
     }
@@ -157,12 +157,16 @@ def test_a_run_says_what_it_did_and_leaves_a_model_that_does_it(
     assert layers["model.layers.0.mlp.down_proj"]["activations"] == 8
     assert layers["model.layers.0.self_attn.q_proj"]["activations"] == 2
     assert min(layer["clip_ratio"] for layer in layers.values()) < 1
+    assert config_of_run(tmp_path / "run")["kv_cache"] == {"bits": 4}
     assert "with inputs at 2" in (tmp_path / "run" / "report.html").read_text()
-    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
-    assert {group["activations"]["bits"] for group in config["quantization_config"]["groups"]} == {2, 8}
+    assert {group["activations"]["bits"] for group in config_of_run(tmp_path / "run")["groups"]} == {2, 8}
     opened, tokenizer = slimtune.load(str(tmp_path / "run" / "model"))
     again = slimtune.evaluate(opened, tokenizer, **measured["evaluate"])
     assert again[0]["value"] == pytest.approx(report["metrics"][0]["value"], rel=1e-6)
+
+
+def config_of_run(folder: Path) -> Any:
+    return json.loads((folder / "model" / "config.json").read_text())["quantization_config"]
 
 
 def test_a_kept_block_keeps_how_its_layers_round(tmp_path: Path) -> None:

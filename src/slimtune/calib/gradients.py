@@ -228,7 +228,7 @@ class _Layer:
     def __init__(self, work: _Work, out: int, width: int) -> None:
         self.work, self.out, self.width = work, out, width
         k = min(work.directions + OVERSAMPLE, out, width)
-        wide = min(2 * k, out)  # of the sketch that is solved for; the paper's l = 2k + 1, about
+        wide = min(3 * k // 2, out)  # of the sketch that is solved for; 2k captures hardly more (docs/LOG.md)
         self.k, self.l = k, (wide if work.passes == 1 else k)
         self.whole = out * width <= (out * k if work.passes == 1 else 0) + width * self.l
         self.right: Tensor | None = None

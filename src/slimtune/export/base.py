@@ -17,7 +17,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from slimtune.arch import family_of
 from slimtune.calib.capture import model_inputs
 from slimtune.errors import FormatError
-from slimtune.lora.attach import base_of
+from slimtune.hub import cache_bits
+from slimtune.kernels.dispatch import reference
+from slimtune.lora.attach import base_of, plain
 from slimtune.quant.linear import QuantLinear
 from slimtune.rotate.record import rotation_of, write_rotation
 
@@ -77,8 +79,13 @@ class Exporter(Protocol):
         """Undo what `read_back` did to `source`'s own model, where it did something."""
 
 
-def refuse_rounding(modules: Mapping[str, nn.Module], format: str) -> None:
-    """Raise `FormatError` where a linear rounds its input, which `format` cannot say."""
+def refuse_rounding(model: nn.Module, format: str, *, inputs: bool = True) -> None:
+    """Raise `FormatError` where attention rounds its cache, or (`inputs`) a linear its input: `format` cannot say."""
+    if (bits := cache_bits(base_of(model))) < 16:
+        raise FormatError(
+            f"{format} cannot say that the cache is rounded", got=f"{bits} bits", remedy="use the model folder"
+        )
+    modules = plain(model) if inputs else {}
     rounding = [n for n, m in modules.items() if isinstance(m, QuantLinear) and m.activations is not None]
     if rounding:
         raise FormatError(
@@ -203,7 +210,8 @@ def probe_logits(model: nn.Module) -> torch.Tensor:
     config: Any = model.config
     vocabulary = config.get_text_config(decoder=True).vocab_size
     tokens = torch.tensor([[token % vocabulary for token in PROBE]])
-    logits: torch.Tensor = model(**model_inputs(model, tokens)).logits
+    with reference():  # readers multiply floats; near a tie, inputs are rounded elsewhere after any other sum
+        logits: torch.Tensor = model(**model_inputs(model, tokens)).logits
     return logits.float()
 
 

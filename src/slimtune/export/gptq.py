@@ -46,7 +46,7 @@ class GptqExporter:
     def write(self, source: Source, folder: Path) -> None:
         """Write packed weights, everything else in `source.dtype`, and the adapter; `source.model` is not changed."""
         modules = plain(source.model)
-        refuse_rounding(modules, "gptq")
+        refuse_rounding(source.model, "gptq")
         layers = {name: module for name, module in modules.items() if isinstance(module, QuantLinear)}
         require_expressible(layers)
         # v1 stores zero points less one. Readers disagree about what 0 less one is, and GPTQModel takes v1 with zero

@@ -38,6 +38,7 @@ from slimtune.export.gguf_config import gguf_config
 from slimtune.export.native import FILES, settle_, write_model
 from slimtune.files import whole_folder
 from slimtune.hub import SlimtuneConfig, register
+from slimtune.quant.activation import activations_to_dict
 from slimtune.quant.blackbox import adopt_
 from slimtune.quant.layouts import layout_to_dict
 from slimtune.rotate.online import attach_online_
@@ -123,6 +124,9 @@ def read_packed(folder: Path, format: PackedFormat, dtype: torch.dtype) -> PreTr
     checkpoint, empty = Checkpoint(folder), empty_model(config, dtype)
     layers, taken = read_layers(checkpoint, format, empty, partial(_renamed, get_model_conversion_mapping(empty)))
     groups = [{**layout_to_dict(layer.layout), "modules": [name]} for name, layer in layers.items()]
+    for group in groups:
+        if (rounding := format.rounding(group["modules"][0])) is not None:
+            group["activations"] = activations_to_dict(rounding)
     config.quantization_config = SlimtuneConfig(groups=groups).to_dict()  # as transformers reads it from a file
     state = checkpoint.read(checkpoint.files.keys() - taken)
     for name, layer in layers.items():

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimtune.errors import RecipeError
 from slimtune.export.base import own_state, write_folder
-from slimtune.hub import METHOD, SlimtuneConfig, SlimtuneQuantizer
-from slimtune.lora.attach import plain
+from slimtune.hub import METHOD, SlimtuneConfig, SlimtuneQuantizer, cache_bits
+from slimtune.lora.attach import base_of, plain
 from slimtune.quant.activation import activations_to_dict
 from slimtune.quant.blackbox import BlackBox
 from slimtune.quant.layouts import layout_to_dict
@@ -37,7 +37,8 @@ def config_of(model: nn.Module) -> SlimtuneConfig:
             if module.activations is not None:
                 facts["activations"] = activations_to_dict(module.activations)
             groups.setdefault(json.dumps(facts, sort_keys=True), {**facts, "modules": []})["modules"].append(name)
-    return SlimtuneConfig(groups=list(groups.values()))
+    bits = cache_bits(base_of(model))
+    return SlimtuneConfig(groups=list(groups.values()), kv_cache={"bits": bits} if bits < 16 else None)
 
 
 def settle_(model: PreTrainedModel) -> None:

@@ -27,7 +27,7 @@ class SafetensorsExporter:
 
     def write(self, source: Source, folder: Path) -> None:
         """Write merged weights in `source.dtype`; `source.model` is not changed."""
-        refuse_rounding(plain(source.model), "safetensors")
+        refuse_rounding(source.model, "safetensors")
         write_folder(source.model, merged_state(source.model, source.dtype), folder, dtype=source.dtype)
         source.tokenizer.save_pretrained(folder)
 

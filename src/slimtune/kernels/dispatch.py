@@ -1,4 +1,5 @@
-"""Which kernel does a thing: the fastest for its device and dtype. All equal the reference, bit for bit.
+"""Which kernel does a thing: the fastest for its device and dtype. All equal the reference: decoding bit for bit,
+products of integers (`slimtune.kernels.int8`) within float rounding.
 
 On a CPU that is a choice by dtype. On a GPU plain torch runs, or with `SLIMTUNE_TRITON=1` the kernels of
 `slimtune.kernels.triton`; where that is asked for and Triton is missing, it is an error and not a slower run.
@@ -8,12 +9,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from slimtune.errors import BackendMissing
 from slimtune.kernels.cpu import TABLED, unpack_half
+from slimtune.kernels.int8 import fast
 from slimtune.kernels.reference import apply_grid_
 from slimtune.linalg import lattice, trellis
 from slimtune.linalg.packing import unpack
@@ -95,3 +99,27 @@ def decode_trellis(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
 
         return triton.decode_trellis(codes, trellis.numbers(bits, dtype, codes.device), bits)
     return trellis.decode(codes, bits, dtype)
+
+
+_references = [False]
+
+
+@contextmanager
+def reference() -> Iterator[None]:
+    """Within the block, products are those of the reference: what is rounded to integers is multiplied in floats."""
+    _references.append(True)
+    try:
+        yield
+    finally:
+        _references.pop()
+
+
+def integers_wanted(x: Tensor) -> bool:
+    """Whether a product with `x`, rounded to at most 8 bits, runs in integers: in inference, on a CPU with units for
+    it. A graph is captured, and a gradient taken, of the reference."""
+    return (
+        not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _references[-1])
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and fast()
+    )

@@ -44,7 +44,7 @@ def one_pass(y: Tensor, z: Tensor, left: Tensor, rank: int) -> Triples:
 
     Args:
         y: `[out, k]`, `k` at least `rank`.
-        z: `[l, in]`, `l` at least `k`; about `2 k` keeps the least squares well posed.
+        z: `[l, in]`, `l` at least `k`; `3 k / 2` or more keeps the least squares well posed.
         left: `Ψ`, `[l, out]`.
         rank: how many triples.
 

@@ -6,6 +6,7 @@ file: `PeftModel.from_pretrained` loads it on the original 16-bit model without 
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import warnings
@@ -15,18 +16,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear as PeftLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slimtune.arch import ModelMap, bind
 from slimtune.calib.gradients import Batch, GradientSketch, sketch_gradients
 from slimtune.errors import FormatError, RecipeError, nearest
 from slimtune.files import write_json
-from slimtune.linalg.lowrank import Factors
+from slimtune.linalg.lowrank import Factors, low_rank
 from slimtune.lora.fused import fused_lora
 from slimtune.lora.inits import INITS, PLAIN, Knobs
+from slimtune.lora.pooled import pool_
 from slimtune.lora.start import StartFact, live_ranks, parts, split_layer_, start_, total_alpha
 from slimtune.quant.blackbox import FROZEN, BlackBox, adopt_
 from slimtune.quant.linear import QuantLinear
@@ -35,6 +38,9 @@ from slimtune.rotate.record import require_basis, rotation_of, write_hash
 
 LIVE = "slimtune_lora.json"
 """Beside an adapter that is frozen in part: the rank that trains, of each layer: first rows of A and columns of B."""
+
+LoraLayer = PeftLoraLinear
+"""PEFT's LoRA layer around a linear, dense or quantized."""
 
 
 class LoraQuantLinear(PeftLoraLinear):
@@ -88,6 +94,7 @@ def add_lora(
     gradients: GradientSketch | None = None,
     ranks: Mapping[str, int] | None = None,
     keep_residual: bool = False,
+    pooled: bool = False,
     base_name: str = "",
     seed: int = 0,
     facts: Callable[[list[StartFact]], None] = lambda _: None,
@@ -106,6 +113,7 @@ def add_lora(
         gradients: of the targets (`sketch_targets`), for an init that starts from them.
         ranks: other ranks than `r` for layers by name; the scaling of a layer follows its rank, as in PEFT.
         keep_residual: give back what quantization lost, as a frozen part of the adapter.
+        pooled: one number of A for each quantization group (`slimtune.lora.pooled`).
         base_name: what `adapter_config.json` calls the base: the original model, whose users can load the adapter.
         seed: of the random factors.
         facts: called with how each layer started.
@@ -116,16 +124,7 @@ def add_lora(
     Raises `RecipeError` when a target matches no linear, the model has an adapter already, or `init` asks for what
     quantization lost and no target was quantized so that it is known.
     """
-    if isinstance(model, PeftModel):
-        raise RecipeError("the model has an adapter already", remedy="merge it before adding another")
-    if r < 1:
-        raise RecipeError("r out of range", got=r, wanted="a positive number")
-    if init not in INITS:
-        raise RecipeError("unknown init", where="init", got=init, remedy=nearest(init, INITS))
-    if INITS[init].gradient and gradients is None:
-        raise RecipeError(
-            "this init starts from gradients", where="init", got=init, remedy="pass batches of tokens and labels"
-        )
+    _check(model, r, init, gradients)
     adopt_(model)
     modelmap = bind(model)
     times = parts(init, keep_residual)
@@ -162,8 +161,23 @@ def add_lora(
         layer.start = None
     if base_name:  # PEFT puts the folder that the model was loaded from
         wrapped.peft_config["default"].base_model_name_or_path = base_name
+    if pooled and not pool_(adapted(wrapped), fresh=True):
+        raise RecipeError("no adapted layer has quantization groups to pool", remedy="quantize before, or leave it out")
     attach_online_(wrapped.get_base_model())
     return wrapped
+
+
+def _check(model: nn.Module, r: int, init: str, gradients: GradientSketch | None) -> None:
+    if isinstance(model, PeftModel):
+        raise RecipeError("the model has an adapter already", remedy="merge it before adding another")
+    if r < 1:
+        raise RecipeError("r out of range", got=r, wanted="a positive number")
+    if init not in INITS:
+        raise RecipeError("unknown init", where="init", got=init, remedy=nearest(init, INITS))
+    if INITS[init].gradient and gradients is None:
+        raise RecipeError(
+            "this init starts from gradients", where="init", got=init, remedy="pass batches of tokens and labels"
+        )
 
 
 def sketch_targets(
@@ -232,6 +246,8 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
         raise FormatError("the adapter does not fit the model", where=str(folder), got=str(error)[:300]) from error
     wrapped.peft_config["default"].base_model_name_or_path = name
     attach_online_(wrapped.get_base_model())
+    if trainable:
+        pool_(adapted(wrapped))
     if trainable and (folder / LIVE).is_file():
         _split_again_(wrapped, folder / LIVE)
     return wrapped
@@ -249,6 +265,35 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     basis = rotation_of(model)
     if basis is not None:
         write_hash(basis, folder)
+
+
+def save_truncated(model: PeftModel, folder: Path) -> float:
+    """Write the adapter as a stock PEFT folder of the rank that trains, frozen parts and all, as well as that allows.
+
+    Each layer's whole update, `[B | -B₀] [A ; A₀]`, becomes its truncated SVD. Returns the error: the norm of what is
+    lost beside that of the updates, over all layers.
+    """
+    ranks = live_ranks(adapted(model))
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    lost = whole = 0.0
+    for name, layer in adapted(model).items():
+        a, b = (factors["default"].weight.detach().double() for factors in (layer.lora_A, layer.lora_B))
+        best = low_rank(b @ a, ranks.get(name, len(a)))
+        update = layer.scaling["default"]
+        lost += float((update * (b @ a - best.b @ best.a)).square().sum())
+        whole += float((update * (b @ a)).square().sum())
+        if name in ranks:
+            keys = [f"base_model.model.{name}.lora_{side}.weight" for side in "AB"]
+            for key, factor in zip(keys, best, strict=True):
+                state[key] = factor.to(torch.float32).contiguous()
+    config: Any = copy.deepcopy(model.peft_config["default"])
+    times = next((len(adapted(model)[name].lora_A["default"].weight) // rank for name, rank in ranks.items()), 1)
+    config.r //= times
+    config.lora_alpha = config.lora_alpha / (times**0.5 if config.use_rslora else times)
+    config.rank_pattern = {name: rank // times for name, rank in config.rank_pattern.items()}
+    config.save_pretrained(str(folder))
+    save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
+    return (lost / whole) ** 0.5 if whole else 0.0
 
 
 def _split_again_(model: nn.Module, note: Path) -> None:

@@ -36,13 +36,14 @@ class Place(NamedTuple):
 class Knobs:
     """What can be chosen of an init.
 
-    `direction` and `scale` are LoRA-GA's. `target` is the size that `scale: auto` gives the start, `‖s B A‖ / ‖W‖`;
-    `gamma` divides it otherwise (0: the paper's 16, LoRA-One's 128).
+    `direction` and `scale` are LoRA-GA's. `target` is the size that `scale: auto` gives the start, `‖s B A‖ / ‖W‖`: how
+    far a step of a given rate goes depends on it (the paper's own scale has a median of 0.2 on SmolLM2). `gamma`
+    divides it otherwise (0: the paper's 16, LoRA-One's 128).
     """
 
     direction: str = "ArB2r"
     scale: str = "auto"
-    target: float = 0.02
+    target: float = 0.2
     gamma: float = 0.0
 
     def __post_init__(self) -> None:

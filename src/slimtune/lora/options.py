@@ -34,13 +34,16 @@ class LoraOptions:
     init_scale: Literal["auto", "stable", "gd", "unit", "weight-svd"] = field(
         default="auto", metadata={"help": "lora-ga: size of the start; auto: init_target, stable: the paper's"}
     )
-    init_target: float = field(default=0.02, metadata={"help": "size of the start beside the weight, with auto"})
+    init_target: float = field(default=0.2, metadata={"help": "size of the start beside the weight, with auto"})
     init_gamma: float = field(default=0.0, metadata={"help": "divides the start (stable, lora-one); 0: the paper's"})
     init_tokens: int = field(
         default=ALL_OR_DEFAULT,
         metadata={"help": "learnt tokens whose gradients are looked at; -1: 16,384, or all where there are fewer"},
     )
     init_passes: int = field(default=1, metadata={"help": "passes over them; more are more exact"})
+    pooled: bool = field(
+        default=False, metadata={"help": "A sees the mean of each quantization group: merges exactly into zero points"}
+    )
     init_residual: bool = field(
         default=False, metadata={"help": "also give back what quantization lost, as a frozen part of the adapter"}
     )
@@ -54,8 +57,33 @@ class LoraOptions:
             raise RecipeError("lora_alpha out of range", where="lora", got=self.lora_alpha, wanted="above 0")
         if self.init_tokens != ALL_OR_DEFAULT and self.init_tokens < 1:
             raise RecipeError("init_tokens out of range", where="lora", got=self.init_tokens, wanted="above 0, or -1")
+        if self.pooled and (self.init not in ("default", "gaussian") or self.init_residual):
+            raise RecipeError(
+                "a pooled adapter starts from zero", where="lora", got=self.init, wanted="init: default or gaussian"
+            )
         for name in ("init_target", "init_passes"):
             if not 0 < getattr(self, name) < math.inf:
                 raise RecipeError(f"{name} out of range", where="lora", got=getattr(self, name), wanted="above 0")
         if not 0 <= self.init_gamma < math.inf:
             raise RecipeError("init_gamma out of range", where="lora", got=self.init_gamma, wanted="0 or above")
+
+
+@dataclass(frozen=True)
+class FakeQuant:
+    """How an adapter trains on what will run: its merged weights and their inputs, rounded."""
+
+    weights: int = field(default=4, metadata={"help": "bits of merged weights: 2 to 8; 16 leaves them alone"})
+    activations: int = field(default=4, metadata={"help": "bits of inputs, per token: 2 to 8; 16 leaves them alone"})
+    group_size: int = field(default=-1, metadata={"help": "input features that share a scale; -1: a whole row"})
+    sym: bool = field(default=True, metadata={"help": "symmetric grids of weights"})
+    activations_sym: bool = field(default=True, metadata={"help": "symmetric grids of inputs"})
+    warmup_steps: int = field(default=0, metadata={"help": "steps in 16 bit before rounding begins"})
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "activations"):
+            if getattr(self, name) not in (*range(2, 9), 16):
+                raise RecipeError(f"{name} out of range", got=getattr(self, name), wanted="2 to 8, or 16 for none")
+        if self.group_size != -1 and self.group_size < 1:
+            raise RecipeError("group_size out of range", got=self.group_size, wanted="a positive number, or -1")
+        if self.warmup_steps < 0:
+            raise RecipeError("warmup_steps out of range", got=self.warmup_steps, wanted="0 or above")

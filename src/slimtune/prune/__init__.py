@@ -6,6 +6,7 @@ from slimtune.prune.importance import (
     GateFisher,
     Importance,
     Lora,
+    LoraSquared,
     Magnitude,
     Random,
     Wanda,
@@ -17,6 +18,7 @@ IMPORTANCES: Table[type[Importance]] = Table(
     "slimtune.importances",
     {
         "lora": Lora,
+        "lora-squared": LoraSquared,
         "gate": Gate,
         "gate-fisher": GateFisher,
         "weight-taylor": WeightTaylor,

@@ -21,7 +21,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
@@ -49,18 +49,28 @@ class Importance(Protocol):
 
 @dataclass(frozen=True)
 class Lora:
-    """LoRAPrune (arXiv 2305.18403): weight times the gradient that LoRA's factors stand for."""
+    """LoRAPrune's code: weight times the gradient that LoRA's factors stand for, absolute."""
 
     needs: ClassVar[frozenset[str]] = frozenset(("lora_gradient",))
     looks_at: ClassVar[frozenset[Side]] = BOTH
     additive: ClassVar[bool] = False
 
-    squared: bool = field(default=False, metadata={"help": "squares, as the paper; its code takes absolute values"})
+    def __call__(self, weight: Tensor, stats: Stats) -> Tensor:
+        """|W ⊙ G| summed, `G` the estimate of the gradient."""
+        return (weight * stats["lora_gradient"]).abs().sum((1, 2))
+
+
+@dataclass(frozen=True)
+class LoraSquared:
+    """LoRAPrune's paper (arXiv 2305.18403): the same product, squared."""
+
+    needs: ClassVar[frozenset[str]] = frozenset(("lora_gradient",))
+    looks_at: ClassVar[frozenset[Side]] = BOTH
+    additive: ClassVar[bool] = False
 
     def __call__(self, weight: Tensor, stats: Stats) -> Tensor:
-        """|W ⊙ G| summed, `G` the estimate of the gradient; squares where `squared`."""
-        product = weight * stats["lora_gradient"]
-        return (product.square() if self.squared else product.abs()).sum((1, 2))
+        """(W ⊙ G)² summed, `G` the estimate of the gradient."""
+        return (weight * stats["lora_gradient"]).square().sum((1, 2))
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,19 @@ Indices = dict[int, list[int]]
 """Indices to keep, by dimension of a port (0 what it writes, 1 what it reads)."""
 
 
+def require_cuttable(model: nn.Module, axes: Sequence[Axis]) -> None:
+    """Raise `ShapeError` where a layer that pruning would cut is none that can be cut: before any work."""
+    for name in dict.fromkeys(part.port for axis in axes for part in axis.parts):
+        layer = base_layer(model.get_submodule(name))
+        if not isinstance(layer, nn.Linear | nn.Embedding | Packed):
+            raise ShapeError(
+                "a layer cannot be pruned",
+                where=name,
+                got=type(layer).__name__,
+                wanted="a linear, dense or packed by slimtune",
+            )
+
+
 @torch.no_grad()
 def prune_(
     model: nn.Module,
@@ -101,6 +114,7 @@ def prune_(
     zeros where they are read, since a configuration knows one width. Raises `ShapeError` when a layer cannot be cut,
     `RecipeError` when padding would have to write zeros into packed weights.
     """
+    require_cuttable(model, plan.axes)
     total = "model" if plan.of == "model" else "blocks"
     before, whole = parameters(modelmap, "model"), parameters(modelmap, cast(Any, total))
     by_name = {axis.name: axis for axis in plan.axes}
@@ -171,10 +185,9 @@ def _cut_(model: nn.Module, port: Port, keep: Indices, optimizer: torch.optim.Op
         smaller, reason = layer.select(rows, columns)
         reasons = [reason] if reason else []
         _replace_(model, module, port.name, smaller)
-    elif isinstance(layer, nn.Linear):
-        _cut_linear_(layer, rows, columns, optimizer)
     else:
-        raise ShapeError("a layer cannot be pruned", where=port.name, got=type(layer).__name__, wanted="a linear")
+        assert isinstance(layer, nn.Linear)  # as prune_ has found
+        _cut_linear_(layer, rows, columns, optimizer)
     for a, b, _ in factors(module):
         _cut_linear_(a, None, columns, optimizer)
         _cut_linear_(b, rows, None, optimizer)

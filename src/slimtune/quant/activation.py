@@ -78,16 +78,15 @@ class Activations:
         work = x.to(torch.promote_types(x.dtype, torch.float32))
         size = x.shape[-1] if self.group_size == -1 else min(self.group_size, x.shape[-1])
         parts = pad(work, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
-        scale, zero = self._grid(*self._range(parts))
+        low, high = parts.aminmax(dim=-1, keepdim=True)
+        scale, zero = self.grid(low.clamp_(max=0), high.clamp_(min=0))
         return (parts / scale).round_().add_(zero).clamp_(0, 2**self.bits - 1), scale, zero
 
-    def _range(self, parts: Tensor) -> tuple[Tensor, Tensor]:
+    def grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and zero points of values between `low` (at most 0) and `high` (at least 0); static ones are of the
+        range that was found."""
         if self.static:
-            return parts.new_full((1, 1), self.low), parts.new_full((1, 1), self.high)
-        low, high = parts.aminmax(dim=-1, keepdim=True)
-        return low.clamp_(max=0), high.clamp_(min=0)
-
-    def _grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+            low, high = torch.full_like(low, self.low), torch.full_like(high, self.high)
         if self.sym:
             high = torch.maximum(-low, high)
             low = -high

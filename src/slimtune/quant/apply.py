@@ -24,7 +24,7 @@ from slimtune.errors import CalibrationError, FormatError, RecipeError, ShapeErr
 from slimtune.kernels.memory import release
 from slimtune.linalg.lowrank import Factors
 from slimtune.quant.activation import Activations, Search
-from slimtune.quant.base import QTensor, Quantizer, Stats
+from slimtune.quant.base import QTensor, Quantizer, Stats, relative_error
 from slimtune.quant.blackbox import FROZEN
 from slimtune.quant.linear import QuantLinear
 
@@ -235,7 +235,7 @@ def _quantize_stage(
         quantized = methods[port.name](weight, stats)
         dense = quantized.dequantize()
         exact = weight.to(torch.float32)
-        error = _relative_error(exact, dense, stats.get("hessian"))
+        error = relative_error(exact, dense, stats.get("hessian"))
         factors = start(exact, dense, stats) if start is not None else None
         module.get_parameter(name).copy_(dense)
         layers.append(QuantizedLayer(port.name, quantized, error, factors, rounding))
@@ -297,16 +297,6 @@ def _round_inputs(module: nn.Module, block: Block, layers: list[QuantizedLayer],
 
 def _rounded(activations: Activations, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (activations(args[0]), *args[1:])
-
-
-def _relative_error(weight: Tensor, dense: Tensor, hessian: Tensor | None) -> float:
-    """`tr(D H Dᵀ) / tr(W H Wᵀ)` with `D = Ŵ - W`; `H` is the identity where there is none."""
-    off = dense - weight
-
-    def energy(w: Tensor) -> float:
-        return float(((w if hessian is None else w @ hessian) * w).sum())
-
-    return max(energy(off), 0.0) / max(energy(weight), torch.finfo(torch.float32).tiny)
 
 
 def _replace_(block: nn.Module, path: str, layer: QuantizedLayer) -> None:

@@ -77,3 +77,14 @@ class Quantizer(Protocol):
 
     def __call__(self, weight: Tensor, stats: Stats) -> QTensor:
         """Quantize `weight` (float `[out, in]`)."""
+
+
+def relative_error(weight: Tensor, dense: Tensor, hessian: Tensor | None) -> float:
+    """`tr(D H Dᵀ) / tr(W H Wᵀ)` with `D = Ŵ - W`; `H` is the identity where there is none."""
+    off = dense - weight
+    hessian = None if hessian is None else hessian.to(weight.dtype)
+
+    def energy(w: Tensor) -> float:
+        return float(((w if hessian is None else w @ hessian) * w).sum())
+
+    return max(energy(off), 0.0) / max(energy(weight), torch.finfo(torch.float32).tiny)

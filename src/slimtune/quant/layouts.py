@@ -60,8 +60,8 @@ class Affine:
     Scales are bfloat16, so that loading a model in bfloat16, float16 or float32, or sharding it under a mixed-precision
     policy, never changes a weight; quantizers fit the codes to the rounded scale. A layer that others quantized keeps
     the `scale_dtype` it came with. Zero points are integers (`symmetric` grids store none and mean `2**(bits - 1)`), as
-    GPTQ and compressed-tensors files need them; or, where `float_zero`, any bfloat16. Raises `FormatError` on a
-    symmetric grid with `float_zero`, and on an unknown `scale_dtype`.
+    GPTQ and compressed-tensors files need them; or, where `float_zero`, any number of `zero_dtype`. Raises
+    `FormatError` on a symmetric grid with `float_zero`, and on an unknown dtype.
 
     Example:
         >>> layout = Affine(out_features=8, in_features=100, bits=3, group_size=64)
@@ -79,9 +79,11 @@ class Affine:
     symmetric: bool = False
     float_zero: bool = False
     scale_dtype: str = "bfloat16"
+    zero_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
         check_scales(self.scale_dtype)
+        check_scales(self.zero_dtype, "zero_dtype")
         if self.symmetric and self.float_zero:
             raise FormatError("a symmetric grid has no zero points", where="float_zero", got=True, wanted=False)
 
@@ -97,7 +99,7 @@ class Affine:
             "scale": ((self.out_features, self.groups), SCALES[self.scale_dtype]),
         }
         if not self.symmetric:
-            kind = torch.bfloat16 if self.float_zero else torch.uint8
+            kind = SCALES[self.zero_dtype] if self.float_zero else torch.uint8
             stored["zero"] = ((self.out_features, self.groups), kind)
         return stored
 

@@ -4,6 +4,7 @@ LoRA)."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from slimtune.linalg.lowrank import Factors
 from slimtune.quant.activation import Activations
 from slimtune.quant.autograd import DequantizingMatmul
 from slimtune.quant.base import QTensor
-from slimtune.quant.layouts import Layout
+from slimtune.quant.integer import in_integers, integer_product
+from slimtune.quant.layouts import Affine, Layout
 from slimtune.quant.select import select
 
 SmallProduct = Callable[[Tensor], Tensor]
@@ -74,12 +76,16 @@ class QuantLinear(nn.Module):
         """`x` is `[..., in_features]`; returns `[..., out_features]` in the dtype of `x`, or of autocast."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if self.activations is not None:
-            x = self.activations(x)
-        if self.small is not None and not torch.is_grad_enabled() and x.numel() <= FEW * self.in_features:
-            small = self.small(x)
-            return small if self.bias is None else small + self.bias.to(small.dtype)
-        y: Tensor = DequantizingMatmul.apply(x, self.layout, self.names, *(getattr(self, name) for name in self.names))
+        tensors = {name: getattr(self, name) for name in self.names}
+        y: Tensor
+        if self.activations is not None and in_integers(x, self.activations, self.layout):
+            y = integer_product(x, self.activations, cast(Affine, self.layout), tensors)
+        else:
+            read = x if self.activations is None else self.activations(x)
+            if self.small is not None and not torch.is_grad_enabled() and x.numel() <= FEW * self.in_features:
+                y = self.small(read)
+            else:
+                y = DequantizingMatmul.apply(read, self.layout, self.names, *tensors.values())
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @property

@@ -111,11 +111,7 @@ class Optq:
             for k, (group, pivot) in enumerate(zip(groups.tolist(), corner.diagonal().tolist(), strict=True)):
                 if order is None and (start + k) % size == 0:
                     fit(w[start + k : start + k + size], start + k)
-                s, z, error = scale[group], zero[group], errors[k]
-                q = torch.div(inside[k], s, out=codes[start + k]).add_(z).round_().clamp_(0, 2**self.bits - 1)
-                torch.sub(q, z, out=error).mul_(s)
-                torch.sub(inside[k], error, out=error).div_(pivot)
-                inside[k + 1 :].addr_(corner[k, k + 1 :], error, alpha=-1)
+                _round_column_(inside, corner, errors, codes[start + k], k, pivot, scale[group], zero[group], self.bits)
             w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         del upper, w
         if order is not None:
@@ -127,6 +123,47 @@ class Optq:
                 scale = refit(codes, original, h, scale, zero, size)
                 descend_(codes, original, h, scale, zero, size, 2**self.bits - 1)
         return affine_qtensor(codes.T, scale.T, zero.T, self.bits, size, self.sym)
+
+
+def codes_on_grid(
+    weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, group: Tensor, bits: int, damp_percent: float = 0.01
+) -> Tensor:
+    """Codes, whole floats `[out, in]`, of `weight` (`[out, in]`) on a grid that is there already: OPTQ in act-order.
+
+    `scale` and `zero` are `[out, groups]`, `group` (`[in]`) says which one a column has. `hessian` is `[in, in]`.
+    """
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    upper = inverse_cholesky(hessian[order.unsqueeze(1), order], damp_percent)[0].to(weight.dtype)
+    scales, zeros = (values.T.to(weight.dtype).contiguous() for values in (scale, zero))
+    w, groups = weight.T[order], group[order].tolist()
+    codes = torch.empty_like(w)
+    for start, stop in _spans(len(w), len(w)):
+        inside, corner = w[start:stop], upper[start:stop, start:stop]
+        errors = torch.empty_like(inside)
+        for k, pivot in enumerate(corner.diagonal().tolist()):
+            s, z = scales[groups[start + k]], zeros[groups[start + k]]
+            _round_column_(inside, corner, errors, codes[start + k], k, pivot, s, z, bits)
+        w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    return torch.empty_like(codes).index_copy_(0, order, codes).T
+
+
+def _round_column_(
+    inside: Tensor,
+    corner: Tensor,
+    errors: Tensor,
+    code: Tensor,
+    k: int,
+    pivot: float,
+    scale: Tensor,
+    zero: Tensor,
+    bits: int,
+) -> None:
+    """Round column `k` of a span (each a row of `inside`) into `code`, and correct the columns of the span after it."""
+    error = errors[k]
+    q = torch.div(inside[k], scale, out=code).add_(zero).round_().clamp_(0, 2**bits - 1)
+    torch.sub(q, zero, out=error).mul_(scale)
+    torch.sub(inside[k], error, out=error).div_(pivot)
+    inside[k + 1 :].addr_(corner[k, k + 1 :], error, alpha=-1)
 
 
 def _spans(columns: int, group: int) -> Iterator[tuple[int, int]]:

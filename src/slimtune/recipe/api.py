@@ -19,6 +19,7 @@ from slimtune.export import Manifest, Source
 from slimtune.export import export as write_export
 from slimtune.export.load import DTYPES, Loaded
 from slimtune.export.load import load as load_model
+from slimtune.hub import round_cache_
 from slimtune.lora.attach import base_of
 from slimtune.lora.inits import residual
 from slimtune.lora.merge import merge as merge_adapter
@@ -27,6 +28,7 @@ from slimtune.prune.options import PruneOptions
 from slimtune.quant.apply import QuantizeFacts, quantize_
 from slimtune.recipe.document import read_recipe
 from slimtune.recipe.gradients import attach_adapter, gradient_batches, gradients_of, wants_gradients
+from slimtune.recipe.merging import merge_low_bit
 from slimtune.recipe.plan import DEFAULT_SAMPLES, Plan
 from slimtune.recipe.plan import plan as make_plan
 from slimtune.recipe.pruning import prune_now
@@ -76,6 +78,7 @@ def quantize(
     ignore: Sequence[str] = (),
     activations: Mapping[str, Any] | None = None,
     layers: Mapping[str, Any] | None = None,
+    kv_cache: Mapping[str, Any] | None = None,
     seed: int = 0,
     residual_rank: int = 0,
     facts: Callable[[QuantizeFacts], None] = lambda _: None,
@@ -84,13 +87,16 @@ def quantize(
     """`model` (changed in place) with the linears of its blocks quantized by `method`, whose fields are `options`.
 
     `activations`, as `{"bits": 8}`, rounds their inputs; `layers` has other fields for some of them, by name or
-    pattern: `{"*.layers.0.*": {"bits": 8}}`. `calibration` is token windows `[samples, length]`, or a data source or
-    file (then `tokenizer` is needed). With a `residual_rank`, `add_lora(model, init="residual")` may follow, up to
-    that `r`. `facts` is called with what was done to each layer.
+    pattern: `{"*.layers.0.*": {"bits": 8}}`. `kv_cache`, as `{"bits": 8}`, rounds keys and values. `calibration` is
+    token windows `[samples, length]`, or a data source or file (then `tokenizer` is needed). With a
+    `residual_rank`, `add_lora(model, init="residual")` may follow, up to that `r`. `facts` is called with what was
+    done to each layer.
     """
-    step = Quantize(method, tuple(ignore), dict(activations or {}), dict(layers or {}), options)
+    step = Quantize(method, tuple(ignore), dict(activations or {}), dict(layers or {}), dict(kv_cache or {}), options)
     treatments, modelmap = Treatments(step, method), bind(model)
     check_patterns(step, [port.name for port in modelmap.linears], method)
+    if step.kv_cache:
+        round_cache_(cast(PreTrainedModel, model), treatments.cache.bits)
     tokens = _windows(calibration, tokenizer, DEFAULT_SAMPLES, seed)
     start = (lambda weight, base, stats: residual(weight, base, residual_rank, stats)) if residual_rank > 0 else None
     rounds = treatments.rounds
@@ -190,9 +196,26 @@ def finetune(
     return model
 
 
-def merge(model: nn.Module, dtype: str = "") -> nn.Module:
-    """The dense model with its adapter folded in. `model` is consumed."""
-    return merge_adapter(model, DTYPES[dtype] if dtype else None)
+def merge(
+    model: nn.Module,
+    dtype: str = "",
+    *,
+    keep_bits: bool = False,
+    calibration: Tensor | None = None,
+    tolerance: float = 0.05,
+    force: bool = False,
+    facts: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> nn.Module:
+    """The dense model with its adapter folded in, or where `keep_bits` the packed one. `model` is consumed.
+
+    With `keep_bits`, `calibration` is token windows `[samples, length]`; what is lost is refused above `tolerance`
+    unless `force`, and given to `facts`.
+    """
+    if not keep_bits:
+        return merge_adapter(model, DTYPES[dtype] if dtype else None)
+    merged, lost = merge_low_bit(model, calibration, tolerance=tolerance, force=force)
+    facts(lost)
+    return merged
 
 
 def evaluate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[dict[str, Any]]:

@@ -48,6 +48,7 @@ def attach_adapter(
         gradients=gradients,
         ranks=ranks,
         keep_residual=options.init_residual,
+        pooled=options.pooled,
         base_name=base_name,
         seed=seed,
         facts=starts.extend,
@@ -147,6 +148,5 @@ def sketch_facts(gradients: GradientSketch) -> dict[str, Any]:
         "mean_energy": sum(energies) / len(energies),
         "mean_overlap": sum(known) / len(known) if known else None,
         "held_bytes": gradients.held_bytes,
-        "seconds": gradients.seconds,
         "unreached": list(gradients.unreached),
     }

@@ -22,6 +22,7 @@ class State:
     pruned: bool = False  # whether the adapter's base is no longer the original model
     ramp: bool = False  # whether the next train step prunes
     rounded: bool = False  # whether linears round their inputs
+    cache: bool = False  # whether attention rounds keys and values
 
 
 def check_order(recipe: Recipe, start: State = State()) -> list[State]:
@@ -61,8 +62,12 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
             return "there is nothing to train on", "add data: {train: {path: FILE}}"
         case Train() if state.quantized and not state.adapter:
             return "packed weights do not train", "put a lora step before train"
+        case Train() if step.fake_quant is not None and not state.adapter:
+            return "fake_quant rounds what an adapter trains", "put a lora step before train"
         case Merge() if not state.adapter:
             return "there is no adapter to merge", "put merge after lora and train"
+        case Merge(keep_bits=True) if not state.quantized:
+            return "there are no packed weights to merge into", "leave out keep_bits, or quantize before lora"
         case Export(format="peft") if not state.adapter:
             return "there is no adapter to export", "put export: {format: peft} after lora, before merge"
         case Export(format="gguf-lora") if not state.adapter:
@@ -74,13 +79,15 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
                 f"no other engine runs the online transform {', '.join(state.online)}: it would load another model",
                 "rotate with online: [], or keep the run's own model folder",
             )
+        case Export(format="gptq" | "safetensors" | "compressed-tensors" | "gguf") if state.cache:
+            return "this format cannot say that the cache is rounded", "use the model folder"
         case Export(format="gptq" | "safetensors" | "gguf") if state.rounded:
             return (
                 "this format cannot say that inputs are rounded",
                 "export compressed-tensors, or use the model folder",
             )
-        case Evaluate() if not (step.perplexity or step.tasks or step.speed):
-            return "evaluate has nothing to measure", "give it perplexity, tasks or speed: true"
+        case Evaluate() if not (step.perplexity or step.accuracy or step.tasks or step.speed):
+            return "evaluate has nothing to measure", "give it perplexity, accuracy, tasks or speed: true"
     return None
 
 
@@ -91,8 +98,8 @@ def _pruning(step: Step, state: State, later: Sequence[Step]) -> tuple[str, str]
     match step:
         case Prune() if state.rotated:
             return "heads and channels of a rotated model are mixtures", "put prune before rotate"
-        case Prune() if step.importance == "lora" and not state.adapter:
-            return "the importance 'lora' looks at an adapter's gradients", "put a lora step before prune"
+        case Prune() if step.importance.startswith("lora") and not state.adapter:
+            return "this importance looks at an adapter's gradients", "put a lora step before prune"
         case Prune() if step.ramped and not state.adapter:
             return "a model is pruned along the training of an adapter", "put a lora step before prune"
         case Prune() if step.ramped and not any(isinstance(s, Train) for s in later):
@@ -100,6 +107,8 @@ def _pruning(step: Step, state: State, later: Sequence[Step]) -> tuple[str, str]
         case Prune() if step.refit and (state.quantized or state.adapter):
             held = "packed weights" if state.quantized else "weights under an adapter"
             return f"{held} cannot be fitted", "put prune before quantize and lora, or set refit: false"
+        case Prune() if step.widths == "allocated" and state.quantized:
+            return "packed weights cannot be padded with zeros", "use widths: uniform, or put prune before quantize"
         case Train() if step.distill and not state.ramp:
             return "there is no unpruned model to learn from", "put a prune step with schedule: cubic before train"
         case Export(format="peft") if state.pruned:
@@ -117,9 +126,11 @@ def _after(step: Step, state: State) -> State:
             return replace(state, ramp=False, pruned=state.pruned or state.ramp)
         case Quantize():
             rounded = bool(step.activations or any("activations" in fields for fields in step.layers.values()))
-            return replace(state, quantized=True, residual=True, rounded=rounded)
+            return replace(state, quantized=True, residual=True, rounded=rounded, cache=bool(step.kv_cache))
         case Lora():
             return replace(state, adapter=True)
+        case Merge(keep_bits=True):
+            return replace(state, adapter=False, residual=False)
         case Merge():
-            return replace(state, quantized=False, adapter=False, residual=False, rounded=False)
+            return replace(state, quantized=False, adapter=False, residual=False, rounded=False, cache=False)
     return state

@@ -7,9 +7,10 @@ term by term; `docs/LOG.md` has the measurements behind its constants.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -22,24 +23,31 @@ from slimtune.evaluate.inference import require_positions
 from slimtune.export import EXPORTERS, compressed_tensors, exporter_of, gptq
 from slimtune.export.gguf_facts import Naming
 from slimtune.export.load import DTYPES, empty_model, model_config
+from slimtune.hub import METHOD
 from slimtune.kernels.precision import bfloat16_units
 from slimtune.lora.attach import resolve_targets
 from slimtune.lora.start import parts
 from slimtune.prune.collect import BATCH, GRADIENTS
 from slimtune.prune.surgery import prune_
 from slimtune.quant import QTensor, Quantizer
+from slimtune.quant.layouts import layout_from_dict
 from slimtune.recipe.gradients import wants_gradients
 from slimtune.recipe.legality import State, check_order
 from slimtune.recipe.pruning import importance_of, needs_data, pending, rehearse
 from slimtune.recipe.schema import Evaluate, Export, Lora, Prune, Quantize, Recipe, Rotate, Step, Train, to_dict
 from slimtune.recipe.treatments import Treatment, Treatments, check_patterns
 from slimtune.rotate.record import KEY
+from slimtune.train.loss import CHUNK
 
 RUNTIME_BYTES = 90_000_000
 """What the matrix libraries set up at the first product, beyond what the imports take (measured)."""
 
 ACTIVATIONS_PER_HIDDEN, ACTIVATIONS_PER_FFN = 19, 5
 """Floats a decoder block keeps for its backward pass per token: multiples of the hidden and of the FFN width."""
+
+DECODING = {"e8p": 16, "trellis": 20}
+"""Bytes a weight while a layer in this layout is decoded to bfloat16, the result among them (measured on
+8192 x 5504); twice the result in all others."""
 
 CALIBRATION_BATCH = 4
 """Windows that run through a block together."""
@@ -134,7 +142,7 @@ def resolve(recipe: Recipe) -> Recipe:
 def _check_data(recipe: Recipe) -> None:
     """Raise `CalibrationError` for a local file that is not there: now, and not hours into the run."""
     data = recipe.data
-    texts = [text for step in recipe.steps if isinstance(step, Evaluate) for text in step.perplexity.values()]
+    texts = [text for step in recipe.steps if isinstance(step, Evaluate) for text in step.sources]
     for source in filter(None, (data.train, data.eval, data.calibration, *texts)):
         kind = Path(source.path.removesuffix(".gz").removesuffix(".zst")).suffix.lower()
         hub = source.path.count("/") == 1 and kind not in FILES
@@ -156,7 +164,7 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
     states = check_order(recipe, start)
     model = empty_model(config, DTYPES[recipe.dtype])
     modelmap = bind(model)
-    shape = whole = _Shape.of(model, modelmap, recipe)
+    shape = whole = replace(_Shape.of(model, modelmap, recipe), **_held(config, modelmap))
     baseline = psutil.Process().memory_info().rss + RUNTIME_BYTES
     steps = []
     for number, (step, state) in enumerate(zip(recipe.steps, states, strict=True)):
@@ -220,6 +228,14 @@ def _check_packable(step: Quantize, later: tuple[Step, ...], modelmap: ModelMap,
                     got=f"{step.method}: {fault}",
                     remedy="use rtn or optq, or export safetensors",
                 )
+    for treatment in treatments.all if "compressed-tensors" in packed else ():
+        if fault := compressed_tensors.fault_of_rounding(treatment.activations):
+            raise RecipeError(
+                "compressed-tensors cannot say how inputs are rounded",
+                where=f"{where}.activations",
+                got=fault,
+                remedy="use activations: {bits: N} alone, or the model folder",
+            )
     groups = {p.name: _group(treatments.of(p.name)) for p in modelmap.linears}
     ragged = [p for p in modelmap.linears if 0 < groups[p.name] < p.in_features and p.in_features % groups[p.name]]
     if packed and ragged:
@@ -252,7 +268,31 @@ def _check_quantize(step: Quantize, modelmap: ModelMap, where: str) -> dict[str,
     sizes = {port: port.in_features * port.out_features for port in ports}
     stored = {treatment: _stored_bits(treatment) for treatment in set(ports.values())}
     bits = sum(stored[ports[port]] * size for port, size in sizes.items()) / sum(sizes.values())
-    return {"bits": bits, "needs_data": treatments.need_data}
+    tags = {_sample(treatment.method, _group(treatment)).layout.tag for treatment in stored}
+    decoding = max(DECODING.get(tag, 0) for tag in tags)
+    return {"bits": bits, "needs_data": treatments.need_data, "decoding": decoding}
+
+
+def _held(config: Any, modelmap: ModelMap) -> dict[str, Any]:
+    """What a folder that is quantized already says of its linears: all of it from its configuration."""
+    facts = config.__dict__.get("quantization_config")
+    facts = facts if isinstance(facts, Mapping) or facts is None else facts.to_dict()
+    if facts is None:
+        return {}
+    if facts.get("quant_method") != METHOD:
+        bits, group = facts.get("bits"), facts.get("group_size") or -1
+        return {"bits": bits + (24 / group if group > 0 else 0)} if isinstance(bits, int) else {}
+    size, decoding = 0.0, 0
+    packed = {name: group for group in facts["groups"] for name in group["modules"]}
+    for port in modelmap.linears:
+        if port.name not in packed:
+            size += 2 * port.in_features * port.out_features
+            continue
+        told = {key: value for key, value in packed[port.name].items() if key != "modules"}
+        layout = layout_from_dict(told, port.out_features, port.in_features)
+        size += sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.tensors().values())
+        decoding = max(decoding, DECODING.get(layout.tag, 0))
+    return {"bits": 8 * size / sum(p.in_features * p.out_features for p in modelmap.linears), "decoding": decoding}
 
 
 def _group(treatment: Treatment) -> int:
@@ -293,12 +333,14 @@ class _Shape:
     dense_bytes: int  # per dense parameter
     tied: bool
     bits: float = 16
+    whole_logits: bool = False  # the loss of most models never holds more than a chunk of them
     needs_data: bool = False
+    decoding: int = 0  # bytes a weight of the layer that is decoded, where more than twice the result
     adapter: int = 0
 
     @classmethod
     def of(cls, model: torch.nn.Module, modelmap: ModelMap, recipe: Recipe) -> _Shape:
-        ports = modelmap.linears
+        ports, config = modelmap.linears, cast(Any, model).config
         return cls(
             hidden=modelmap.sizes[Space.RESIDUAL],
             ffn=max(max(p.in_features, p.out_features) for p in ports),
@@ -310,6 +352,7 @@ class _Shape:
             widest=max(p.in_features for p in ports),
             dense_bytes=DTYPES[recipe.dtype].itemsize,
             tied=any(p.tied_to is not None for p in modelmap.ports),
+            whole_logits=bool(config.is_encoder_decoder or getattr(config, "final_logit_softcapping", None)),
         )
 
     def after(self, smaller: _Shape) -> _Shape:
@@ -390,10 +433,11 @@ class _Shape:
         kept = self._block(tokens, width) * (1 if step.gradient_checkpointing else self.blocks)
         if step.gradient_checkpointing:
             kept += self.blocks * tokens * self.hidden * width
-        logits = 3 * tokens * self.vocabulary * 4
+        rows = tokens if self.whole_logits else min(tokens, CHUNK)
+        logits = 3 * rows * self.vocabulary * 4
         optimizer = trained * (4 + 8)
-        workspace = 2 * self.largest * width if state.quantized else 0
-        passes = 6 if step.gradient_checkpointing else 4
+        passes = (6 if step.gradient_checkpointing else 4) + 2 * step.distill
+        workspace = max(2 * width, self.decoding) * self.largest if state.quantized else 0
         flops = (
             max(step.max_steps, 1)
             * step.gradient_accumulation_steps

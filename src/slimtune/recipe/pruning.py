@@ -20,7 +20,7 @@ from slimtune.prune.groups import axes, parameters
 from slimtune.prune.options import PruneOptions
 from slimtune.prune.refit import refit_
 from slimtune.prune.select import select
-from slimtune.prune.surgery import PruneFacts, PrunePlan, prune_
+from slimtune.prune.surgery import PruneFacts, PrunePlan, prune_, require_cuttable
 from slimtune.recipe.schema import Prune, Step, Train
 
 RECORD = "pruning.json"
@@ -72,6 +72,7 @@ def prune_now(
     units `kept` of each axis."""
     base, modelmap, importance = base_of(model), bind(model), importance_of(options)
     found = axes(modelmap, cast(Any, options.targets))
+    require_cuttable(base, found)
     normalise: Any = options.normalise
     scores = collect(base, modelmap, found, importance, tokens, normalise=normalise, seed=seed, progress=progress)
     kept = select(

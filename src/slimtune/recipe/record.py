@@ -40,6 +40,20 @@ _FACTS: dict[str, Any] = {
         "channels?": {"name": str, "before": [float], "after": [float]},
     },
     "train": {"sample?": str, "prune?": _PRUNED},
+    "lora": {
+        "layers?": [
+            {
+                "name": str,
+                "rank?": float,
+                "ratio?": float,
+                "energy?": float,
+                "overlap?": float,
+                "gradient_norm?": float,
+                "note?": str,
+            }
+        ],
+        "gradients?": {"tokens": int},
+    },
 }
 _WORDS = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
 

@@ -25,10 +25,11 @@ from rich.text import Text
 from slimtune.recipe.page import Cell, Grid, Page, Section, four_digits, label, number, versus_first, words, write_page
 from slimtune.recipe.plots import Series, error_plot, layer_plot, loss_plot, magnitude_plot, place, width_plot
 from slimtune.recipe.record import Curve, Metric, Report, metrics, read_curves, read_report, report_path
+from slimtune.recipe.starts import starts_section
 
 __all__ = ["Comparison", "compare", "print_comparison", "read_report", "write_comparison_html", "write_html"]
 
-_DRAWN_ELSEWHERE = ("layers", "skipped", "sample", "axes", "requantized", "lost", "prune", "channels")
+_DRAWN_ELSEWHERE = ("layers", "skipped", "sample", "axes", "requantized", "lost", "prune", "channels", "ranks")
 
 # How the summary says what a step did: the verb, then what follows it for each setting or fact that is known.
 _DEEDS: dict[str, tuple[str, dict[str, str]]] = {
@@ -64,6 +65,7 @@ def write_html(run: Path) -> Path:
     named = [(step["step"], step["facts"], i) for i, step in enumerate(report["steps"])]
     sections = [
         _measured(report),
+        *(starts_section(i, facts) for step, facts, i in named if step == "lora"),
         *(_training(i, facts, curves.get(i, curves.get(None))) for step, facts, i in named if step == "train"),
         *(_rotation(i, facts) for step, facts, i in named if step == "rotate"),
         *(_widths(i, pruned) for _, facts, i in named if (pruned := _pruned(facts))),

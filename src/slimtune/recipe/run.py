@@ -150,7 +150,7 @@ def _occupied(output: Path, held: str, text: str) -> RecipeError:
 
 def _empty(recipe: Recipe, output: Path) -> None:
     """Remove a run, its `recipe.yaml` aside: by that a folder half removed is still known as a run."""
-    texts = [text for step in recipe.steps if isinstance(step, Evaluate) for text in step.perplexity.values()]
+    texts = [text for step in recipe.steps if isinstance(step, Evaluate) for text in step.sources]
     sources = filter(None, (recipe.data.train, recipe.data.eval, recipe.data.calibration, *texts))
     for name in (recipe.model, *(source.path for source in sources if source.path)):
         if Path(name).expanduser().resolve().is_relative_to(output.resolve()):

@@ -16,11 +16,13 @@ from slimtune.calib.formats import normalise, render
 from slimtune.calib.gradients import GradientSketch
 from slimtune.calib.outliers import Outliers, outliers
 from slimtune.calib.rows import DataSource, is_text, read_rows, read_text
+from slimtune.evaluate.accuracy import accuracy
 from slimtune.evaluate.perplexity import perplexity
 from slimtune.evaluate.speed import speed
 from slimtune.evaluate.tasks import tasks
 from slimtune.export import Source, export
 from slimtune.export.load import DTYPES, Loaded, locate
+from slimtune.hub import round_cache_
 from slimtune.lora.attach import base_of, plain
 from slimtune.lora.inits import INITS, residual
 from slimtune.lora.merge import merge
@@ -36,6 +38,7 @@ from slimtune.recipe.gradients import (
     wants_gradients,
     wants_residual,
 )
+from slimtune.recipe.merging import merge_low_bit
 from slimtune.recipe.plan import CALIBRATION_BATCH, DEFAULT_SAMPLES, calibration_source
 from slimtune.recipe.pruning import needs_data, pending, prune_now, record
 from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train
@@ -98,8 +101,7 @@ def run_step(session: Session, step: Step, number: int) -> Facts:
         case Train():
             return _train(session, step, number)
         case Merge():
-            session.model = merge(session.whole(), DTYPES[step.dtype or session.recipe.dtype])
-            return {"dtype": step.dtype or session.recipe.dtype}
+            return _merge(session, step)
         case Evaluate():
             return _evaluate(session, step, number)
         case Export():
@@ -162,6 +164,9 @@ def _quantize(session: Session, step: Quantize, number: int) -> Facts:
     facts: Facts = {"method": step.method, **step.options}
     if step.activations:
         facts["activations"] = step.activations
+    if step.kv_cache:
+        facts["kv_cache"] = step.kv_cache
+        round_cache_(session.loaded.model, treatments.cache.bits)
     tokens, source = _calibration(session) if treatments.need_data else (None, {})
     place = session.place(f"step-{number}-blocks")
     result = quantize_(
@@ -207,6 +212,18 @@ def _prune(session: Session, step: Prune) -> Facts:
     )
     _record(session, facts)
     return facts
+
+
+def _merge(session: Session, step: Merge) -> Facts:
+    if not step.keep_bits:
+        session.model = merge(session.whole(), DTYPES[step.dtype or session.recipe.dtype])
+        return {"dtype": step.dtype or session.recipe.dtype}
+    data, model = session.recipe.data, session.whole()
+    tokens, source = _calibration(session) if data.calibration or data.train else (None, {})
+    session.model, facts = merge_low_bit(
+        model, tokens, tolerance=step.tolerance, force=step.force, progress=_done(session, "block")
+    )
+    return {"keep_bits": True, "tolerance": step.tolerance, **source, **facts}
 
 
 def _record(session: Session, facts: Facts) -> None:
@@ -363,6 +380,11 @@ def _evaluate(session: Session, step: Evaluate, number: int) -> Facts:
         found.append(
             {"name": f"{name}_perplexity", "value": result.value, "tokens": result.tokens, "length": result.length}
         )
+    for name, source in step.accuracy.items():
+        rows = read_rows(source)[: source.samples][: step.limit if step.limit > 0 else None]
+        scored = accuracy(model, session.loaded.tokenizer, normalise(rows, where=str(source)), where=str(source))
+        found.append({"name": f"{name}_accuracy", "value": scored.value, "samples": scored.samples})
+        found.append({"name": f"{name}_majority", "value": scored.majority, "samples": scored.samples})
     if step.tasks:
         limit = step.limit if step.limit > 0 else None
         for item in tasks(model, session.loaded.tokenizer, step.tasks, limit=limit):

@@ -27,6 +27,17 @@ class Treatment:
         return {f.name: getattr(self.method, f.name) for f in fields(self.method)}  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class Cache:
+    """How attention rounds its keys and values: each head of a token on a grid of its own."""
+
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        if self.bits not in (*range(2, 9), 16):
+            raise RecipeError("bits out of range", where="bits", got=self.bits, wanted="2 to 8, or 16 for none")
+
+
 class Treatments:
     """What each layer gets. Everything that `step` says is checked when this is made.
 
@@ -42,6 +53,7 @@ class Treatments:
         self._step, self._where = step, where
         self._made: dict[tuple[str, ...], Treatment] = {}
         self.default = self._of(())
+        self.cache = build(Cache, step.kv_cache, f"{where}.kv_cache") if step.kv_cache else Cache(16)
         self.all = [self.default, *(self._of((pattern,)) for pattern in step.layers)]
 
     def of(self, name: str) -> Treatment:

@@ -24,7 +24,7 @@ from slimtune.prune.options import PruneOptions
 from slimtune.prune.probe import Probe, Scores
 from slimtune.prune.schedule import ends_at, ratio_at
 from slimtune.prune.select import Kept, select
-from slimtune.prune.surgery import PruneFacts, PrunePlan, prune_
+from slimtune.prune.surgery import PruneFacts, PrunePlan, prune_, require_cuttable
 
 AVERAGE = 0.9
 """What the moving average of the scores keeps of itself at every step (LoRAPrune's)."""
@@ -43,6 +43,7 @@ class Ramp(TrainerCallback):
         self._base, self._options, self._last = base_of(model), options, last
         self._modelmap = bind(model)
         self._axes = axes(self._modelmap, options.targets)  # type: ignore[arg-type]  # PruneOptions checked them
+        require_cuttable(self._base, self._axes)
         self._importance: Importance = IMPORTANCES[options.importance]()
         self._whole = parameters(self._modelmap, options.of)
         self._scores: Scores = {}
