@@ -74,7 +74,7 @@ def fingerprint(folder: Path) -> dict[str, str]:
         ("quantize.bit=3", ["steps[0].quantize", "got:    bit", "did you mean 'bits'"]),
         ("quantize.method=optk", ["steps[0].quantize.method", "got:    optk", "did you mean 'optq'"]),
         ("train.learning_rat=1", ["steps[2].train", "did you mean 'learning_rate'"]),
-        ("quantize.bits=5", ["bits out of range", "steps[0].quantize", "got:    5", "(2, 3, 4, 8)"]),
+        ("quantize.bits=7", ["bits out of range", "steps[0].quantize", "got:    7", "(2, 3, 4, 5, 6, 8)"]),
         ("quantize.group_size=28", ["divides no layer's width", "got:    28", "32, 40, 48", "remedy:"]),
         ("dtype=float33", ["dtype", "'float33'", "'float32', 'bfloat16' or 'float16'"]),
         ("data.train.path=nowhere.jsonl", ["no such data file", "nowhere.jsonl"]),

@@ -15,8 +15,22 @@ import slimtune
 from pico import save_pico
 from slimtune.cli import _bytes, _guarded, app
 from slimtune.errors import RecipeError
+from slimtune.recipe.shell import recipe_of
 
-VERBS = ("run", "plan", "quantize", "prune", "finetune", "evaluate", "generate", "export", "report", "list", "version")
+VERBS = (
+    "run",
+    "plan",
+    "prune",
+    "rotate",
+    "quantize",
+    "finetune",
+    "evaluate",
+    "generate",
+    "export",
+    "report",
+    "list",
+    "version",
+)
 Command = Callable[..., tuple[str, str]]
 
 
@@ -129,6 +143,26 @@ def test_quantize_takes_the_fields_of_its_method(
     assert sum("down_proj" in entry["name"] for entry in skipped) == 2
 
 
+def test_rotate_keeps_the_outputs_and_tells_of_outliers(command: Command, place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    data = f"{{path: {place / 'sums.jsonl'}, samples: 2, length: 32}}"
+    _, err = command("rotate", place / "base", "--online", "r4", "--seed", "4", "--calibration", data, "-o", out)
+    assert "residual: rotated" in err and "kurtosis" in err
+    facts = json.loads((out / "report.json").read_text())["steps"][0]["facts"]
+    assert (facts["seed"], facts["online"], facts["residual"]) == (4, ["r4"], "rotated")
+    assert facts["logit_error"] < 1e-5 and len(facts["layers"]) == 14
+    assert "Activations and the rotation" in (out / "report.html").read_text()
+    assert json.loads((out / "model" / "rotation.json").read_text())["sha256"] == facts["sha256"]
+    texts = [
+        command("generate", model, "--prompt", "What", "--max-new-tokens", "8")[0] for model in (place / "base", out)
+    ]
+    assert texts[0] == texts[1]
+    wrong = ["rotate", str(out / "model"), "-o", str(tmp_path / "twice")]
+    assert _guarded(lambda: app(wrong, standalone_mode=True)) == 2
+    with pytest.raises(RecipeError, match="no such online transform"):
+        recipe_of("m", ("rotate",), ["--online", "r5"], "x")
+
+
 def test_quantize_calibrates_on_a_file(command: Command, place: Path, tmp_path: Path) -> None:
     data = f"{{path: {place / 'sums.jsonl'}, samples: 2, length: 32}}"
     _, err = command("quantize", place / "base", "--calibration", data, "--group-size", "8", "-o", tmp_path / "out")
@@ -178,6 +212,14 @@ def test_generate_answers_with_a_model_a_run_and_an_adapter(command: Command, pl
         out, err = command("generate", *arguments, "--prompt", "What is 1 and 2?", "--max-new-tokens", 5)
         assert out.endswith("\n")
         assert err.endswith("tokens/s\n")
+        assert "read " in err and "wrote " in err
+    say = ("generate", base, "--prompt", "What is", "--max-new-tokens", 5)
+    read = {raw: int(command(*say, *raw)[1].split()[1]) for raw in ((), ("--raw",))}
+    assert read[("--raw",)] == 7 < read[()]  # the template is left out
+    free = [command(*say, "--temperature", 3, "--seed", seed)[0] for seed in (1, 1, 2)]
+    assert free[0] == free[1] != free[2]
+    with pytest.raises(AssertionError, match="top_p out of range"):
+        command(*say, "--top-p", 2)
 
 
 def test_export_takes_a_run_or_a_model(command: Command, place: Path, tmp_path: Path) -> None:
@@ -215,7 +257,7 @@ def test_report_shows_one_run_and_compares_two(command: Command, place: Path, tm
         ("inits", {"default", "gaussian"}),
         ("importances", {"gate", "lora", "wanda"}),
         ("families", {"llama", "qwen2", "t5", "llava"}),
-        ("exporters", {"peft", "safetensors", "compressed-tensors"}),
+        ("exporters", {"peft", "safetensors", "compressed-tensors", "gguf", "gguf-lora"}),
     ],
 )
 def test_lists_say_what_there_is(command: Command, what: str, names: set[str]) -> None:
@@ -229,7 +271,7 @@ def test_lists_say_what_there_is(command: Command, what: str, names: set[str]) -
 def test_a_quantizer_is_listed_with_its_fields(command: Command) -> None:
     [optq] = [r for r in json.loads(command("list", "quantizers", "--json")[0])["quantizers"] if r["name"] == "optq"]
     fields: dict[str, Any] = {field["name"]: field for field in optq["fields"]}
-    assert fields["bits"]["default"] == 4 and "2, 3, 4 or 8" in fields["bits"]["help"]
+    assert fields["bits"]["default"] == 4 and "2 to 6, or 8" in fields["bits"]["help"]
     assert "damp_percent" in command("list", "quantizers")[0]
 
 

@@ -37,7 +37,7 @@ data:
   calibration: {{path: {data}, samples: 6, length: 32}}
 steps:
   - quantize: {{bits: 3, group_size: 16}}
-  - lora: {{r: 4, lora_dropout: 0.1, init: residual}}
+  - lora: {{r: 4, lora_dropout: 0.1, init: lora-ga, init_residual: true, init_tokens: 100}}
   - train: {{max_steps: 6, per_device_train_batch_size: 2, gradient_accumulation_steps: 2, max_length: 48,
             learning_rate: 1e-2, logging_steps: 3, save_steps: 2, eval_steps: 3}}
   - evaluate: {{perplexity: {{train: {data}}}, length: 32, max_tokens: 128}}
@@ -264,6 +264,7 @@ if moment == "quantizing":
 elif moment == "training":
     slimtune.train.checkpoint.save_file = half_written(slimtune.train.checkpoint.save_file, 2)
 elif moment == "interrupted":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells make what they start in the background deaf to it
     write, StepLog.write = StepLog.write, interrupted
 elif moment == "exporting":
     slimtune.export.largest_difference = killed

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         plan,
         prune,
         quantize,
+        rotate,
         run,
     )
 
@@ -42,6 +43,7 @@ __all__ = [
     "plan",
     "prune",
     "quantize",
+    "rotate",
     "run",
 ]
 

@@ -90,6 +90,12 @@ def _one_step(verb: str, steps: tuple[str, ...], help: str) -> None:
 
 
 _one_step(
+    "rotate",
+    ("rotate",),
+    "Rotate a model: the same outputs, activations without outliers. Options are the keys of the recipe's rotate step: "
+    "--kind hadamard --online r4, and --calibration FILE (whose outliers to report), --dtype, --seed.",
+)
+_one_step(
     "quantize",
     ("quantize",),
     "Quantize a model. Options are the keys of the recipe's quantize step: --method optq --bits 4 --group-size 64 ... "
@@ -150,21 +156,31 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", help="What to answer.")],
     adapter: Annotated[Path | None, typer.Option("--adapter", help="A PEFT adapter folder.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens")] = 128,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it stands, without chat template.")
+    ] = False,
+    temperature: Annotated[float, typer.Option("--temperature", help="0: always the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Among the likeliest of this probability together.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of chance, with a temperature.")] = 0,
     dtype: Annotated[str, typer.Option("--dtype", help="Default: the run's, or float32.")] = "",
 ) -> None:
     """Answer a prompt, through the model's chat template where it has one."""
+    from slimtune.evaluate.generate import Sampling
     from slimtune.recipe.shell import generate_text
 
-    rate = generate_text(
+    pace = generate_text(
         model,
         prompt,
         adapter=adapter,
         max_new_tokens=max_new_tokens,
+        raw=raw,
+        sampling=Sampling(temperature, top_p, seed),
         dtype=dtype,
         write=lambda t: print(t, end="", flush=True),
     )
     print()
-    say(f"{rate:.1f} tokens/s")
+    say(f"read {pace.prompt_tokens} tokens, {pace.prefill_tokens_per_second:.1f} tokens/s")
+    say(f"wrote {pace.new_tokens} tokens, {pace.decode_tokens_per_second:.1f} tokens/s")
 
 
 @app.command()
@@ -173,12 +189,13 @@ def export(
     format: Annotated[str, typer.Option("--format", help="See `slimtune list exporters`.")],
     output: Output,
     dtype: Annotated[str, typer.Option("--dtype", help="Of dense weights. Default: the run's, or float32.")] = "",
+    quantization: Annotated[str, typer.Option("--quantization", help="gguf: f16 (default), q8_0, q4_0, ...")] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
 ) -> None:
     """Write a model in a format other engines load."""
     from slimtune.recipe.shell import export_model
 
-    manifest = export_model(source, format, output, dtype=dtype, overwrite=overwrite)
+    manifest = export_model(source, format, output, dtype=dtype, quantization=quantization, overwrite=overwrite)
     say(f"{manifest.path}: {manifest.bytes / 1e6:,.1f} MB, read back and compared")
 
 

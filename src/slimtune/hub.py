@@ -6,34 +6,46 @@ only what is ready by then; the rest of slimtune is imported when a folder is re
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from slimtune.errors import FormatError
+from slimtune.errors import FormatError, RecipeError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 METHOD = "slimtune"
 FORMAT_VERSION = 1
+CACHE = "slimtune_cache_"
 
 
 class SlimtuneConfig(QuantizationConfigMixin):
     """The `quantization_config` of a slimtune folder: groups of layers that share a layout.
 
-    Each group is `{"layout": "affine", "bits": 4, ..., "modules": [names]}`.
+    Each group is `{"layout": "affine", "bits": 4, ..., "modules": [names]}`, with `"activations": {"bits": 8, ...}`
+    where its layers round their inputs. `kv_cache`, where there is one, is `{"bits": 8}`.
     """
 
-    def __init__(self, version: int = FORMAT_VERSION, groups: list[dict[str, Any]] | None = None, **_: object) -> None:
+    def __init__(
+        self,
+        version: int = FORMAT_VERSION,
+        groups: list[dict[str, Any]] | None = None,
+        kv_cache: dict[str, Any] | None = None,
+        **_: object,
+    ) -> None:
         if version != FORMAT_VERSION:
             raise FormatError("unknown version of the slimtune format", got=version, wanted=FORMAT_VERSION)
         self.quant_method = cast(Any, METHOD)
         self.version = version
         self.groups = groups or []
+        if kv_cache is not None:  # else the key is absent from the file
+            self.kv_cache = kv_cache
         read: list[Any] = self.groups  # from a file: anything
         if not all(isinstance(group, dict) and isinstance(group.get("modules"), list) for group in read):
             raise FormatError("the groups of quantized layers are malformed", where="config.json", got=str(read)[:200])
@@ -49,6 +61,11 @@ class SlimtuneQuantizer(HfQuantizer):
             facts = {key: value for key, value in group.items() if key != "modules"}
             for name in group["modules"]:
                 _allocate_(model, name, facts)
+        cache: Any = self.quantization_config.__dict__.get("kv_cache")
+        if cache is not None:
+            if not isinstance(cache, dict) or cache.keys() != {"bits"} or cache["bits"] not in range(2, 9):
+                raise FormatError("a cache is rounded in an unknown way", where="config.json, kv_cache", got=cache)
+            round_cache_(model, cache["bits"])
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
@@ -75,6 +92,52 @@ class SlimtuneQuantizer(HfQuantizer):
         return True
 
 
+def round_cache_(model: PreTrainedModel, bits: int) -> None:
+    """Let the attention of `model` read keys and values rounded to `bits` bits, as from a cache that holds no more; 16
+    lets it read them as they are.
+
+    Each head of a token has an asymmetric grid of its own, after rotary embeddings, where caches lie. In floats, for
+    every token, in prefill and decoding alike: what a cache in so few bits would cost is seen, its bytes are not saved.
+    Of a model with images the language model alone is rounded. Raises `RecipeError` where a model does not call its
+    attention by name.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    config: Any = model.config
+    now = str(config.get_text_config()._attn_implementation)
+    plain = now.partition(":")[2] if now.startswith(CACHE) else now
+    name = plain if bits == 16 else f"{CACHE}{bits}:{plain}"
+    if bits < 16 and name not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(name, partial(_attend, bits, plain))
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[plain])
+    try:
+        model.set_attn_implementation({"text_config": name} if "text_config" in config.sub_configs else name)
+    except ValueError as error:
+        raise RecipeError("the cache of this model cannot be rounded", where="kv_cache", got=str(error)) from error
+
+
+def cache_bits(model: nn.Module) -> int:
+    """What `round_cache_` rounds keys and values of `model` to; 16 where it does not."""
+    name = str(cast(Any, model).config.get_text_config()._attn_implementation)
+    return int(name.removeprefix(CACHE).partition(":")[0]) if name.startswith(CACHE) else 16
+
+
+def _attend(
+    bits: int, plain: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
+) -> Any:
+    """The attention called `plain` on rounded keys and values, `[batch, heads, tokens, width]`."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from slimtune.quant.activation import Activations
+
+    rounding = Activations(bits, sym=False)
+    # Eager attention has no name: each architecture has its own.
+    own: Any = sys.modules[type(module).__module__]
+    attend = own.eager_attention_forward if plain == "eager" else ALL_ATTENTION_FUNCTIONS[plain]
+    return attend(module, query, rounding(key), rounding(value), *args, **options)
+
+
 def register() -> None:
     """Make transformers know the `slimtune` method. Harmless when it does already."""
     if METHOD not in AUTO_QUANTIZER_MAPPING:
@@ -85,9 +148,12 @@ def register() -> None:
 def _allocate_(model: nn.Module, name: str, facts: dict[str, Any]) -> None:
     import torch
 
+    from slimtune.quant.activation import activations_from_dict
     from slimtune.quant.layouts import layout_from_dict
     from slimtune.quant.linear import QuantLinear
 
+    facts = dict(facts)
+    activations = activations_from_dict(facts.pop("activations"), name) if "activations" in facts else None
     parent, _, leaf = name.rpartition(".")
     try:
         owner = model.get_submodule(parent)
@@ -98,7 +164,9 @@ def _allocate_(model: nn.Module, name: str, facts: dict[str, Any]) -> None:
         raise FormatError("a quantized layer is not a linear", where=name, got=type(linear).__name__)
     layout = layout_from_dict(facts, linear.out_features, linear.in_features)
     try:
-        quantized = QuantLinear(layout, linear.bias is not None, device="meta", dtype=linear.weight.dtype)
+        quantized = QuantLinear(
+            layout, linear.bias is not None, device="meta", dtype=linear.weight.dtype, activations=activations
+        )
     except (TypeError, ArithmeticError, RuntimeError) as error:
         raise FormatError("a quantized layer has an impossible layout", where=name, got=facts) from error
     setattr(owner, leaf, quantized)

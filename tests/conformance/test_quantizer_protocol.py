@@ -23,6 +23,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"bits": 2},
     {"bits": 3, "group_size": 48},
     {"bits": 8, "group_size": -1},
+    {"bits": 6},
     {"block_size": 24},
 ]
 each_setting = pytest.mark.parametrize("setting", SETTINGS, ids=str)
@@ -54,7 +55,7 @@ def stats_of(columns: int) -> dict[str, Tensor]:
     stats = {}
     for name, make in STATISTICS.items():
         statistic = make(columns, x.device)
-        statistic.update(x)
+        statistic.update(x, x)
         stats[name] = statistic.result()
     return stats
 
@@ -151,7 +152,7 @@ def test_codes_are_in_range_and_all_levels_are_used(name: str, setting: dict[str
 
 @each
 @each_shape
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("group_size", [16, 64, -1])
 def test_is_no_worse_than_rounding_in_the_metric_it_optimises(
     name: str, columns: int, bits: int, group_size: int
@@ -163,7 +164,7 @@ def test_is_no_worse_than_rounding_in_the_metric_it_optimises(
 
 
 @each
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("group_size", [64, -1])
 def test_a_weight_takes_its_bits_and_its_share_of_scale_and_zero_point(name: str, bits: int, group_size: int) -> None:
     q = quantizer(name, bits=bits, group_size=group_size)(weight_of(256), stats_of(256))
@@ -182,7 +183,7 @@ def test_symmetric_grids_take_no_zero_points(name: str) -> None:
 
 @each
 @pytest.mark.parametrize(
-    "setting", [{"bits": 5}, {"bits": 0}, {"bits": 16}, {"bits": -4}, {"group_size": 0}, {"group_size": -2}], ids=str
+    "setting", [{"bits": 7}, {"bits": 0}, {"bits": 16}, {"bits": -4}, {"group_size": 0}, {"group_size": -2}], ids=str
 )
 def test_settings_out_of_range_are_refused(name: str, setting: dict[str, int]) -> None:
     if not setting.keys() <= {field.name for field in fields(QUANTIZERS[name])}:  # type: ignore[arg-type]
@@ -243,3 +244,16 @@ def test_a_broken_result_cannot_exist(name: str) -> None:
             QTensor({k: t for k, t in q.tensors.items() if k != key}, q.layout)
     with pytest.raises(FormatError, match="wrong tensors"):
         QTensor({**q.tensors, "extra": torch.zeros(1)}, q.layout)
+
+
+@pytest.mark.parametrize("name", [name for name in QUANTIZERS if "gptaq" in {f.name for f in fields(QUANTIZERS[name])}])
+def test_making_up_for_drift_brings_outputs_nearer_to_the_dense_ones(name: str) -> None:
+    z, w = torch.randn(400, 64) @ torch.randn(64, 64) / 8, weight_of(64)
+    x = z + 0.3 * torch.randn(400, 64)
+    stats = {"hessian": x.T @ x / 400, "drift": (z - x).T @ x / 400}
+    plain, made_up = quantizer(name), quantizer(name, gptaq=1.0)
+    assert (plain.needs, made_up.needs) == (frozenset({"hessian"}), frozenset({"hessian", "drift"}))
+    off = [float((z @ w.T - x @ m(w, stats).dequantize().T).square().sum()) for m in (plain, made_up)]
+    assert off[1] < off[0]
+    with pytest.raises(RecipeError, match="gptaq out of range"):
+        quantizer(name, gptaq=1.5)

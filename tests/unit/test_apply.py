@@ -146,6 +146,66 @@ def test_every_layer_sees_what_the_quantized_layers_before_it_produce(family: st
     torch.testing.assert_close(logits(model, inputs), logits(dense, inputs), rtol=1e-5, atol=1e-5)
 
 
+def inputs_of(model: nn.Module, layer: str) -> Tensor:
+    """What reaches a layer, float64 `[tokens, features]`, by one plain forward pass of the whole model."""
+    rows: list[Tensor] = []
+    hook = model.get_submodule(layer).register_forward_pre_hook(lambda _, args: rows.append(args[0]))
+    with torch.no_grad():
+        model(**model_inputs(model, windows()))
+    hook.remove()
+    return torch.cat([row.reshape(-1, row.shape[-1]) for row in rows]).double()
+
+
+@dataclass(frozen=True)
+class Drifting(Recorder):
+    """Keeps the drifts it was given."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"hessian", "drift"})
+
+    def __call__(self, weight: Tensor, stats: Mapping[str, Tensor]) -> QTensor:
+        self.seen.append(stats["drift"])
+        return ROUND(weight, {})
+
+
+@every_pico
+@pytest.mark.usefixtures("exact_matmul")
+def test_drift_is_what_the_dense_model_would_have_had_there(family: str) -> None:
+    """The oracle: two whole models, one dense, one rounded layer by layer, and a forward pass of both each time."""
+    model = pico_model(family)
+    dense, rounded, modelmap = copy.deepcopy(model), copy.deepcopy(model), bind(model)
+    wanted: dict[str, Tensor] = {}
+    for block in modelmap.blocks:
+        for stage in block.stages:
+            z, x = inputs_of(dense, stage[0].name), inputs_of(rounded, stage[0].name)
+            for port in stage:
+                weight: Any = rounded.get_submodule(port.name).weight
+                drift = (z - x).T @ x / len(x)
+                wanted[port.name] = drift
+                weight.data = ROUND(weight.data, {}).dequantize()
+    recorder = Drifting()
+    facts = quantize(model, recorder, batch_size=2)
+    assert [layer.name for layer in facts.layers] == list(wanted)
+    moved = 0.0
+    for drift, seen in zip(wanted.values(), recorder.seen, strict=True):
+        torch.testing.assert_close(seen.double(), drift, rtol=1e-3, atol=1e-4 * float(drift.abs().max()) + 1e-6)
+        moved = max(moved, float(drift.abs().max()))
+    assert moved > 1e-3  # later layers of a rounded model get other inputs
+
+
+def test_interrupted_asymmetric_work_resumes_to_the_same_bits() -> None:
+    method = Optq(bits=3, group_size=12, gptaq=0.5)
+    whole, again, store = pico_model("llama"), pico_model("llama"), Folder()
+    quantize(whole, method, store=store)
+    assert packed(whole).keys() != set()
+    quantize(again, method, store=store)  # every block from the store
+    partly = Folder()
+    partly.blocks = dict(list(store.blocks.items())[:1])
+    third = pico_model("llama")
+    quantize(third, method, store=partly)
+    for model in (again, third):
+        assert all(torch.equal(packed(model)[name], tensor) for name, tensor in packed(whole).items())
+
+
 def test_the_order_matters_to_the_oracle() -> None:
     """Statistics of the unquantized model are far from the ones above: the test would see the difference."""
     model = pico_model("llama")

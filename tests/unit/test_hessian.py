@@ -8,7 +8,7 @@ from torch import Tensor
 
 from slimtune.calib.stats import STATISTICS
 from slimtune.errors import CalibrationError, ShapeError
-from slimtune.linalg.hessian import SecondMoment, inverse_cholesky
+from slimtune.linalg.hessian import CrossMoment, SecondMoment, aligned, inverse_cholesky
 
 
 def correlated(samples: int, features: int) -> Tensor:
@@ -60,7 +60,7 @@ def test_result_can_be_asked_for_in_between() -> None:
 def test_hessian_is_a_statistic() -> None:
     x = correlated(9, 5)
     statistic = STATISTICS["hessian"](5, torch.device("cpu"))
-    statistic.update(x)
+    statistic.update(x, x)
     torch.testing.assert_close(statistic.result(), x.T @ x / 9)
 
 
@@ -132,3 +132,28 @@ def test_a_moment_that_is_not_finite_is_an_error(bad: float) -> None:
     h[1, 2] = bad
     with pytest.raises(CalibrationError, match="not finite"):
         inverse_cholesky(h)
+
+
+def test_cross_moment_is_that_of_all_tokens() -> None:
+    x, missing = correlated(203, 37), correlated(203, 37)
+    moment = CrossMoment(37)
+    for a, b in zip(x.split([1, 99, 103]), missing.split([1, 99, 103]), strict=True):
+        moment.update(a, b)
+    torch.testing.assert_close(moment.result().double(), missing.double().T @ x.double() / 203, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ShapeError, match="wrong width"):
+        moment.update(x[:, :5], missing[:, :5])
+    with pytest.raises(CalibrationError, match="no calibration token"):
+        CrossMoment(3).result()
+
+
+def test_aligned_is_the_least_squares_weight() -> None:
+    z, weight = correlated(300, 20).double(), torch.randn(7, 20, dtype=torch.float64)
+    x = z + 0.3 * correlated(300, 20).double()
+    h, drift = x.T @ x / 300, (z - x).T @ x / 300
+    wanted = torch.linalg.lstsq(x, z @ weight.T).solution.T
+    torch.testing.assert_close(aligned(weight, h, drift, damp=1e-12), wanted)
+    off = lambda w: float((z @ weight.T - x @ w.T).square().sum())  # noqa: E731
+    assert off(aligned(weight, h, drift)) < 0.9 * off(weight)
+    assert torch.equal(aligned(weight, h, torch.zeros_like(h)), weight)
+    half = aligned(weight, h, drift, share=0.5)
+    torch.testing.assert_close(2 * half - weight, aligned(weight, h, drift))

@@ -64,7 +64,7 @@ def test_the_constants_are_the_best_in_their_neighbourhood(bits: int, monkeypatc
     x = torch.randn(2500, 8, generator=torch.Generator().manual_seed(1))
 
     def distortion() -> float:
-        lattice._scaled.cache_clear()
+        lattice.tables.cache_clear()
         return float((decode(encode(x, bits), x.dtype) - x).square().mean())
 
     best = distortion()
@@ -74,4 +74,4 @@ def test_the_constants_are_the_best_in_their_neighbourhood(bits: int, monkeypatc
                 monkeypatch.setitem(table, bits, table[bits] * factor)
                 assert distortion() > best
                 monkeypatch.undo()
-    lattice._scaled.cache_clear()
+    lattice.tables.cache_clear()

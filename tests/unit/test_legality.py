@@ -11,7 +11,9 @@ from slimtune.recipe.schema import Recipe, recipe_from
 
 DATA = {"train": {"path": "a.jsonl"}}
 SPEED = {"evaluate": {"speed": True}}
+R4 = {"rotate": {"online": ["r4"]}}
 RESIDUAL = {"lora": {"init": "residual"}}
+GA, BOTH = ({"lora": {"init": "lora-ga", "init_residual": kept}} for kept in (False, True))
 PEFT, PACKED, DENSE = ({"export": {"format": f}} for f in ("peft", "compressed-tensors", "safetensors"))
 
 
@@ -27,12 +29,18 @@ def recipe(*steps: Any, data: dict[str, Any] = DATA) -> Recipe:
         ("train", "quantize"),
         ("quantize", "lora", "train", SPEED, PEFT),
         ("lora", "train", "merge", "quantize", PACKED),
+        ({"quantize": {"activations": {"bits": 8}}}, PACKED, "lora", "train", "merge", DENSE),
         ("quantize", PACKED, "lora", "train", PEFT, "merge", DENSE),
         ("quantize", "lora", "train", "merge", "quantize", "lora", "train", PEFT),
         ("lora", "train", "train", PEFT),
         ("quantize", SPEED, RESIDUAL, "train", PEFT),
         ("lora", "train", "merge", "train"),
+        (GA, "train", PEFT),
+        ("quantize", BOTH, "train", PEFT),
         (DENSE,),
+        ("rotate", "quantize", "lora", "train", PEFT, PACKED),
+        (R4, "lora", "train", PEFT),
+        ("lora", "train", "merge", "rotate", "quantize"),
     ],
 )
 def test_an_order_that_can_work_is_accepted(steps: tuple[Any, ...]) -> None:
@@ -45,6 +53,13 @@ def test_an_order_that_can_work_is_accepted(steps: tuple[Any, ...]) -> None:
         (("quantize", "quantize"), "steps[1].quantize", "quantized already", "merge"),
         (("lora", "quantize"), "steps[1].quantize", "with an adapter cannot be quantized", "merge: {} before quantize"),
         ((RESIDUAL,), "steps[0].lora", "what quantization lost", "a quantize step before"),
+        ((BOTH,), "steps[0].lora", "what quantization lost", "a quantize step before"),
+        (
+            ("quantize", {"lora": {"init": "residual", "init_residual": True}}),
+            "steps[1].lora",
+            "lost already",
+            "leave out",
+        ),
         (("quantize", "lora", "merge", RESIDUAL), "steps[3].lora", "what quantization lost", "a quantize step before"),
         (("lora", SPEED, "lora"), "steps[2].lora", "has an adapter already", "merge"),
         (("quantize", "train"), "steps[1].train", "packed weights do not train", "lora step before"),
@@ -54,7 +69,15 @@ def test_an_order_that_can_work_is_accepted(steps: tuple[Any, ...]) -> None:
         (("lora", "train", "merge", PEFT), "steps[3].export", "no adapter to export", "before merge"),
         ((PACKED,), "steps[0].export", "no packed weights", "quantize step before"),
         (("quantize", "lora", "train", "merge", PACKED), "steps[4].export", "no packed weights", "quantize"),
+        (({"quantize": {"activations": {"bits": 8}}}, DENSE), "steps[1].export", "inputs are rounded", "model folder"),
+        (({"quantize": {"kv_cache": {"bits": 8}}}, PACKED), "steps[1].export", "cache is rounded", "model folder"),
         (("evaluate",), "steps[0].evaluate", "nothing to measure", "speed: true"),
+        (("rotate", SPEED, "rotate"), "steps[2].rotate", "rotated already", "adds nothing"),
+        (("rotate", "lora", "merge", "rotate"), "steps[3].rotate", "rotated already", "one rotate step"),
+        (("quantize", "rotate"), "steps[1].rotate", "packed weights cannot be rotated", "before quantize"),
+        (("lora", "rotate"), "steps[1].rotate", "with an adapter cannot be rotated", "before lora"),
+        ((R4, "quantize", PACKED), "steps[2].export", "no other engine runs the online transform r4", "online: []"),
+        ((R4, "lora", "merge", DENSE), "steps[3].export", "no other engine runs", "the run's own model folder"),
     ],
 )
 def test_an_order_that_cannot_work_is_refused_with_the_reason(
@@ -71,10 +94,23 @@ def test_training_without_data_is_refused() -> None:
         check_order(recipe("lora", "train", data={}))
 
 
+@pytest.mark.parametrize("step", [GA, {"lora": {"ranks": "gradient"}}, {"lora": {"init": "gradient-a"}}])
+def test_gradients_of_nothing_are_refused(step: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="nothing to take gradients of"):
+        check_order(recipe(step, data={}))
+
+
 def test_the_state_is_the_one_before_each_step() -> None:
     states = check_order(recipe("quantize", "lora", "merge", SPEED))
     packed = State(quantized=True, residual=True)
     assert states == [State(), packed, replace(packed, adapter=True), State()]
+
+
+def test_a_model_that_is_rotated_to_begin_with_is_not_rotated_again() -> None:
+    with pytest.raises(RecipeError, match="rotated already"):
+        check_order(recipe("rotate"), State(rotated=True))
+    with pytest.raises(RecipeError, match="no other engine"):
+        check_order(recipe(DENSE), State(rotated=True, online=("heads",)))
 
 
 def test_a_model_that_is_quantized_to_begin_with_is_not_quantized_again() -> None:

@@ -71,7 +71,7 @@ def test_the_resolved_recipe_has_every_field_of_the_method(config_only: Path) ->
         ({"quantize": {"method": "optk"}}, "steps[0].quantize.method", "did you mean 'optq'"),
         ({"quantize": {"bit": 4}}, "steps[0].quantize", "did you mean 'bits'"),
         ({"quantize": {"options": {"bits": 4}}}, "steps[0].quantize", "unknown key"),
-        ({"quantize": {"bits": 5}}, "steps[0].quantize, bits", "bits out of range"),
+        ({"quantize": {"bits": 7}}, "steps[0].quantize, bits", "bits out of range"),
         ({"quantize": {"bits": True}}, "steps[0].quantize.bits", "integer"),
         ({"quantize": {"group_size": 0}}, "steps[0].quantize, group_size", "group_size out of range"),
         ({"quantize": {"group_size": 28}}, "steps[0].quantize.group_size", "divides no layer's width"),
@@ -189,6 +189,29 @@ def test_enough_memory_is_no_warning(config_only: Path) -> None:
     made = planned(config_only, QUANTIZE, memory=10**15)
     assert made.warnings == ()
     assert "warning" not in plan_text(made)
+
+
+def test_a_rotation_takes_the_recipes_seed_unless_it_has_its_own(config_only: Path) -> None:
+    made = planned(config_only, "rotate", seed=5)
+    rotate = {"kind": "hadamard", "seed": 5, "steps": 100, "online": []}
+    assert made.to_dict()["recipe"]["steps"] == [{"rotate": rotate}]
+    assert planned(config_only, {"rotate": {"seed": 7}}, seed=5).to_dict()["recipe"]["steps"][0]["rotate"]["seed"] == 7
+
+
+def test_a_rotation_of_a_tied_model_makes_it_larger(tmp_path: Path) -> None:
+    pico_config("llama-tied", vocab_size=1_000_000).save_pretrained(tmp_path)
+    made = planned(tmp_path, "lora", "merge", "rotate", "lora")
+    assert made.steps[3].memory_bytes - made.steps[0].memory_bytes > 0.9 * 32 * 4 * 1_000_000
+
+
+def test_a_rotated_model_is_known_as_one(config_only: Path, tmp_path: Path) -> None:
+    config = pico_config("llama")
+    config.slimtune_rotation = {"sha256": "0", "online": ["r4"]}
+    config.save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match="rotated already"):
+        planned(tmp_path, "rotate")
+    with pytest.raises(RecipeError, match="no other engine"):
+        planned(tmp_path, {"export": {"format": "safetensors"}})
 
 
 def test_the_estimate_knows_what_costs_memory(config_only: Path) -> None:

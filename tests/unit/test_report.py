@@ -401,6 +401,22 @@ def test_one_spike_does_not_flatten_the_loss_plot() -> None:
     assert ">2.5<" in calm or ">2.4<" in calm
 
 
+def test_a_rotation_is_told_with_its_pictures(tmp_path: Path) -> None:
+    layers = [
+        {"name": layer["name"], "kurtosis_before": 87.25, "kurtosis_after": 2.875, "peak_before": 9, "peak_after": 2}
+        for layer in LAYERS
+    ]
+    channels = {"name": "model.layers.0.mlp.wide", "before": [1.0, 500.0, 2.0], "after": [3.0, 4.0, 3.5]}
+    rotated = step("rotate", kind="hadamard", layers=layers, channels=channels)
+    tags = page_of(write_run(tmp_path / "run", changed(steps=[rotated], metrics=[], plan=None)))
+    assert tags.tags.count("svg") == 3
+    for told in ("rotated (hadamard)", "87.25", "2.875", "kurtosis before", "input of model.layers.0.mlp.wide"):
+        assert told in tags.text
+    layers[0]["kurtosis_after"] = "high"
+    with pytest.raises(FormatError, match=r"layers\[0\].kurtosis_after"):
+        write_html(write_run(tmp_path / "bad", changed(steps=[rotated], metrics=[], plan=None)))
+
+
 def test_plots_ignore_the_users_matplotlib_settings() -> None:
     import matplotlib
 

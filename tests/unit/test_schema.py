@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from slimtune.calib.rows import DataSource
 from slimtune.errors import CalibrationError, RecipeError, SlimtuneError
-from slimtune.recipe.schema import Evaluate, Lora, Quantize, Train, build, recipe_from, step_from, to_dict
+from slimtune.recipe.schema import Evaluate, Lora, Quantize, Rotate, Train, build, recipe_from, step_from, to_dict
 
 SPEED = {"evaluate": {"speed": True}}
 
@@ -85,6 +85,8 @@ def test_a_wrong_type_names_the_key_the_value_and_what_was_wanted(
         ("evaluate", "length", 1),
         ("evaluate", "max_tokens", 0),
         ("evaluate", "limit", -2),
+        ("rotate", "seed", -2),
+        ("rotate", "steps", 0),
         ("lora", "r", 0),
         ("lora", "lora_alpha", 0),
         ("lora", "lora_dropout", 1),
@@ -171,6 +173,7 @@ sources = st.one_of(
 )
 steps = st.one_of(
     st.builds(Quantize, method=texts, ignore=st.tuples(texts), options=st.fixed_dictionaries({"bits": positive})),
+    st.builds(Rotate, kind=st.sampled_from(["hadamard", "orthogonal"]), online=st.sampled_from([(), ("r4",)])),
     st.builds(Lora, r=positive, lora_alpha=st.floats(0.1, 99), target_modules=texts | st.tuples(texts, texts)),
     st.builds(Train, max_steps=positive, learning_rate=st.floats(1e-9, 1e3), packing=st.booleans()),
     st.builds(Evaluate, perplexity=st.dictionaries(texts, sources, max_size=2), tasks=st.tuples(texts)),

@@ -4,12 +4,13 @@ Rotation, pruning, quantization and adapters know a model through its `ModelMap`
 nowhere else.
 """
 
-from slimtune.arch.bind import Block, ModelMap, Norm, Port, bind, family_of
+from slimtune.arch.bind import Attention, Block, ModelMap, Norm, Port, bind, family_of
 from slimtune.arch.families import FAMILIES
 from slimtune.arch.spec import FamilySpec, NormSpec, PortSpec, Space, StackSpec, Widths
 
 __all__ = [
     "FAMILIES",
+    "Attention",
     "Block",
     "FamilySpec",
     "ModelMap",

@@ -49,7 +49,7 @@ class Port:
     `name` is its path in the plain model, whatever wraps it. An embedding reads `in_features` tokens or positions.
     `block` is an index into `ModelMap.blocks`; None outside the blocks, where `stage` says nothing. `tied_to` names the
     earlier port whose weight this one shares. `writes` has several spaces where a fused linear stacks them along
-    `out_features`.
+    `out_features`; `values` is the place among them of the values that attention averages.
     """
 
     name: str
@@ -62,6 +62,17 @@ class Port:
     block: int | None = None
     stage: int = 0
     tied_to: str | None = None
+    values: int | None = None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention of a block: the port that makes its values, where they lie among its outputs, and the port that
+    reads what they are averaged to."""
+
+    values: Port
+    rows: slice
+    output: Port
 
 
 @dataclass(frozen=True)
@@ -137,6 +148,20 @@ class ModelMap:
     def kv_heads(self) -> int:
         """Key-value heads of a block."""
         return self.sizes[Space.KV_HEAD] // self.head_dim
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """Every attention, in dataflow order: values go to the next port of their block that reads `HEAD`."""
+        found = []
+        for block in self.blocks:
+            values: Port | None = None
+            for port in block.ports:
+                if port.values is not None:
+                    values = port
+                elif port.reads is Space.HEAD and values is not None and values.values is not None:
+                    found.append(Attention(values, self.slices(values)[values.values][1], port))
+                    values = None
+        return tuple(found)
 
     def slices(self, port: Port) -> tuple[tuple[Space, slice], ...]:
         """The spaces that `port` writes, and the range of `out_features` that belongs to each."""
@@ -311,7 +336,16 @@ def _port(claim: _Claim[PortSpec], module: nn.Module) -> Port:
     bias = getattr(_wrapped(module), "bias", None) is not None
     kind, in_features, out_features = face
     return Port(
-        claim.name, kind, spec.reads, spec.writes, in_features, out_features, bias, block=claim.block, stage=spec.stage
+        claim.name,
+        kind,
+        spec.reads,
+        spec.writes,
+        in_features,
+        out_features,
+        bias,
+        block=claim.block,
+        stage=spec.stage,
+        values=spec.values,
     )
 
 

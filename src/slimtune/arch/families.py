@@ -42,7 +42,7 @@ LM_HEAD = PortSpec("/lm_head", RESIDUAL, (VOCAB,))
 LLAMA_PORTS = (
     PortSpec("self_attn.q_proj", RESIDUAL, (HEAD,), stage=0),
     PortSpec("self_attn.k_proj", RESIDUAL, (KV_HEAD,), stage=0),
-    PortSpec("self_attn.v_proj", RESIDUAL, (KV_HEAD,), stage=0),
+    PortSpec("self_attn.v_proj", RESIDUAL, (KV_HEAD,), stage=0, values=0),
     PortSpec("self_attn.o_proj", HEAD, (RESIDUAL,), stage=1),
     PortSpec("mlp.gate_proj", RESIDUAL, (FFN,), stage=2),
     PortSpec("mlp.up_proj", RESIDUAL, (FFN,), stage=2),
@@ -103,7 +103,7 @@ GEMMA3 = replace(
 )
 
 PHI3_PORTS = (
-    PortSpec("self_attn.qkv_proj", RESIDUAL, (HEAD, KV_HEAD, KV_HEAD), stage=0),
+    PortSpec("self_attn.qkv_proj", RESIDUAL, (HEAD, KV_HEAD, KV_HEAD), stage=0, values=2),
     PortSpec("self_attn.o_proj", HEAD, (RESIDUAL,), stage=1),
     PortSpec("mlp.gate_up_proj", RESIDUAL, (FFN, FFN), stage=2),
     PortSpec("mlp.down_proj", FFN, (RESIDUAL,), stage=3),
@@ -137,7 +137,7 @@ def _final_norm(config: Config) -> bool:
 OPT_PORTS = (
     PortSpec("self_attn.q_proj", RESIDUAL, (HEAD,), stage=0),
     PortSpec("self_attn.k_proj", RESIDUAL, (KV_HEAD,), stage=0),
-    PortSpec("self_attn.v_proj", RESIDUAL, (KV_HEAD,), stage=0),
+    PortSpec("self_attn.v_proj", RESIDUAL, (KV_HEAD,), stage=0, values=0),
     PortSpec("self_attn.out_proj", HEAD, (RESIDUAL,), stage=1),
     PortSpec("fc1", RESIDUAL, (FFN,), stage=2),
     PortSpec("fc2", FFN, (RESIDUAL,), stage=3),
@@ -188,7 +188,7 @@ def _t5_attention(path: str, stage: int, cross: bool = False) -> tuple[PortSpec,
     return (
         PortSpec(f"{path}.q", RESIDUAL, (HEAD,), stage),
         PortSpec(f"{path}.k", RESIDUAL, (KV_HEAD,), other),
-        PortSpec(f"{path}.v", RESIDUAL, (KV_HEAD,), other),
+        PortSpec(f"{path}.v", RESIDUAL, (KV_HEAD,), other, values=0),
         PortSpec(f"{path}.o", HEAD, (RESIDUAL,), other + 1),
     )
 

@@ -60,7 +60,8 @@ class PortSpec:
     """A linear or an embedding: where it stands, what it reads and what it writes.
 
     `writes` has one space, or several that a fused layer stacks along `out_features`. `stage` is the place in a block's
-    dataflow: ports of one stage share one input, and a stage reads what earlier stages made.
+    dataflow: ports of one stage share one input, and a stage reads what earlier stages made. `values` is the place in
+    `writes` of the values that attention averages, for the next port that reads `HEAD`.
     """
 
     path: str
@@ -68,6 +69,7 @@ class PortSpec:
     writes: tuple[Space, ...]
     stage: int = 0
     when: When = always
+    values: int | None = None
 
 
 NormKind = Literal["rms", "rms_plus_one", "layer"]

@@ -36,7 +36,7 @@ class _Replay(nn.Module):
 
     def forward(self, hidden: Tensor, *args: object, **kwargs: object) -> object:
         if self._stream.latest.get(self._block.stack) is self._block:
-            hidden = self._stream.cache[self._block.stack].get(self._stream.batch)
+            hidden = self._stream.states(self._block.stack).get(self._stream.batch)
         rest = self._rest[hidden.shape[0]]
         return hidden if rest is None else (hidden, *rest)
 
@@ -155,6 +155,9 @@ class CalibrationStream:
         self._settled: list[tuple[nn.Module, str, nn.Module]] = []
         self._inputs: dict[str, _Shelf] = {}
         self._leave: Callable[[], None] = lambda: None
+        self._reference: dict[str, _Shelf] = {}
+        self._dense_inputs: dict[int, _Shelf] = {}
+        self._following = False
         self.batch = 0
         self.cache: dict[str, _Shelf] = {}
         self.latest: dict[str, Block] = {}
@@ -163,6 +166,10 @@ class CalibrationStream:
     def tokens(self) -> Tensor:
         """The micro-batch that runs now."""
         return self._batches[self.batch]
+
+    def states(self, stack: str) -> _Shelf:
+        """What the blocks of `stack` that were passed make: the dense ones, while those are followed."""
+        return (self._reference if self._following else self.cache)[stack]
 
     def enter(self, block: Block) -> None:
         """Begin with `block`, whose weights are in place."""
@@ -183,20 +190,66 @@ class CalibrationStream:
 
         self._leave = leave
 
-    def collect(self, block: Block, stage: int, needs: Iterable[str]) -> dict[str, Tensor]:
+    def collect(
+        self, block: Block, stage: int, needs: Iterable[str], rounding: Callable[[Tensor], Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """The statistics named in `needs` of the input that the linears of this stage of `block` share, over all
-        tokens."""
-        ports = block.stages[stage]
-        module = self._model.get_submodule(ports[0].name)
+        tokens; of what `rounding` makes of it, where the linears will see that instead."""
+        module = self._model.get_submodule(block.stages[stage][0].name)
         device = next(module.parameters()).device
         width = cast(int, module.in_features)
         statistics = {name: STATISTICS[name](width, device) for name in needs}
+
+        dense = self._dense_inputs.get(stage)
+
+        def update(x: Tensor) -> None:
+            seen = x if rounding is None else rounding(x)
+            true = x if dense is None else dense.get(self.batch).view_as(x)
+            for statistic in statistics.values():
+                statistic.update(seen, true)
+
+        self.watch(block, stage, update)
+        return {name: statistic.result() for name, statistic in statistics.items()}
+
+    def follow(self, block: Block) -> None:
+        """Run `block` with the dense weights it still has, on what the dense blocks before it made; keep what each of
+        its stages reads, and what it makes for the next block. Costs a pass, and the inputs of all stages in memory."""
+        self._dense_inputs = {n: _Shelf(self.samples, self.batch_size) for n in range(len(block.stages))}
+        out = self._reference.get(block.stack) or _Shelf(self.samples, self.batch_size)
+
+        def keep(shelf: _Shelf) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def take(_: nn.Module, args: tuple[Tensor, ...]) -> None:  # OPT reads all tokens as one row
+                shelf.put(self.batch, args[0].reshape(len(self.tokens), -1, args[0].shape[-1]))
+
+            return take
+
+        def leave(_: nn.Module, __: tuple[object, ...], output: Tensor | tuple[Any, ...]) -> None:
+            out.put(self.batch, _taken_apart(output)[0])
+            raise _Stop
+
+        handles = [
+            self._model.get_submodule(ports[0].name).register_forward_pre_hook(keep(self._dense_inputs[number]))
+            for number, ports in enumerate(block.stages)
+        ]
+        handles.append(self._model.get_submodule(block.name).register_forward_hook(leave))
+        self._following = True
+        try:
+            self._run_all()
+        finally:
+            self._following = False
+            for handle in handles:
+                handle.remove()
+        self._reference[block.stack] = out
+
+    def watch(self, block: Block, stage: int, see: Callable[[Tensor], None]) -> None:
+        """Show `see` the input that the linears of this stage of `block` share, a micro-batch at a time."""
+        ports = block.stages[stage]
+        module = self._model.get_submodule(ports[0].name)
         # What a lone linear reads is kept: its outputs may be all that is wanted when it is final (see `_Once`).
         shelf = _Shelf(self.samples, self.batch_size) if len(ports) == 1 and stage + 1 < len(block.stages) else None
 
         def take(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            for statistic in statistics.values():
-                statistic.update(args[0])
+            see(args[0])
             if shelf is not None and args[0].shape[:-1] == self.tokens.shape:  # OPT reads all tokens as one row
                 shelf.put(self.batch, args[0])
             raise _Stop
@@ -208,7 +261,6 @@ class CalibrationStream:
             handle.remove()
         if shelf is not None and shelf.full:
             self._inputs[ports[0].name] = shelf
-        return {name: statistic.result() for name, statistic in statistics.items()}
 
     def settle(self, block: Block, stage: int) -> None:
         """The weights of `block` up to and with its stage of this number are final: parts that are all of such weights
@@ -254,6 +306,7 @@ class CalibrationStream:
                 handle.remove()
             self.cache[block.stack] = shelf
         self._unsettle()
+        self._dense_inputs.clear()
         self._leave()
         self.latest[block.stack] = block
         stack, _, index = block.name.rpartition(".")

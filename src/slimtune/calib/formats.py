@@ -1,4 +1,4 @@
-"""From rows to conversations: the five formats fine-tuning data comes in, and the one form they all become.
+"""From rows to conversations: the formats fine-tuning data comes in, and the one form they all become.
 
 | format | columns |
 |---|---|
@@ -6,6 +6,7 @@
 | sharegpt | `conversations`: a list of `{from, value}`, from one of system, human, gpt (or user, assistant) |
 | alpaca | `instruction`, `output`, and perhaps `input` |
 | prompt-completion | `prompt`, `completion` |
+| sst2, cola, mrpc, qnli, mnli | the columns of GLUE's files (`slimtune.calib.glue`) |
 | text | `text` |
 
 A tokenizer with a chat template renders a conversation's `messages`. Without one (a base model), or for text, which is
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from slimtune.calib.glue import TASKS, Task
 from slimtune.errors import CalibrationError, nearest
 
 if TYPE_CHECKING:
@@ -212,6 +214,19 @@ def _from_prompt_completion(row: Mapping[str, Any]) -> Conversation:
     return Conversation(_exchange(prompt, completion), (Segment(prompt, False), Segment(completion, True)))
 
 
+def _from_glue(task: Task) -> Callable[[Mapping[str, Any]], Conversation]:
+    def conversation(row: Mapping[str, Any]) -> Conversation:
+        prompt = task.prompt
+        for name in task.columns:
+            prompt = prompt.replace(f"{{{name}}}", str(row.get(name, "")).strip())
+        label = str(row.get(task.label, ""))
+        if not label or (task.words and label not in task.words):
+            raise _BadField(f"'{task.label}' is {label!r}")
+        return _from_prompt_completion({"prompt": prompt, "completion": task.words.get(label, label)})
+
+    return conversation
+
+
 def _from_text(row: Mapping[str, Any]) -> Conversation:
     return Conversation((), (Segment(_string(row, "text"), True),))
 
@@ -230,6 +245,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Conversa
     "sharegpt": (("conversations",), _from_sharegpt),
     "alpaca": (("instruction", "output"), _from_alpaca),
     "prompt-completion": (("prompt", "completion"), _from_prompt_completion),
+    **{name: (task.columns, _from_glue(task)) for name, task in TASKS.items()},
     "text": (("text",), _from_text),
 }
 """Per format: the columns it is recognised by, and how a row becomes a conversation. The first that fits is taken."""

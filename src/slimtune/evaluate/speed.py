@@ -11,6 +11,7 @@ import torch
 
 from slimtune.errors import RecipeError
 from slimtune.evaluate.inference import inference, require_positions
+from slimtune.quant.decoding import decoding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +43,7 @@ def speed(model: PreTrainedModel, *, prompt_tokens: int = 512, new_tokens: int =
     require_positions(model, prompt_tokens + new_tokens, "speed: prompt_tokens + new_tokens")
     vocabulary = model.config.get_text_config().vocab_size
     prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
-    with inference(model):
+    with inference(model), decoding(model):
         _times(model, prompt, new_tokens)
         times = [_times(model, prompt, new_tokens) for _ in range(repeats)]
     prefill, decode = (statistics.median(column) for column in zip(*times, strict=True))

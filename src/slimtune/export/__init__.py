@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any, cast, get_args, get_type_hints
 
-from slimtune.export.base import Exporter, Manifest, Source, largest_difference, probe_logits
+from slimtune.errors import RecipeError, nearest
+from slimtune.export.base import Exporter, Manifest, Source, Written, largest_difference, probe_logits
 from slimtune.export.compressed_tensors import CompressedTensorsExporter
+from slimtune.export.gguf import GgufExporter, GgufLoraExporter
 from slimtune.export.gptq import GptqExporter
 from slimtune.export.peft import PeftExporter
 from slimtune.export.safetensors import SafetensorsExporter
 from slimtune.files import whole_folder
+from slimtune.rotate.record import rotation_of
 from slimtune.tables import Table
 
 EXPORTERS: Table[type[Exporter]] = Table(
     "slimtune.exporters",
     {
         "compressed-tensors": CompressedTensorsExporter,
+        "gguf": GgufExporter,
+        "gguf-lora": GgufLoraExporter,
         "gptq": GptqExporter,
         "peft": PeftExporter,
         "safetensors": SafetensorsExporter,
@@ -24,22 +31,49 @@ EXPORTERS: Table[type[Exporter]] = Table(
 """Every export format by its recipe name."""
 
 
-def export(source: Source, format: str, folder: Path) -> Manifest:
+def exporter_of(format: str, quantization: str = "") -> Exporter:
+    """The exporter called `format`, with the type of number it writes where it has a choice.
+
+    Raises `RecipeError` for an unknown format, a type that it does not write, or one where there is no choice.
+    """
+    kind: Any = EXPORTERS[format]
+    if not quantization:
+        return cast(Exporter, kind())
+    choices = get_args(get_type_hints(kind).get("quantization")) if is_dataclass(kind) else ()
+    if not choices:
+        raise RecipeError(f"{format} takes no quantization", where="quantization", got=quantization)
+    if quantization not in choices:
+        raise RecipeError(
+            f"{format} has no such type", where="quantization", got=quantization, remedy=nearest(quantization, choices)
+        )
+    return cast(Exporter, kind(quantization=quantization))
+
+
+def export(source: Source, format: str, folder: Path, quantization: str = "") -> Manifest:
     """Write `source` as `format` into `folder` (replaced whole, or not at all), read it back and compare.
 
-    Raises `RecipeError` for an unknown format or one that does not fit the model, `FormatError` when what was read back
+    Raises `RecipeError` for an unknown format or one that does not fit the model (with online transforms, all but the
+    adapter's: no other engine runs them), `FormatError` when what was read back
     computes something else.
     """
-    exporter = EXPORTERS[format]()
+    exporter = exporter_of(format, quantization)
+    basis = rotation_of(source.model)
+    if format != "peft" and basis is not None and basis.rotation.online:
+        raise RecipeError(
+            "no other engine runs the model's online transforms: it would load another model",
+            where=format,
+            got=", ".join(basis.rotation.online),
+            remedy="rotate with online: [], or export the adapter with format: peft",
+        )
     wanted = probe_logits(source.model)
     with whole_folder(folder) as partial:
-        exporter.write(source, partial)
+        written = exporter.write(source, partial) or Written(dtype=source.dtype)
         (partial / "README.md").write_text(exporter.loads_in.format(name=source.name), encoding="utf-8")
         try:
             got = probe_logits(exporter.read_back(source, partial))
         finally:
             exporter.restore_(source)
-        difference = largest_difference(got, wanted, source.dtype, str(folder))
+        difference = largest_difference(got, wanted, written.dtype, str(folder))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return Manifest(
         format=format,
@@ -47,7 +81,8 @@ def export(source: Source, format: str, folder: Path) -> Manifest:
         files=tuple(str(path.relative_to(folder)) for path in files),
         bytes=sum(path.stat().st_size for path in files),
         max_logit_difference=difference,
+        facts=written.facts,
     )
 
 
-__all__ = ["EXPORTERS", "Exporter", "Manifest", "Source", "export"]
+__all__ = ["EXPORTERS", "Exporter", "Manifest", "Source", "Written", "export", "exporter_of"]

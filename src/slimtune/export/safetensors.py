@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from slimtune.export.base import Source, own_state, write_folder
+from slimtune.export.base import Source, own_state, refuse_rounding, write_folder
 from slimtune.export.load import read_model
 from slimtune.lora.attach import base_of, plain
 from slimtune.quant.blackbox import FROZEN
@@ -22,11 +22,12 @@ class SafetensorsExporter:
         "A dense Hugging Face model (a merge of `{name}` and what was trained on it).\n\n"
         "- transformers: `AutoModelForCausalLM.from_pretrained(FOLDER)`\n"
         "- vLLM, SGLang, TGI: the folder is the model\n"
-        "- llama.cpp: `convert_hf_to_gguf.py FOLDER`\n"
+        "- llama.cpp: export `gguf`, or `convert_hf_to_gguf.py FOLDER`\n"
     )
 
     def write(self, source: Source, folder: Path) -> None:
         """Write merged weights in `source.dtype`; `source.model` is not changed."""
+        refuse_rounding(source.model, "safetensors")
         write_folder(source.model, merged_state(source.model, source.dtype), folder, dtype=source.dtype)
         source.tokenizer.save_pretrained(folder)
 
@@ -48,13 +49,14 @@ def merged_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         if isinstance(layer, FROZEN):
             tensors = {leaf: tensor for leaf, tensor in tensors.items() if leaf not in layer.names}
         if isinstance(layer, FROZEN) or isinstance(module, BaseTunerLayer):
-            tensors["weight"] = _merged_weight(module, layer).to(dtype)
+            tensors["weight"] = merged_weight(module, layer).to(dtype)
         state.update({f"{name}.{leaf}" if name else leaf: tensor for leaf, tensor in tensors.items()})
     return state
 
 
 @torch.no_grad()
-def _merged_weight(module: nn.Module, layer: nn.Module) -> Tensor:
+def merged_weight(module: nn.Module, layer: nn.Module) -> Tensor:
+    """The float32 weight of the plain `layer`, with what an adapter in `module` adds to it."""
     if isinstance(layer, FROZEN):
         weight = layer.dequantize(torch.float32)
     else:

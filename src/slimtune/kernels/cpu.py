@@ -1,4 +1,4 @@
-"""Decoding on a CPU: codes become half-precision values a byte or two at a time, by looking them up.
+"""On a CPU: codes become half-precision values a byte or two at a time, by looking them up; or are multiplied packed.
 
 A table has an entry for every byte (every 12 bits where codes have three), as wide as the codes in it times 16 bits;
 one gather makes two or four values. Measured on one core, 1536 x 576 to bfloat16, against the reference: 1.5 to 2
@@ -7,6 +7,7 @@ times as fast, and what is left is mostly the scaling.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -37,3 +38,48 @@ def unpack_half(codes: Tensor, bits: int, length: int, dtype: torch.dtype) -> Te
         index = codes.to(torch.int32)
     values = _table(bits, dtype).index_select(0, index.reshape(-1)).view(dtype).view(rows, -1)
     return values if values.shape[1] == length else values[:, :length].contiguous()
+
+
+GROUPS = (256, 128, 64, 32)
+"""Sizes of groups that PyTorch's int4 product knows."""
+
+
+@dataclass(frozen=True)
+class Int4Weight:
+    """A weight as PyTorch's int4 product for CPUs wants it: 4-bit codes, bfloat16 scales and offsets of each group.
+
+    For a few rows of `x` the product reads a quarter of the bytes that a bfloat16 weight has. Measured on one core, one
+    row: 45 µs for 1536 x 576 (116 in bfloat16, 1,060 when decoding first), 0.9 ms for 8192 x 2048 (2.4; 61). From about
+    40 rows on decoding first is faster.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    group_size: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x Wᵀ` in the dtype of `x`, computed from bfloat16 inputs: `[..., in]` to `[..., out]`."""
+        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, self.group_size, self.scales)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def int4_weight(codes: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int, group_size: int) -> Int4Weight | None:
+    """`W = (q - zero) * scale` for that product, or `None` where it does not take the width or the groups.
+
+    Args:
+        codes: unpacked, `[out, in]`, of at most 4 bits.
+        scale: `[out, groups]`.
+        zero: `[out, groups]`, or `None` for `2**(bits - 1)`.
+        bits: width of a code.
+        group_size: input features that share a scale.
+    """
+    (out, features), groups = codes.shape, scale.shape[1]
+    fitting = next((g for g in GROUPS if group_size % g == 0), 0)
+    if bits > 4 or out % 16 or not fitting or groups * group_size != features or codes.device.type != "cpu":
+        return None
+    middle = 2 ** (bits - 1)  # the product takes 8 from a code: what is added to a weight then stays small, and exact
+    offset = (middle - (middle if zero is None else zero.float())) * scale.float()
+    scales = torch.stack([scale.float(), offset], -1).repeat_interleave(group_size // fitting, 1)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32) + (8 - middle), 1)
+    return Int4Weight(packed, scales.transpose(0, 1).to(torch.bfloat16).contiguous(), fitting)

@@ -1,12 +1,41 @@
-"""Which kernel does a thing: the fastest for its device and dtype. All equal the reference, bit for bit."""
+"""Which kernel does a thing: the fastest for its device and dtype. All equal the reference: decoding bit for bit,
+products of integers (`slimtune.kernels.int8`) within float rounding.
+
+On a CPU that is a choice by dtype. On a GPU plain torch runs, or with `SLIMTUNE_TRITON=1` the kernels of
+`slimtune.kernels.triton`; where that is asked for and Triton is missing, it is an error and not a slower run.
+"""
 
 from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from slimtune.errors import BackendMissing
 from slimtune.kernels.cpu import TABLED, unpack_half
+from slimtune.kernels.int8 import fast
+from slimtune.kernels.reference import apply_grid_
+from slimtune.linalg import lattice, trellis
 from slimtune.linalg.packing import unpack
+
+WANTED = "SLIMTUNE_TRITON"
+"""The environment variable that turns Triton's kernels on, by `1`."""
+
+
+def triton_runs(device: torch.device) -> bool:
+    """Whether Triton's kernels do the work on `device`. Raises `BackendMissing` where they should and are missing.
+
+    Under `TRITON_INTERPRET=1` Triton interprets them on the CPU: for tests.
+    """
+    if os.environ.get(WANTED) != "1" or (device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1"):
+        return False
+    if importlib.util.find_spec("triton") is None:
+        raise BackendMissing("Triton is not installed", where=WANTED, remedy=f"pip install triton, or unset {WANTED}")
+    return True
 
 
 def unpack_as(codes: Tensor, bits: int, length: int, dtype: torch.dtype) -> Tensor:
@@ -15,3 +44,82 @@ def unpack_as(codes: Tensor, bits: int, length: int, dtype: torch.dtype) -> Tens
     if codes.device.type == "cpu" and half and bits in TABLED and not torch.compiler.is_compiling():
         return unpack_half(codes, bits, length, dtype)
     return unpack(codes, bits, length).to(dtype)
+
+
+def dequantize_affine(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    *,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    work: torch.dtype,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`W[o, i] = (q[o, i] - zero[o, g]) * scale[o, g]`, computed in `work`: `dtype [out, in_features]`.
+
+    `codes` is packed, `scale` and `zero` are `[out, groups]`, `None` meaning `2**(bits - 1)` everywhere.
+    """
+    if dtype != torch.float64 and triton_runs(codes.device):
+        from slimtune.kernels import triton
+
+        return triton.dequantize_affine(
+            codes, scale, zero, bits=bits, group_size=group_size, in_features=in_features, dtype=dtype
+        )
+    q = unpack_as(codes, bits, in_features, work)
+    return apply_grid_(q, scale, zero, bits=bits, group_size=group_size).to(dtype)
+
+
+def affine_product(
+    x: Tensor, *, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int
+) -> Tensor:
+    """`x Wᵀ` with the affine weight left packed, for a few rows, where `triton_runs`: `[..., in]` to `[..., out]`."""
+    from slimtune.kernels import triton
+
+    rows = x.reshape(-1, x.shape[-1])
+    return triton.affine_product(rows, codes, scale, zero, bits=bits, group_size=group_size).view(*x.shape[:-1], -1)
+
+
+def decode_lattice(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Lattice points: codes uint8 `[..., bits]` to `dtype [..., 8]`."""
+    if triton_runs(codes.device):
+        from slimtune.kernels import triton
+
+        bits = codes.shape[-1]
+        found = triton.decode_lattice(codes.reshape(-1, bits), *lattice.tables(bits, dtype, codes.device))
+        return found.view(*codes.shape[:-1], lattice.WIDTH)
+    return lattice.decode(codes, dtype)
+
+
+def decode_trellis(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Closed walks: codes uint8 `[n, 32 * bits]` to `dtype [n, 256]`."""
+    if triton_runs(codes.device):
+        from slimtune.kernels import triton
+
+        return triton.decode_trellis(codes, trellis.numbers(bits, dtype, codes.device), bits)
+    return trellis.decode(codes, bits, dtype)
+
+
+_references = [False]
+
+
+@contextmanager
+def reference() -> Iterator[None]:
+    """Within the block, products are those of the reference: what is rounded to integers is multiplied in floats."""
+    _references.append(True)
+    try:
+        yield
+    finally:
+        _references.pop()
+
+
+def integers_wanted(x: Tensor) -> bool:
+    """Whether a product with `x`, rounded to at most 8 bits, runs in integers: in inference, on a CPU with units for
+    it. A graph is captured, and a gradient taken, of the reference."""
+    return (
+        not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _references[-1])
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and fast()
+    )

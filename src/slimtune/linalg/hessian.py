@@ -54,6 +54,57 @@ class SecondMoment:
         return whole
 
 
+class CrossMoment:
+    """A streaming `DᵀX / n`: how what is missing from inputs (`D`) goes with what they are (`X`). Summed in float32.
+
+    Example:
+        >>> x, d = torch.randn(2, 10, 4, generator=torch.Generator().manual_seed(0)).unbind()
+        >>> moment = CrossMoment(4)
+        >>> moment.update(x[:3], d[:3]); moment.update(x[3:], d[3:])
+        >>> torch.allclose(moment.result(), d.T @ x / 10, atol=1e-6)
+        True
+    """
+
+    def __init__(self, features: int, *, device: torch.device | str = "cpu") -> None:
+        self.features = features
+        self.count = 0
+        self._sum = torch.zeros(features, features, device=device)
+
+    def update(self, x: Tensor, missing: Tensor) -> None:
+        """Add tokens: both are `[..., features]`."""
+        if not x.shape[-1] == missing.shape[-1] == self.features:
+            raise ShapeError("calibration input has the wrong width", got=x.shape[-1], wanted=self.features)
+        x = x.reshape(-1, self.features).to(torch.float32)
+        self.count += x.shape[0]
+        self._sum.addmm_(missing.reshape(-1, self.features).to(torch.float32).T, x)
+
+    def result(self) -> Tensor:
+        """`DᵀX / n`, float32 `[features, features]`. Raises `CalibrationError` when no token was seen."""
+        if not self.count:
+            raise CalibrationError("no calibration token reached a layer", remedy="give the step some calibration data")
+        return self._sum / self.count
+
+
+def aligned(weight: Tensor, hessian: Tensor, drift: Tensor, share: float = 1.0, damp: float = 0.01) -> Tensor:
+    """The weight that on the inputs a layer gets does most nearly what `weight` did on those it should have got.
+
+    `|Z Wᵀ - X W'ᵀ|²` over calibration inputs `Z` of the dense model and `X` of the one quantized so far is least for
+    `W' = W + W C H⁻¹` with `H = XᵀX` and the drift `C = (Z - X)ᵀX`. A quantizer that minimises `|X (W' - Ŵ)ᵀ|²` then
+    minimises `|Z Wᵀ - X Ŵᵀ|²`, which differs by a constant. That is the asymmetric calibration of GPTAQ (arXiv
+    2504.02692), whose correction of every column is this one, taken at once.
+
+    Args:
+        weight: float `[out, in]`; the result has its dtype.
+        hessian: `H / n`, `[in, in]`.
+        drift: `C / n`, `[in, in]`.
+        share: of the correction; less than 1 where few tokens would be fitted too well.
+        damp: dampening, a fraction of the Hessian's mean diagonal.
+    """
+    upper, _ = inverse_cholesky(hessian, damp)
+    moved = (weight.to(torch.float64) @ drift.to(torch.float64)) @ upper.T @ upper
+    return (weight + share * moved).to(weight.dtype)
+
+
 def inverse_cholesky(hessian: Tensor, damp: float = 0.01, attempts: int = 6) -> tuple[Tensor, float]:
     """The upper `U` with `UᵀU = (H + d·mean(diag H)·I)⁻¹`, in float64, and the `d` that was needed.
 

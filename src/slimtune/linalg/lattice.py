@@ -111,21 +111,22 @@ def decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
     [0.09, 0.03, 0.01]
     """
     bits = codes.shape[-1]
-    wide = codes.to(torch.int32)
-    flat = wide.reshape(-1, bits)
-    table = _scaled(bits, dtype, codes.device)
-    found = table.index_select(0, flat[:, 0] | flat[:, 1] << 8)
-    if bits == 3:
-        found += (roots(torch.float64) / (SPREAD[3] * RESIDUAL[3])).to(codes.device, dtype).index_select(0, flat[:, 2])
-    if bits == 4:
-        found += table.index_select(0, flat[:, 2] | flat[:, 3] << 8) / RESIDUAL[4]
+    flat = codes.to(torch.int32).reshape(-1, bits)
+    first, second = tables(bits, dtype, codes.device)
+    found = first.index_select(0, flat[:, 0] | flat[:, 1] << 8)
+    if bits > 2:
+        found += second.index_select(0, flat[:, 2] if bits == 3 else flat[:, 2] | flat[:, 3] << 8)
     return found.view(*codes.shape[:-1], WIDTH)
 
 
 @lru_cache(maxsize=16)
-def _scaled(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def tables(bits: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What the first two bytes of a code stand for, `[65536, 8]`, and what is added for the others (2 bits: nothing,
+    the table is empty)."""
     with torch.inference_mode(False):
-        return (points(torch.float64, "cpu") / SPREAD[bits]).to(device=device, dtype=dtype)
+        first = points(torch.float64, "cpu") / SPREAD[bits]
+        second = {2: first[:0], 3: roots() / SPREAD[3], 4: first}[bits] / RESIDUAL.get(bits, 1)
+        return first.to(device=device, dtype=dtype), second.to(device=device, dtype=dtype)
 
 
 def _chunked(find: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

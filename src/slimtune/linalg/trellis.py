@@ -242,7 +242,7 @@ def decode(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
         words |= ring[:, i : i + codes.shape[1] : octets] << 8 * i
     shifts = torch.arange(0, group * bits, bits, dtype=wide, device=codes.device)
     states = (words.unsqueeze(-1) >> shifts) & ((1 << LENGTH) - 1)
-    return _scaled(bits, dtype, codes.device).index_select(0, states.flatten()).view(len(codes), STEPS)
+    return numbers(bits, dtype, codes.device).index_select(0, states.flatten()).view(len(codes), STEPS)
 
 
 @lru_cache(maxsize=16)
@@ -252,6 +252,7 @@ def _trellis(bits: int, dtype: torch.dtype, device: torch.device) -> Trellis:
 
 
 @lru_cache(maxsize=16)
-def _scaled(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def numbers(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What every state stands for, `dtype [4096]`: the table, spread back."""
     with torch.inference_mode(False):
         return (table(bits) / SPREAD[bits]).to(device=device, dtype=dtype)

@@ -6,32 +6,48 @@ file: `PeftModel.from_pretrained` loads it on the original 16-bit model without 
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear as PeftLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slimtune.arch import ModelMap, bind
+from slimtune.calib.gradients import Batch, GradientSketch, sketch_gradients
 from slimtune.errors import FormatError, RecipeError, nearest
+from slimtune.files import write_json
+from slimtune.linalg.lowrank import Factors, low_rank
 from slimtune.lora.fused import fused_lora
-from slimtune.lora.inits import INITS
+from slimtune.lora.inits import INITS, PLAIN, Knobs
+from slimtune.lora.pooled import pool_
+from slimtune.lora.start import StartFact, live_ranks, parts, split_layer_, start_, total_alpha
 from slimtune.quant.blackbox import FROZEN, BlackBox, adopt_
 from slimtune.quant.linear import QuantLinear
+from slimtune.rotate.online import attach_online_
+from slimtune.rotate.record import require_basis, rotation_of, write_hash
+
+LIVE = "slimtune_lora.json"
+"""Beside an adapter that is frozen in part: the rank that trains, of each layer: first rows of A and columns of B."""
+
+LoraLayer = PeftLoraLinear
+"""PEFT's LoRA layer around a linear, dense or quantized."""
 
 
 class LoraQuantLinear(PeftLoraLinear):
     """PEFT's LoRA layer around a `QuantLinear` or `BlackBox`. It saves as PEFT's own; it cannot merge into codes.
 
     With one plain adapter, base and adapter run as one function (`slimtune.lora.fused`) in the dtype of the input. All
-    else (dropout in training, several adapters, DoRA and other variants) runs as in PEFT.
+    else (dropout in training, several adapters, DoRA and other variants, prepared layers) runs as in PEFT.
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -47,14 +63,12 @@ class LoraQuantLinear(PeftLoraLinear):
             or self.lora_variant
             or self.lora_bias[active[0]]
             or not isinstance(base, FROZEN)
+            or (isinstance(base, QuantLinear) and base.small is not None and not torch.is_grad_enabled())
             or (self.training and not isinstance(self.lora_dropout[active[0]], nn.Identity))
         ):
             return super().forward(x, *args, **kwargs)
         name = active[0]
-        a, b = (
-            self.lora_A.get_submodule(name).get_parameter("weight"),
-            self.lora_B.get_submodule(name).get_parameter("weight"),
-        )
+        a, b = (cast(nn.Linear, factors.get_submodule(name)).weight for factors in (self.lora_A, self.lora_B))
         return fused_lora(x, base, a, b, self.scaling[name])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -76,8 +90,14 @@ def add_lora(
     target_modules: str | Sequence[str] = "all-linear",
     use_rslora: bool = False,
     init: str = "default",
+    knobs: Knobs = PLAIN,
+    gradients: GradientSketch | None = None,
+    ranks: Mapping[str, int] | None = None,
+    keep_residual: bool = False,
+    pooled: bool = False,
     base_name: str = "",
     seed: int = 0,
+    facts: Callable[[list[StartFact]], None] = lambda _: None,
 ) -> PeftModel:
     """Wrap `model` (changed in place) in a `PeftModel` with fresh LoRA factors on the chosen linears.
 
@@ -89,28 +109,38 @@ def add_lora(
         target_modules: `all-linear` (every linear inside the blocks), or names, or one regular expression.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
         init: how the factors start: a name in `slimtune.lora.inits.INITS`.
+        knobs: what can be chosen of it.
+        gradients: of the targets (`sketch_targets`), for an init that starts from them.
+        ranks: other ranks than `r` for layers by name; the scaling of a layer follows its rank, as in PEFT.
+        keep_residual: give back what quantization lost, as a frozen part of the adapter.
+        pooled: one number of A for each quantization group (`slimtune.lora.pooled`).
         base_name: what `adapter_config.json` calls the base: the original model, whose users can load the adapter.
         seed: of the random factors.
+        facts: called with how each layer started.
+
+    The base is not changed. Where an init subtracts its start again, or the residual is kept, the adapter PEFT sees has
+    two or three times the rank that trains, `lora_alpha` is raised so that the scaling stays, and the rest is frozen.
 
     Raises `RecipeError` when a target matches no linear, the model has an adapter already, or `init` asks for what
     quantization lost and no target was quantized so that it is known.
     """
-    if isinstance(model, PeftModel):
-        raise RecipeError("the model has an adapter already", remedy="merge it before adding another")
-    if r < 1:
-        raise RecipeError("r out of range", got=r, wanted="a positive number")
+    _check(model, r, init, gradients)
     adopt_(model)
     modelmap = bind(model)
+    times = parts(init, keep_residual)
+    others = {name: rank for name, rank in (ranks or {}).items() if rank != r}
     config = LoraConfig(
-        r=r,
-        lora_alpha=cast(int, lora_alpha),
+        r=times * r,
+        lora_alpha=cast(int, total_alpha(lora_alpha, times, use_rslora)),
         lora_dropout=lora_dropout,
         target_modules=resolve_targets(modelmap, model, target_modules),
+        rank_pattern={name: times * rank for name, rank in others.items()},
         use_rslora=use_rslora,
         init_lora_weights=cast(Any, INITS[init].peft),
         task_type="SEQ_2_SEQ_LM" if cast(Any, model).config.is_encoder_decoder else "CAUSAL_LM",
     )
-    if INITS[init].start is not None and not any(layer.start for layer in _quantized(model)):
+    from_residual = INITS[init].start is not None or keep_residual
+    if from_residual and not any(layer.start for layer in _quantized(model)):
         raise RecipeError(
             "nothing is known of what quantization lost",
             where="init",
@@ -125,19 +155,86 @@ def add_lora(
         wrapped = cast(PeftModel, get_peft_model(cast(Any, model), config))
     if INITS[init].start is not None:
         _start_(wrapped)
+    if INITS[init].factors is not None or keep_residual:
+        facts(start_(adapted(wrapped), init, knobs, gradients=gradients, keep_residual=keep_residual, seed=seed))
     for layer in _quantized(wrapped):
         layer.start = None
     if base_name:  # PEFT puts the folder that the model was loaded from
         wrapped.peft_config["default"].base_model_name_or_path = base_name
+    if pooled and not pool_(adapted(wrapped), fresh=True):
+        raise RecipeError("no adapted layer has quantization groups to pool", remedy="quantize before, or leave it out")
+    attach_online_(wrapped.get_base_model())
     return wrapped
 
 
+def _check(model: nn.Module, r: int, init: str, gradients: GradientSketch | None) -> None:
+    if isinstance(model, PeftModel):
+        raise RecipeError("the model has an adapter already", remedy="merge it before adding another")
+    if r < 1:
+        raise RecipeError("r out of range", got=r, wanted="a positive number")
+    if init not in INITS:
+        raise RecipeError("unknown init", where="init", got=init, remedy=nearest(init, INITS))
+    if INITS[init].gradient and gradients is None:
+        raise RecipeError(
+            "this init starts from gradients", where="init", got=init, remedy="pass batches of tokens and labels"
+        )
+
+
+def sketch_targets(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    directions: int,
+    target_modules: str | Sequence[str] = "all-linear",
+    keep_residual: bool = False,
+    **options: Any,
+) -> GradientSketch:
+    """The sketched gradients (`calib.gradients`, whose `options` these are) of the linears an adapter would go to.
+
+    With `keep_residual`, at the weights as the adapter will make them: with what quantization lost. Raises
+    `RecipeError` when a target matches no linear, or an adapter is merged into the base.
+    """
+    merged = [name for name, layer in adapted(model).items() if layer.merged]
+    if merged:
+        raise RecipeError(
+            "an adapter is merged into the base", where=merged[0], remedy="unmerge it, or unload it: merge_and_unload()"
+        )
+    adopt_(base_of(model))
+    chosen = targets_of(bind(model), target_modules)
+    modules = plain(model)
+    layers = {name: modules[name] for name in chosen}
+    with ExitStack() as stack:
+        for layer in layers.values():
+            if keep_residual and isinstance(layer, QuantLinear) and layer.start is not None:
+                stack.callback(layer.register_forward_hook(_adding(layer.start)).remove)
+        return sketch_gradients(base_of(model), layers, batches, directions=directions, **options)
+
+
+def _adding(factors: Factors) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    a, b = factors
+
+    def add(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + (args[0] @ a.T.to(args[0].dtype)) @ b.T.to(args[0].dtype)
+
+    return add
+
+
+def adapted(model: nn.Module) -> dict[str, Any]:
+    """PEFT's layers in `model`, by the names that the linears have without an adapter."""
+    modules = base_of(model).named_modules()
+    return {name: module for name, module in modules if isinstance(module, BaseTunerLayer)}
+
+
 def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> PeftModel:
-    """`model` with the stock PEFT adapter in `folder`. Raises `FormatError` when it is not one, or does not fit."""
+    """`model` with the stock PEFT adapter in `folder`.
+
+    Raises `FormatError` when it is not one, does not fit, or was trained in another basis than the model's.
+    """
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
         raise FormatError(
             "not an adapter folder", where=str(folder), wanted="adapter_config.json and adapter_model.safetensors"
         )
+    require_basis(model, folder)
     try:
         config = LoraConfig.from_pretrained(str(folder))
         name = config.base_model_name_or_path
@@ -148,7 +245,67 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
     except (ValueError, TypeError, RuntimeError, KeyError, OSError) as error:
         raise FormatError("the adapter does not fit the model", where=str(folder), got=str(error)[:300]) from error
     wrapped.peft_config["default"].base_model_name_or_path = name
+    attach_online_(wrapped.get_base_model())
+    if trainable:
+        pool_(adapted(wrapped))
+    if trainable and (folder / LIVE).is_file():
+        _split_again_(wrapped, folder / LIVE)
     return wrapped
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the active adapter to the existing `folder` as PEFT does; where a part of it is frozen, a note of what
+    trains (`LIVE`); on a rotated model, the hash of the basis it was trained in."""
+    # Only linears are adapted. Left to itself, PEFT asks the hub whether the vocabulary has grown.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    ranks = live_ranks(adapted(model))
+    if ranks:
+        write_json(folder / LIVE, {"live_rank": ranks})
+    basis = rotation_of(model)
+    if basis is not None:
+        write_hash(basis, folder)
+
+
+def save_truncated(model: PeftModel, folder: Path) -> float:
+    """Write the adapter as a stock PEFT folder of the rank that trains, frozen parts and all, as well as that allows.
+
+    Each layer's whole update, `[B | -B₀] [A ; A₀]`, becomes its truncated SVD. Returns the error: the norm of what is
+    lost beside that of the updates, over all layers.
+    """
+    ranks = live_ranks(adapted(model))
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    lost = whole = 0.0
+    for name, layer in adapted(model).items():
+        a, b = (factors["default"].weight.detach().double() for factors in (layer.lora_A, layer.lora_B))
+        best = low_rank(b @ a, ranks.get(name, len(a)))
+        update = layer.scaling["default"]
+        lost += float((update * (b @ a - best.b @ best.a)).square().sum())
+        whole += float((update * (b @ a)).square().sum())
+        if name in ranks:
+            keys = [f"base_model.model.{name}.lora_{side}.weight" for side in "AB"]
+            for key, factor in zip(keys, best, strict=True):
+                state[key] = factor.to(torch.float32).contiguous()
+    config: Any = copy.deepcopy(model.peft_config["default"])
+    times = next((len(adapted(model)[name].lora_A["default"].weight) // rank for name, rank in ranks.items()), 1)
+    config.r //= times
+    config.lora_alpha = config.lora_alpha / (times**0.5 if config.use_rslora else times)
+    config.rank_pattern = {name: rank // times for name, rank in config.rank_pattern.items()}
+    config.save_pretrained(str(folder))
+    save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
+    return (lost / whole) ** 0.5 if whole else 0.0
+
+
+def _split_again_(model: nn.Module, note: Path) -> None:
+    try:
+        ranks: dict[str, int] = json.loads(note.read_text(encoding="utf-8"))["live_rank"]
+        layers = adapted(model)
+        for name, rank in ranks.items():
+            split_layer_(layers[name], rank)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise FormatError(
+            "the note of what trains does not fit the adapter", where=str(note), got=str(error)
+        ) from error
 
 
 def resolve_targets(modelmap: ModelMap, model: nn.Module, targets: str | Sequence[str]) -> list[str]:
@@ -157,6 +314,14 @@ def resolve_targets(modelmap: ModelMap, model: nn.Module, targets: str | Sequenc
     That is the last components of their names where those name nothing else in the model, full names otherwise (LLaVA's
     vision tower uses the same words as its language model).
     """
+    chosen = targets_of(modelmap, targets)
+    last = sorted({name.rsplit(".", 1)[-1] for name in chosen})
+    named = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in last}
+    return last if named == set(chosen) else sorted(chosen)
+
+
+def targets_of(modelmap: ModelMap, targets: str | Sequence[str]) -> list[str]:
+    """The names of the linears that `targets` names. Raises `RecipeError` where it names none."""
     linears = [port.name for port in modelmap.ports if port.kind == "linear"]
     if targets == "all-linear":
         chosen = [port.name for port in modelmap.linears]
@@ -179,9 +344,7 @@ def resolve_targets(modelmap: ModelMap, model: nn.Module, targets: str | Sequenc
             chosen.extend(matched)
     if not chosen:
         raise RecipeError("there is nothing to adapt", where="target_modules", got=targets, wanted="a name or more")
-    last = sorted({name.rsplit(".", 1)[-1] for name in chosen})
-    named = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in last}
-    return last if named == set(chosen) else sorted(set(chosen))
+    return list(dict.fromkeys(chosen))
 
 
 @contextmanager

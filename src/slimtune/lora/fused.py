@@ -8,6 +8,10 @@ The factors keep their own dtype (float32 under PEFT's default, so that small up
 the dtype of the input for the product, as autocast does. Of the computation orders of RunLoRA (arXiv 2312.03415) the
 ones that stay thin are taken: adding `s B A` to the decoded weight first would need fewer products for long inputs, but
 in bfloat16 it rounds the update away.
+
+Where the base rounds its input, the adapter reads it as it came: so do PEFT's own LoRA layers, and engines that serve
+adapters on such a base, and the adapter's file has to compute there what it computed here. After a merge there is one
+weight and one input, rounded where the merged model is quantized to do so (RoLoRA, arXiv 2407.08044, merges first).
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from slimtune.quant.activation import Activations
 from slimtune.quant.blackbox import BlackBox
 from slimtune.quant.layouts import Layout
 from slimtune.quant.linear import QuantLinear
@@ -32,12 +37,14 @@ class _PackedLora(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         scaling: float,
+        activations: Activations | None,
         layout: Layout,
         names: tuple[str, ...],
         *packed: Tensor,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        y = flat @ layout.dequantize(dict(zip(names, packed, strict=True)), x.dtype).T
+        read = flat if activations is None else activations(flat)
+        y = read @ layout.dequantize(dict(zip(names, packed, strict=True)), x.dtype).T
         low = flat @ a.to(x.dtype).T
         y.addmm_(low, b.to(x.dtype).T, alpha=scaling)
         ctx.save_for_backward(x, low, a, b, *packed)
@@ -57,7 +64,7 @@ class _PackedLora(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             weight = ctx.layout.dequantize(dict(zip(ctx.names, packed, strict=True)), grad.dtype)
             to_x = (grad @ weight).addmm_(thin, a.to(grad.dtype)).view_as(x)
-        return (to_x, to_a, to_b, *(None,) * (3 + len(packed)))
+        return (to_x, to_a, to_b, *(None,) * (4 + len(packed)))
 
 
 def fused_lora(x: Tensor, base: QuantLinear | BlackBox, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -73,5 +80,5 @@ def fused_lora(x: Tensor, base: QuantLinear | BlackBox, a: Tensor, b: Tensor, sc
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     packed = (getattr(base, name) for name in base.names)
-    y = cast(Tensor, _PackedLora.apply(x, a, b, scaling, base.layout, base.names, *packed))
+    y = cast(Tensor, _PackedLora.apply(x, a, b, scaling, base.activations, base.layout, base.names, *packed))
     return y if base.bias is None else y + base.bias.to(y.dtype)

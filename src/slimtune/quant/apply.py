@@ -9,8 +9,9 @@ from __future__ import annotations
 import fnmatch
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 
 from slimtune.arch import Block, ModelMap, Port
 from slimtune.calib.capture import CalibrationStream, calibration_stream
+from slimtune.calib.stats import DRIFT
 from slimtune.errors import CalibrationError, FormatError, RecipeError, ShapeError
 from slimtune.kernels.memory import release
 from slimtune.linalg.lowrank import Factors
-from slimtune.quant.base import QTensor, Quantizer, Stats
+from slimtune.quant.activation import Activations, Search
+from slimtune.quant.base import QTensor, Quantizer, Stats, relative_error
 from slimtune.quant.blackbox import FROZEN
 from slimtune.quant.linear import QuantLinear
 
@@ -31,16 +34,21 @@ Start = Callable[[Tensor, Tensor, Stats], Factors]
 Choose = Callable[[Port], "Quantizer | str"]
 """Which method a port gets, or the reason why it gets none."""
 
+Rounds = Callable[[Port], "Activations | None"]
+"""How the input of a port that gets a method is rounded."""
+
 
 @dataclass(frozen=True)
 class LayerFact:
     """What quantizing one layer did. `error` is the squared error of its outputs relative to their square (of its
-    weights, where the method used no calibration)."""
+    weights, where the method used no calibration), on rounded inputs where it rounds them to `activations` bits."""
 
     name: str
     shape: tuple[int, int]
     bits: float
     error: float
+    activations: int = 16
+    clip_ratio: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -68,13 +76,14 @@ class QuantizeFacts:
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A finished layer: its port's name, its weight in few bits, the error that was measured, and where an adapter
-    starts, if that was asked for."""
+    """A finished layer: its port's name, its weight in few bits, the error that was measured, where an adapter starts,
+    if that was asked for, and how the input is rounded."""
 
     name: str
     weight: QTensor
     error: float
     start: Factors | None = None
+    activations: Activations | None = None
 
 
 class BlockStore(Protocol):
@@ -98,11 +107,16 @@ def all_linear(quantizer: Quantizer, ignore: Sequence[str] = ()) -> Choose:
         if port.block is None:
             return "outside the decoder and encoder blocks"
         for pattern in ignore:
-            if fnmatch.fnmatchcase(port.name, pattern) or fnmatch.fnmatchcase(port.name.rsplit(".", 1)[-1], pattern):
+            if matches(port.name, pattern):
                 return f"ignored by '{pattern}'"
         return quantizer
 
     return choose
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether `pattern` (`*` wildcards) fits the name of a layer, or the last component of it."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.rsplit(".", 1)[-1], pattern)
 
 
 def quantize_(
@@ -110,6 +124,7 @@ def quantize_(
     modelmap: ModelMap,
     choose: Choose,
     *,
+    activations: Rounds = lambda _: None,
     tokens: Tensor | None = None,
     batch_size: int = 4,
     materialise: Callable[[nn.Module, str], None] | None = None,
@@ -123,6 +138,7 @@ def quantize_(
         model: a Hugging Face model; blocks may still be on `meta` when `materialise` is given.
         modelmap: its map, from `bind`.
         choose: which method a port gets.
+        activations: how its input is rounded. Methods see rounded inputs, made by layers that round theirs.
         tokens: calibration windows `[samples, length]`; needed when a chosen method needs statistics.
         batch_size: windows that run through a block together.
         materialise: loads the weights of the block called by the second argument.
@@ -137,12 +153,10 @@ def quantize_(
     began = time.perf_counter()
     chosen = {port.name: choose(port) for port in modelmap.ports}
     methods = {name: method for name, method in chosen.items() if not isinstance(method, str)}
+    rounds = {port.name: activations(port) for port in modelmap.ports if port.name in methods}
     if not methods:
         raise RecipeError("there is nothing to quantize", got=", ".join(sorted({str(v) for v in chosen.values()})))
-    for name in methods:
-        if not isinstance(linear := model.get_submodule(name), nn.Linear):
-            raise ShapeError("only a plain linear can be quantized", where=name, got=type(linear).__name__)
-    needs = frozenset[str]().union(*(method.needs for method in methods.values()))
+    needs = _needs(model, methods, rounds)
     if needs and tokens is None:
         raise CalibrationError("the quantizer needs calibration data", wanted=", ".join(sorted(needs)))
     context = (
@@ -151,7 +165,7 @@ def quantize_(
         else nullcontext(None)
     )
     finished: list[QuantizedLayer] = []
-    with torch.no_grad(), context as stream:
+    with torch.no_grad(), context as stream, ExitStack() as rounding:
         for number, block in enumerate(modelmap.blocks, start=1):
             module = model.get_submodule(block.name)
             if materialise is not None:
@@ -159,21 +173,24 @@ def quantize_(
             weights = {name: parameter.data for name, parameter in module.named_parameters()}
             if stream is not None:
                 stream.enter(block)  # may compute in fewer bits than the weights have
+                if DRIFT in needs:
+                    stream.follow(block)
             layers = store.load(block) if store is not None else None
             if layers is None:
                 layers = []
                 for index in range(len(block.stages)):
-                    layers += _quantize_stage(module, block, index, methods, weights, stream, start)
+                    done = _quantize_stage(module, block, index, methods, rounds, weights, stream, start)
+                    _round_inputs(module, block, done, rounding)
+                    layers += done
                     if stream is not None:
                         stream.settle(block, index)
                 if store is not None:
                     store.save(block, layers)
             else:
-                for layer in layers:
-                    dense = module.get_parameter(_within(block, layer.name) + ".weight")
-                    dense.copy_(layer.weight.dequantize())
+                _recall_(module, block, layers, rounding)
             if stream is not None:
                 stream.advance(block, last=number == len(modelmap.blocks))
+            rounding.close()
             for layer in layers:
                 _replace_(module, _within(block, layer.name), layer)
             finished.extend(layers)
@@ -184,29 +201,33 @@ def quantize_(
     return _facts(finished, skipped, time.perf_counter() - began)
 
 
+def _needs(model: nn.Module, methods: dict[str, Quantizer], rounds: dict[str, Activations | None]) -> frozenset[str]:
+    """What calibration has to find. Raises `ShapeError` for a layer that is no plain linear (any more)."""
+    for name in methods:
+        if not isinstance(linear := model.get_submodule(name), nn.Linear):
+            raise ShapeError("only a plain linear can be quantized", where=name, got=type(linear).__name__)
+    needs = frozenset[str]().union(*(method.needs for method in methods.values()))
+    searched = any(rounding is not None and rounding.calibrated for rounding in rounds.values())
+    return needs | {"the range of the activations"} if searched else needs
+
+
 def _quantize_stage(
     module: nn.Module,
     block: Block,
     stage: int,
     methods: dict[str, Quantizer],
+    rounds: dict[str, Activations | None],
     weights: dict[str, Tensor],
     stream: CalibrationStream | None,
     start: Start | None,
 ) -> list[QuantizedLayer]:
     """Quantize the layers of a block that share one input, and let the block compute with the result from here on."""
     ports = [port for port in block.stages[stage] if port.name in methods]
-    needs = frozenset[str]().union(*(methods[port.name].needs for port in ports))
-    stats = stream.collect(block, stage, needs) if needs and stream is not None else {}
-    for name, statistic in stats.items():
-        if not bool(torch.isfinite(statistic).all()):
-            raise CalibrationError(
-                "the calibration statistics of a layer are not finite",
-                where=ports[0].name,
-                got=name,
-                remedy="use dtype: float32, or check the calibration data and the model for NaN",
-            )
     layers = []
+    seen = _Inputs(stream, block, stage)
     for port in ports:
+        rounding = seen.found(rounds[port.name])
+        stats = seen.stats(methods[port.name].needs, rounding)
         name = _within(block, port.name) + ".weight"
         weight = weights[name]
         if not bool(torch.isfinite(weight).all()):
@@ -214,21 +235,68 @@ def _quantize_stage(
         quantized = methods[port.name](weight, stats)
         dense = quantized.dequantize()
         exact = weight.to(torch.float32)
-        error = _relative_error(exact, dense, stats.get("hessian"))
+        error = relative_error(exact, dense, stats.get("hessian"))
         factors = start(exact, dense, stats) if start is not None else None
         module.get_parameter(name).copy_(dense)
-        layers.append(QuantizedLayer(port.name, quantized, error, factors))
+        layers.append(QuantizedLayer(port.name, quantized, error, factors, rounding))
     return layers
 
 
-def _relative_error(weight: Tensor, dense: Tensor, hessian: Tensor | None) -> float:
-    """`tr(D H Dᵀ) / tr(W H Wᵀ)` with `D = Ŵ - W`; `H` is the identity where there is none."""
-    off = dense - weight
+class _Inputs:
+    """What calibration finds out about the input that the layers of a stage share, rounded or not; each thing once."""
 
-    def energy(w: Tensor) -> float:
-        return float(((w if hessian is None else w @ hessian) * w).sum())
+    def __init__(self, stream: CalibrationStream | None, block: Block, stage: int) -> None:
+        self._stream, self._block, self._stage = stream, block, stage
+        self._found: dict[Activations, Activations] = {}
+        self._stats: dict[tuple[frozenset[str], Activations | None], dict[str, Tensor]] = {}
 
-    return max(energy(off), 0.0) / max(energy(weight), torch.finfo(torch.float32).tiny)
+    def found(self, rounding: Activations | None) -> Activations | None:
+        """The rounding with everything in it that calibration finds."""
+        if rounding is None or not rounding.calibrated:
+            return rounding
+        if rounding not in self._found:
+            search = Search(rounding)
+            assert self._stream is not None, "there are tokens where there is something to find"
+            self._stream.watch(self._block, self._stage, search.update)
+            self._found[rounding] = search.result()
+        return self._found[rounding]
+
+    def stats(self, needs: frozenset[str], rounding: Activations | None) -> dict[str, Tensor]:
+        """The statistics that a method needs, of the input as it is rounded."""
+        if not needs or self._stream is None:
+            return {}
+        key = needs, rounding
+        if key not in self._stats:
+            self._stats[key] = self._stream.collect(self._block, self._stage, needs, rounding)
+            for name, statistic in self._stats[key].items():
+                if not bool(torch.isfinite(statistic).all()):
+                    raise CalibrationError(
+                        "the calibration statistics of a layer are not finite",
+                        where=self._block.stages[self._stage][0].name,
+                        got=name,
+                        remedy="use dtype: float32, or check the calibration data and the model for NaN",
+                    )
+        return self._stats[key]
+
+
+def _recall_(module: nn.Module, block: Block, layers: list[QuantizedLayer], until: ExitStack) -> None:
+    """Let a block compute with what was kept of it."""
+    for layer in layers:
+        dense = module.get_parameter(_within(block, layer.name) + ".weight")
+        dense.copy_(layer.weight.dequantize())
+    _round_inputs(module, block, layers, until)
+
+
+def _round_inputs(module: nn.Module, block: Block, layers: list[QuantizedLayer], until: ExitStack) -> None:
+    """Let linears whose weights are final round their inputs, so that what comes after them is calibrated on it."""
+    for layer in layers:
+        if layer.activations is not None:
+            linear = module.get_submodule(_within(block, layer.name))
+            until.enter_context(linear.register_forward_pre_hook(partial(_rounded, layer.activations)))
+
+
+def _rounded(activations: Activations, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (activations(args[0]), *args[1:])
 
 
 def _replace_(block: nn.Module, path: str, layer: QuantizedLayer) -> None:
@@ -236,7 +304,7 @@ def _replace_(block: nn.Module, path: str, layer: QuantizedLayer) -> None:
     owner = block.get_submodule(parent)
     linear = owner.get_submodule(leaf)
     assert isinstance(linear, nn.Linear)  # as quantize_ found
-    quantized = QuantLinear.from_linear(linear, layer.weight)
+    quantized = QuantLinear.from_linear(linear, layer.weight, layer.activations)
     quantized.start = layer.start
     setattr(owner, leaf, quantized)
 
@@ -249,7 +317,13 @@ def _facts(layers: list[QuantizedLayer], skipped: tuple[Skipped, ...], seconds: 
     size = sum(layer.weight.bytes for layer in layers)
     shapes = [(layer.weight.layout.out_features, layer.weight.layout.in_features) for layer in layers]
     facts = tuple(
-        LayerFact(layer.name, shape, layer.weight.bits_per_weight, layer.error)
+        LayerFact(
+            layer.name,
+            shape,
+            layer.weight.bits_per_weight,
+            layer.error,
+            *((rounding.bits, rounding.clip_ratio) if (rounding := layer.activations) is not None else ()),
+        )
         for layer, shape in zip(layers, shapes, strict=True)
     )
     return QuantizeFacts(facts, skipped, 8 * size / sum(o * i for o, i in shapes), size, seconds)

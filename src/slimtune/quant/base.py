@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from slimtune.errors import FormatError
+from slimtune.errors import FormatError, RecipeError
 from slimtune.quant.layouts import Layout
 
 Stats = Mapping[str, Tensor]
@@ -58,6 +58,12 @@ class QTensor:
         return 8 * self.bytes / (self.layout.out_features * self.layout.in_features)
 
 
+def check_share(gptaq: float) -> None:
+    """Raise `RecipeError` unless the share of the drift that a quantizer makes up for is one."""
+    if not 0 <= gptaq <= 1:
+        raise RecipeError("gptaq out of range", got=gptaq, wanted="0 to 1")
+
+
 class Quantizer(Protocol):
     """A method that turns one weight into few bits: a frozen dataclass whose fields are its hyper-parameters.
 
@@ -65,7 +71,20 @@ class Quantizer(Protocol):
     (keys of `slimtune.calib.stats.STATISTICS`); a quantizer that needs none runs without calibration data.
     """
 
-    needs: ClassVar[frozenset[str]]
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of statistics."""
 
     def __call__(self, weight: Tensor, stats: Stats) -> QTensor:
         """Quantize `weight` (float `[out, in]`)."""
+
+
+def relative_error(weight: Tensor, dense: Tensor, hessian: Tensor | None) -> float:
+    """`tr(D H Dᵀ) / tr(W H Wᵀ)` with `D = Ŵ - W`; `H` is the identity where there is none."""
+    off = dense - weight
+    hessian = None if hessian is None else hessian.to(weight.dtype)
+
+    def energy(w: Tensor) -> float:
+        return float(((w if hessian is None else w @ hessian) * w).sum())
+
+    return max(energy(off), 0.0) / max(energy(weight), torch.finfo(torch.float32).tiny)

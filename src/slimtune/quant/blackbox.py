@@ -70,6 +70,7 @@ class BlackBox(nn.Module):
     """
 
     names: tuple[str, ...] = ()
+    activations: ClassVar[None] = None  # what the layer does to its input, it does itself
 
     def __init__(self, inner: nn.Module, decode: Decoder) -> None:
         super().__init__()
@@ -158,13 +159,14 @@ def adopt_(model: nn.Module) -> int:
     found: dict[str, tuple[nn.Module, Decoder]] = {}
     deaf: list[str] = []
     inside: tuple[str, ...] = ()
+    known = frozenset(DECODERS)  # looked up once: a table reads the metadata of every installed package
     for name, module in model.named_modules():
         if name.startswith(inside):
             continue
         if isinstance(module, FROZEN):
             inside += (f"{name}.",)
         elif isinstance(cast(object, module), LinearLike):
-            decode = _decoder(module)
+            decode = _decoder(module, known)
             if decode is not None:
                 found[name] = module, decode
                 inside += (f"{name}.",)
@@ -183,10 +185,10 @@ def adopt_(model: nn.Module) -> int:
     return len(found)
 
 
-def _decoder(module: nn.Module) -> Decoder | None:
+def _decoder(module: nn.Module, known: frozenset[str]) -> Decoder | None:
     """How `module` hands out its weight; None where it need not or cannot."""
     for kind in type(module).__mro__:
-        if _class_name(kind) in DECODERS:
+        if _class_name(kind) in known:
             return DECODERS[_class_name(kind)]
     if callable(getattr(type(module), "dequantize", None)):
         return lambda layer: cast(Tensor, cast(Any, layer).dequantize())

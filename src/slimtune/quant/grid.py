@@ -46,18 +46,26 @@ def mse_grid(w: Tensor, bits: int, symmetric: bool, weight: Tensor | None = None
 
     `weight` (`[n]`, optional) counts some columns more: the diagonal of the Hessian makes it the error of the outputs.
     """
+    return shrunken_grid(w, bits, symmetric, mse_shrink(w, bits, symmetric, weight))
+
+
+def mse_shrink(w: Tensor, bits: int, symmetric: bool, weight: Tensor | None = None) -> Tensor:
+    """The fraction of its range, one of `SHRINKS`, that the `mse_grid` of each row of `w` spans: `[rows, 1]`."""
     low, high = _range(w, symmetric)
-    best = _spanning(low, high, bits, symmetric)
-    scale, zero = best.scale, best.zero
-    least = torch.full_like(scale, torch.inf)
+    best, least = torch.ones_like(low), torch.full_like(low, torch.inf)
     for shrink in SHRINKS:
         grid = _spanning(low * shrink, high * shrink, bits, symmetric)
         off = (grid.nearest(w) - w).square_()
         error = off.sum(1, keepdim=True) if weight is None else (off @ weight).unsqueeze(1)
-        better = error < least
-        scale, zero = torch.where(better, grid.scale, scale), torch.where(better, grid.zero, zero)
-        least = torch.where(better, error, least)
-    return Grid(scale, zero, bits)
+        best = torch.where(error < least, shrink, best)
+        least = torch.minimum(error, least)
+    return best
+
+
+def shrunken_grid(w: Tensor, bits: int, symmetric: bool, shrink: Tensor) -> Grid:
+    """The grid over a fraction (`[rows, 1]`) of the range of each row of `w` (`[rows, n]`), zero included."""
+    low, high = _range(w, symmetric)
+    return _spanning(low * shrink, high * shrink, bits, symmetric)
 
 
 def _range(w: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:

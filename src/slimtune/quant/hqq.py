@@ -42,7 +42,7 @@ class Hqq:
     needs: ClassVar[frozenset[str]] = frozenset()
     widths: ClassVar[tuple[int, ...]] = AFFINE_BITS
 
-    bits: int = field(default=4, metadata={"help": "bits of a weight: 2, 3, 4 or 8"})
+    bits: int = field(default=4, metadata={"help": "bits of a weight: 2 to 6, or 8"})
     group_size: int = field(default=64, metadata={"help": "input features that share a scale; -1: a whole row"})
     scale: Literal["fitted", "minmax"] = field(
         default="fitted", metadata={"help": "fitted by least squares; minmax spans the group, as HQQ does"}

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from slimtune.errors import FormatError, RecipeError
-from slimtune.kernels.dispatch import unpack_as
-from slimtune.kernels.reference import apply_grid_, dequantize_codebook
+from slimtune.kernels.dispatch import dequantize_affine
+from slimtune.kernels.reference import dequantize_codebook
 from slimtune.linalg.levels import LEVELS
 from slimtune.linalg.packing import row_bytes
 from slimtune.quant.rotated import Lattice, Trellis
@@ -60,8 +60,8 @@ class Affine:
     Scales are bfloat16, so that loading a model in bfloat16, float16 or float32, or sharding it under a mixed-precision
     policy, never changes a weight; quantizers fit the codes to the rounded scale. A layer that others quantized keeps
     the `scale_dtype` it came with. Zero points are integers (`symmetric` grids store none and mean `2**(bits - 1)`), as
-    GPTQ and compressed-tensors files need them; or, where `float_zero`, any bfloat16. Raises `FormatError` on a
-    symmetric grid with `float_zero`, and on an unknown `scale_dtype`.
+    GPTQ and compressed-tensors files need them; or, where `float_zero`, any number of `zero_dtype`. Raises
+    `FormatError` on a symmetric grid with `float_zero`, and on an unknown dtype.
 
     Example:
         >>> layout = Affine(out_features=8, in_features=100, bits=3, group_size=64)
@@ -79,9 +79,11 @@ class Affine:
     symmetric: bool = False
     float_zero: bool = False
     scale_dtype: str = "bfloat16"
+    zero_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
         check_scales(self.scale_dtype)
+        check_scales(self.zero_dtype, "zero_dtype")
         if self.symmetric and self.float_zero:
             raise FormatError("a symmetric grid has no zero points", where="float_zero", got=True, wanted=False)
 
@@ -97,7 +99,7 @@ class Affine:
             "scale": ((self.out_features, self.groups), SCALES[self.scale_dtype]),
         }
         if not self.symmetric:
-            kind = torch.bfloat16 if self.float_zero else torch.uint8
+            kind = SCALES[self.zero_dtype] if self.float_zero else torch.uint8
             stored["zero"] = ((self.out_features, self.groups), kind)
         return stored
 
@@ -105,10 +107,16 @@ class Affine:
         """The weight, `dtype [out_features, in_features]`, rounded once."""
         # A code less its zero point is exact in half precision where both are whole.
         least = torch.float32 if self.float_zero else dtype
-        work = torch.promote_types(one_rounding(dtype, self.scale_dtype), least)
-        codes = unpack_as(tensors["codes"], self.bits, self.in_features, work)
-        zero = None if self.symmetric else tensors["zero"]
-        return apply_grid_(codes, tensors["scale"], zero, bits=self.bits, group_size=self.group_size).to(dtype)
+        return dequantize_affine(
+            tensors["codes"],
+            tensors["scale"],
+            None if self.symmetric else tensors["zero"],
+            bits=self.bits,
+            group_size=self.group_size,
+            in_features=self.in_features,
+            work=torch.promote_types(one_rounding(dtype, self.scale_dtype), least),
+            dtype=dtype,
+        )
 
 
 @dataclass(frozen=True)

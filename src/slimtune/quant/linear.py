@@ -4,15 +4,24 @@ LoRA)."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from slimtune.linalg.lowrank import Factors
+from slimtune.quant.activation import Activations
 from slimtune.quant.autograd import DequantizingMatmul
 from slimtune.quant.base import QTensor
-from slimtune.quant.layouts import Layout
+from slimtune.quant.integer import in_integers, integer_product
+from slimtune.quant.layouts import Affine, Layout
 from slimtune.quant.select import select
+
+SmallProduct = Callable[[Tensor], Tensor]
+"""`x Wᵀ` from a copy of the weight that is made for a few rows."""
+
+FEW = 32
+"""Rows up to which a `SmallProduct` is used."""
 
 
 class QuantLinear(nn.Module):
@@ -20,7 +29,8 @@ class QuantLinear(nn.Module):
 
     The packed tensors are frozen, contiguous `nn.Parameter`s named as the layout names them, dim 0 = out_features: they
     appear in `state_dict` as plain tensors and shard under FSDP2 without special code. The layout is plain data on the
-    module. Runs in the dtype of its input (or autocast's), float32, bfloat16 or float16.
+    module. Runs in the dtype of its input (or autocast's), float32, bfloat16 or float16. With `activations` the input
+    is rounded before the product; gradients pass through the rounding as if it were not there.
 
     Example:
         >>> from slimtune.quant.rtn import Rtn
@@ -38,9 +48,11 @@ class QuantLinear(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        activations: Activations | None = None,
     ) -> None:
         super().__init__()
         self.layout = layout
+        self.activations = activations
         self.in_features = layout.in_features
         self.out_features = layout.out_features
         self.names = tuple(layout.tensors())
@@ -48,11 +60,12 @@ class QuantLinear(nn.Module):
             self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))
         self.bias = _frozen(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
         self.start: Factors | None = None  # what an adapter on this layer may start from; not saved with it
+        self.small: SmallProduct | None = None  # see slimtune.quant.decoding
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, weight: QTensor) -> QuantLinear:
+    def from_linear(cls, linear: nn.Linear, weight: QTensor, activations: Activations | None = None) -> QuantLinear:
         """The quantized twin of `linear`: same bias (frozen, shared), `weight` instead of its weight."""
-        module = cls(weight.layout, bias=False, device="meta")
+        module = cls(weight.layout, bias=False, device="meta", activations=activations)
         for name, tensor in weight.tensors.items():
             setattr(module, name, _frozen(tensor.to(linear.weight.device)))
         if linear.bias is not None:
@@ -63,7 +76,16 @@ class QuantLinear(nn.Module):
         """`x` is `[..., in_features]`; returns `[..., out_features]` in the dtype of `x`, or of autocast."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y: Tensor = DequantizingMatmul.apply(x, self.layout, self.names, *(getattr(self, name) for name in self.names))
+        tensors = {name: getattr(self, name) for name in self.names}
+        y: Tensor
+        if self.activations is not None and in_integers(x, self.activations, self.layout):
+            y = integer_product(x, self.activations, cast(Affine, self.layout), tensors)
+        else:
+            read = x if self.activations is None else self.activations(x)
+            if self.small is not None and not torch.is_grad_enabled() and x.numel() <= FEW * self.in_features:
+                y = self.small(read)
+            else:
+                y = DequantizingMatmul.apply(read, self.layout, self.names, *tensors.values())
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @property
@@ -86,7 +108,7 @@ class QuantLinear(nn.Module):
         return self.qtensor.dequantize(dtype)
 
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
-        """A dense, frozen twin in `dtype`."""
+        """A dense, frozen twin in `dtype`. It does not round its input: its weight is of 16 bits again."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight = _frozen(self.dequantize(dtype))
         if self.bias is not None:
@@ -115,7 +137,8 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, layout={self.layout}"
+        rounded = f", activations={self.activations}" if self.activations is not None else ""
+        return f"in_features={self.in_features}, out_features={self.out_features}, layout={self.layout}{rounded}"
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

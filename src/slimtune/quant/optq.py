@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from slimtune.errors import RecipeError, ShapeError
-from slimtune.linalg.hessian import inverse_cholesky
-from slimtune.quant.base import QTensor, Stats
+from slimtune.linalg.hessian import aligned, inverse_cholesky
+from slimtune.quant.base import QTensor, Stats, check_share
 from slimtune.quant.refine import descend_, refit
 from slimtune.quant.rtn import AFFINE_BITS, GridKind, affine_qtensor, check_affine, fit_grid, group_width
 
@@ -43,10 +43,9 @@ class Optq:
         True
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
     widths: ClassVar[tuple[int, ...]] = AFFINE_BITS
 
-    bits: int = field(default=4, metadata={"help": "bits of a weight: 2, 3, 4 or 8"})
+    bits: int = field(default=4, metadata={"help": "bits of a weight: 2 to 6, or 8"})
     group_size: int = field(default=64, metadata={"help": "input features that share a scale; -1: a whole row"})
     sym: bool = field(default=False, metadata={"help": "symmetric grid without zero points"})
     grid: GridKind = field(default="mse", metadata={"help": "mse searches each group's range; minmax takes all of it"})
@@ -55,11 +54,15 @@ class Optq:
     refine: int | None = field(
         default=None, metadata={"help": "rounds of refitting; default: 4 at 2 bits, 2 at 3 bits, none above"}
     )
+    gptaq: float = field(
+        default=0.0, metadata={"help": "share of the drift of the inputs to make up for (GPTAQ: 0.25); a pass more"}
+    )
 
     def __post_init__(self) -> None:
         check_affine(self.bits, self.group_size)
         if not 0 < self.damp_percent < 1:
             raise RecipeError("damp_percent out of range", got=self.damp_percent, wanted="between 0 and 1")
+        check_share(self.gptaq)
         if self.refine is not None and self.refine < 0:
             raise RecipeError("refine out of range", got=self.refine, wanted="a number of rounds, or nothing")
 
@@ -68,12 +71,19 @@ class Optq:
         """Rounds of refinement."""
         return {2: 4, 3: 2}.get(self.bits, 0) if self.refine is None else self.refine
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """The Hessian of the inputs, and their drift from the dense model's where weights make up for it."""
+        return frozenset({"hessian", "drift"} if self.gptaq else {"hessian"})
+
     def __call__(self, weight: Tensor, stats: Stats) -> QTensor:
         """Quantize `weight` (float `[out, in]`) given `stats["hessian"]` (`[in, in]`). Float64 weights stay float64."""
         h = stats["hessian"]
         columns, rows = weight.shape[1], weight.shape[0]
         if tuple(h.shape) != (columns, columns):
             raise ShapeError("the Hessian does not fit the weight", got=list(h.shape), wanted=[columns, columns])
+        if self.gptaq:
+            weight = aligned(weight, h, stats["drift"], self.gptaq)
         size = group_width(self.group_size, columns)
         # Transposed, so that a column of the weight is one contiguous row.
         original = weight.T.to(torch.float64 if weight.dtype == torch.float64 else torch.float32).contiguous()
@@ -101,11 +111,7 @@ class Optq:
             for k, (group, pivot) in enumerate(zip(groups.tolist(), corner.diagonal().tolist(), strict=True)):
                 if order is None and (start + k) % size == 0:
                     fit(w[start + k : start + k + size], start + k)
-                s, z, error = scale[group], zero[group], errors[k]
-                q = torch.div(inside[k], s, out=codes[start + k]).add_(z).round_().clamp_(0, 2**self.bits - 1)
-                torch.sub(q, z, out=error).mul_(s)
-                torch.sub(inside[k], error, out=error).div_(pivot)
-                inside[k + 1 :].addr_(corner[k, k + 1 :], error, alpha=-1)
+                _round_column_(inside, corner, errors, codes[start + k], k, pivot, scale[group], zero[group], self.bits)
             w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         del upper, w
         if order is not None:
@@ -117,6 +123,47 @@ class Optq:
                 scale = refit(codes, original, h, scale, zero, size)
                 descend_(codes, original, h, scale, zero, size, 2**self.bits - 1)
         return affine_qtensor(codes.T, scale.T, zero.T, self.bits, size, self.sym)
+
+
+def codes_on_grid(
+    weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, group: Tensor, bits: int, damp_percent: float = 0.01
+) -> Tensor:
+    """Codes, whole floats `[out, in]`, of `weight` (`[out, in]`) on a grid that is there already: OPTQ in act-order.
+
+    `scale` and `zero` are `[out, groups]`, `group` (`[in]`) says which one a column has. `hessian` is `[in, in]`.
+    """
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    upper = inverse_cholesky(hessian[order.unsqueeze(1), order], damp_percent)[0].to(weight.dtype)
+    scales, zeros = (values.T.to(weight.dtype).contiguous() for values in (scale, zero))
+    w, groups = weight.T[order], group[order].tolist()
+    codes = torch.empty_like(w)
+    for start, stop in _spans(len(w), len(w)):
+        inside, corner = w[start:stop], upper[start:stop, start:stop]
+        errors = torch.empty_like(inside)
+        for k, pivot in enumerate(corner.diagonal().tolist()):
+            s, z = scales[groups[start + k]], zeros[groups[start + k]]
+            _round_column_(inside, corner, errors, codes[start + k], k, pivot, s, z, bits)
+        w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    return torch.empty_like(codes).index_copy_(0, order, codes).T
+
+
+def _round_column_(
+    inside: Tensor,
+    corner: Tensor,
+    errors: Tensor,
+    code: Tensor,
+    k: int,
+    pivot: float,
+    scale: Tensor,
+    zero: Tensor,
+    bits: int,
+) -> None:
+    """Round column `k` of a span (each a row of `inside`) into `code`, and correct the columns of the span after it."""
+    error = errors[k]
+    q = torch.div(inside[k], scale, out=code).add_(zero).round_().clamp_(0, 2**bits - 1)
+    torch.sub(q, zero, out=error).mul_(scale)
+    torch.sub(inside[k], error, out=error).div_(pivot)
+    inside[k + 1 :].addr_(corner[k, k + 1 :], error, alpha=-1)
 
 
 def _spans(columns: int, group: int) -> Iterator[tuple[int, int]]:

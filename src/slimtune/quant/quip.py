@@ -11,8 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from slimtune.linalg.hessian import aligned
 from slimtune.linalg.lattice import WIDTH, decode, encode
-from slimtune.quant.base import QTensor, Stats
+from slimtune.quant.base import QTensor, Stats, check_share
 from slimtune.quant.incoherent import BITS, check, quantize
 from slimtune.quant.rotated import Lattice
 
@@ -34,19 +35,29 @@ class Quip:
         True
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
     widths: ClassVar[tuple[int, ...]] = BITS
 
     bits: int = field(default=2, metadata={"help": "bits of a weight: 2, 3 or 4"})
     damp_percent: float = field(default=0.01, metadata={"help": "dampening, a fraction of the Hessian's mean diagonal"})
     sweeps: int = field(default=1, metadata={"help": "rounds in which every block is rounded again, given the others"})
     seed: int = field(default=0, metadata={"help": "of the random signs"})
+    gptaq: float = field(
+        default=0.0, metadata={"help": "share of the drift of the inputs to make up for (GPTAQ: 0.25); a pass more"}
+    )
 
     def __post_init__(self) -> None:
         check(self.bits, self.damp_percent, self.sweeps)
+        check_share(self.gptaq)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The Hessian of the inputs, and their drift from the dense model's where weights make up for it."""
+        return frozenset({"hessian", "drift"} if self.gptaq else {"hessian"})
 
     def __call__(self, weight: Tensor, stats: Stats) -> QTensor:
         """Quantize `weight` (float `[out, in]`) given `stats["hessian"]` (`[in, in]`). Float64 weights stay float64."""
+        if self.gptaq:
+            weight = aligned(weight, stats["hessian"], stats["drift"], self.gptaq)
         tensors = quantize(
             weight, stats, Points(self.bits), spread=SPREAD, damp=self.damp_percent, seed=self.seed, sweeps=self.sweeps
         )

@@ -15,7 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from slimtune.linalg import lattice, trellis
+from slimtune.kernels.dispatch import decode_lattice, decode_trellis
+from slimtune.linalg import lattice
 from slimtune.linalg.hadamard import transform
 
 TILE = 16
@@ -46,7 +47,7 @@ class Lattice:
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The weight, `dtype [out_features, in_features]`; computed in float32 at least, rounded once."""
         codes = tensors["codes"].view(self.out_features, -1, self.bits)
-        return _turned_back(lattice.decode(codes, _wide(dtype)).flatten(1), tensors, dtype)
+        return _turned_back(decode_lattice(codes, _wide(dtype)).flatten(1), tensors, dtype)
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Trellis:
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The weight, `dtype [out_features, in_features]`; computed in float32 at least, rounded once."""
         codes = tensors["codes"]
-        tiles = trellis.decode(codes.view(-1, 32 * self.bits), self.bits, _wide(dtype))
+        tiles = decode_trellis(codes.view(-1, 32 * self.bits), self.bits, _wide(dtype))
         rotated = tiles.view(len(codes), -1, TILE, TILE).transpose(1, 2).reshape(len(codes) * TILE, -1)
         return _turned_back(rotated, tensors, dtype)
 

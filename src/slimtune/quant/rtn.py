@@ -15,7 +15,7 @@ from slimtune.quant.grid import Grid, minmax_grid, mse_grid
 from slimtune.quant.layouts import Affine
 
 GridKind = Literal["mse", "minmax"]
-AFFINE_BITS = (2, 3, 4, 8)
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Rtn:
     needs: ClassVar[frozenset[str]] = frozenset()
     widths: ClassVar[tuple[int, ...]] = AFFINE_BITS
 
-    bits: int = field(default=4, metadata={"help": "bits of a weight: 2, 3, 4 or 8"})
+    bits: int = field(default=4, metadata={"help": "bits of a weight: 2 to 6, or 8"})
     group_size: int = field(default=64, metadata={"help": "input features that share a scale; -1: a whole row"})
     sym: bool = field(default=False, metadata={"help": "symmetric grid without zero points"})
     grid: GridKind = field(default="mse", metadata={"help": "mse searches each group's range; minmax takes all of it"})

@@ -16,10 +16,10 @@ SCALES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 """What the scales of a group can be stored in."""
 
 
-def check_scales(dtype: str) -> None:
-    """Raise `FormatError` unless `dtype` is one of `SCALES`."""
+def check_scales(dtype: str, name: str = "scale_dtype") -> None:
+    """Raise `FormatError` unless `dtype`, a field called `name`, is one of `SCALES`."""
     if dtype not in SCALES:
-        raise FormatError("unknown dtype of scales", where="scale_dtype", got=dtype, wanted=sorted(SCALES))
+        raise FormatError("unknown dtype of scales", where=name, got=dtype, wanted=sorted(SCALES))
 
 
 def one_rounding(dtype: torch.dtype, scale_dtype: str) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimtune.arch import bind
 from slimtune.calib.data import calibration_tokens
+from slimtune.calib.gradients import Batch, GradientSketch
 from slimtune.calib.rows import DataSource as DataSource
 from slimtune.calib.rows import read_rows
 from slimtune.errors import RecipeError
@@ -18,22 +19,27 @@ from slimtune.export import Manifest, Source
 from slimtune.export import export as write_export
 from slimtune.export.load import DTYPES, Loaded
 from slimtune.export.load import load as load_model
-from slimtune.lora.attach import add_lora as attach
+from slimtune.hub import round_cache_
 from slimtune.lora.attach import base_of
 from slimtune.lora.inits import residual
 from slimtune.lora.merge import merge as merge_adapter
 from slimtune.lora.options import LoraOptions
 from slimtune.prune.options import PruneOptions
-from slimtune.quant import QUANTIZERS
-from slimtune.quant.apply import QuantizeFacts, all_linear, quantize_
+from slimtune.quant.apply import QuantizeFacts, quantize_
 from slimtune.recipe.document import read_recipe
+from slimtune.recipe.gradients import attach_adapter, gradient_batches, gradients_of, wants_gradients
+from slimtune.recipe.merging import merge_low_bit
 from slimtune.recipe.plan import DEFAULT_SAMPLES, Plan
 from slimtune.recipe.plan import plan as make_plan
 from slimtune.recipe.pruning import prune_now
 from slimtune.recipe.run import run as run_recipe
-from slimtune.recipe.schema import Recipe, build, recipe_from, step_from
-from slimtune.recipe.steps import Session, examples_of, run_step
-from slimtune.train.data import Collator, padding_id
+from slimtune.recipe.schema import Quantize, Recipe, build, recipe_from, step_from
+from slimtune.recipe.steps import LEARNED_WINDOWS, Session, examples_of, run_step
+from slimtune.recipe.treatments import Treatments, check_patterns
+from slimtune.rotate.fuse import RotateFacts, rotate_
+from slimtune.rotate.online import attach_online_
+from slimtune.rotate.options import Rotation
+from slimtune.train.data import Collator, Example, padding_id
 from slimtune.train.loop import TrainFacts
 from slimtune.train.loop import finetune as train_model
 from slimtune.train.options import TrainOptions
@@ -45,6 +51,24 @@ def load(model: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTraine
     return loaded.model, loaded.tokenizer
 
 
+def rotate(
+    model: nn.Module,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration: DataSource | str | Tensor | None = None,
+    facts: Callable[[RotateFacts], None] = lambda _: None,
+    **options: Any,
+) -> nn.Module:
+    """`model` (changed in place) in another basis, with the same outputs; `options` are the fields of `rotate`.
+
+    `calibration`, as in `quantize`, is what a learned rotation learns from.
+    """
+    rotation = build(Rotation, options, "rotate")
+    tokens = _windows(calibration, tokenizer, LEARNED_WINDOWS, rotation.seed)
+    facts(rotate_(model, bind(base_of(model)), rotation, tokens=tokens))
+    return model
+
+
 def quantize(
     model: nn.Module,
     method: str = "optq",
@@ -52,6 +76,9 @@ def quantize(
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibration: DataSource | str | Tensor | None = None,
     ignore: Sequence[str] = (),
+    activations: Mapping[str, Any] | None = None,
+    layers: Mapping[str, Any] | None = None,
+    kv_cache: Mapping[str, Any] | None = None,
     seed: int = 0,
     residual_rank: int = 0,
     facts: Callable[[QuantizeFacts], None] = lambda _: None,
@@ -59,14 +86,22 @@ def quantize(
 ) -> nn.Module:
     """`model` (changed in place) with the linears of its blocks quantized by `method`, whose fields are `options`.
 
-    `calibration` is token windows `[samples, length]`, or a data source or file
-    (then `tokenizer` is needed). With a `residual_rank`, `add_lora(model, init="residual")` may follow, up to that `r`.
-    `facts` is called with what was done to each layer.
+    `activations`, as `{"bits": 8}`, rounds their inputs; `layers` has other fields for some of them, by name or
+    pattern: `{"*.layers.0.*": {"bits": 8}}`. `kv_cache`, as `{"bits": 8}`, rounds keys and values. `calibration` is
+    token windows `[samples, length]`, or a data source or file (then `tokenizer` is needed). With a
+    `residual_rank`, `add_lora(model, init="residual")` may follow, up to that `r`. `facts` is called with what was
+    done to each layer.
     """
-    quantizer = build(QUANTIZERS[method], options, method)
-    tokens = _windows(tokenizer, calibration, seed)
+    step = Quantize(method, tuple(ignore), dict(activations or {}), dict(layers or {}), dict(kv_cache or {}), options)
+    treatments, modelmap = Treatments(step, method), bind(model)
+    check_patterns(step, [port.name for port in modelmap.linears], method)
+    if step.kv_cache:
+        round_cache_(cast(PreTrainedModel, model), treatments.cache.bits)
+    tokens = _windows(calibration, tokenizer, DEFAULT_SAMPLES, seed)
     start = (lambda weight, base, stats: residual(weight, base, residual_rank, stats)) if residual_rank > 0 else None
-    facts(quantize_(model, bind(model), all_linear(quantizer, ignore), tokens=tokens, start=start))
+    rounds = treatments.rounds
+    facts(quantize_(model, modelmap, treatments.choose, activations=rounds, tokens=tokens, start=start))
+    attach_online_(model)
     return model
 
 
@@ -92,24 +127,55 @@ def prune(
             got=chosen.schedule,
             remedy="use a recipe, or one-shot",
         )
-    facts(prune_now(model, chosen, _windows(tokenizer, calibration, seed), seed=seed))
+    facts(prune_now(model, chosen, _windows(calibration, tokenizer, DEFAULT_SAMPLES, seed), seed=seed))
     return model
 
 
-def add_lora(model: nn.Module, *, seed: int = 0, base_name: str = "", **options: Any) -> nn.Module:
-    """`model` in a `PeftModel` with fresh factors; `options` are the fields of the recipe's `lora` step."""
+def add_lora(
+    model: nn.Module,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    train: DataSource | str | None = None,
+    tokens: Tensor | None = None,
+    gradients: GradientSketch | None = None,
+    seed: int = 0,
+    base_name: str = "",
+    facts: Callable[[dict[str, Any]], None] = lambda _: None,
+    **options: Any,
+) -> nn.Module:
+    """`model` in a `PeftModel` with fresh factors; `options` are the fields of the recipe's `lora` step.
+
+    Where factors start from gradients, those are of `train` (rows, for which `tokenizer` is needed), of `tokens`
+    `[samples, length]`, or of a sketch that was saved. `facts` is called with how each layer started.
+    """
     chosen = build(LoraOptions, options, "lora")
-    return attach(
-        model,
-        r=chosen.r,
-        lora_alpha=chosen.lora_alpha,
-        lora_dropout=chosen.lora_dropout,
-        target_modules=chosen.target_modules,
-        use_rslora=chosen.use_rslora,
-        init=chosen.init,
-        base_name=base_name,
-        seed=seed,
-    )
+    if wants_gradients(chosen) and gradients is None:
+        gradients = gradients_of(model, _batches(model, chosen, tokenizer, train, tokens, seed), chosen, seed=seed)
+    wrapped, found = attach_adapter(model, chosen, gradients, base_name=base_name, seed=seed)
+    facts(found)
+    return wrapped
+
+
+def _batches(
+    model: nn.Module,
+    chosen: LoraOptions,
+    tokenizer: PreTrainedTokenizerBase | None,
+    train: DataSource | str | None,
+    tokens: Tensor | None,
+    seed: int,
+) -> list[Batch]:
+    usual = TrainOptions()
+    if tokens is not None:
+        examples: Sequence[Example] = [Example(row, row) for row in tokens.tolist()]
+        return gradient_batches(examples, Collator(0), chosen, usual.per_device_train_batch_size, seed)
+    if train is None or tokenizer is None:
+        raise RecipeError(
+            "the adapter starts from gradients", got=chosen.init, remedy="pass train= and tokenizer=, or tokens="
+        )
+    source = _source(train)
+    examples = examples_of(model, tokenizer, source, usual)[0]
+    collator = Collator(padding_id(tokenizer))
+    return gradient_batches(examples, collator, chosen, usual.per_device_train_batch_size, seed, str(source))
 
 
 def finetune(
@@ -130,9 +196,26 @@ def finetune(
     return model
 
 
-def merge(model: nn.Module, dtype: str = "") -> nn.Module:
-    """The dense model with its adapter folded in. `model` is consumed."""
-    return merge_adapter(model, DTYPES[dtype] if dtype else None)
+def merge(
+    model: nn.Module,
+    dtype: str = "",
+    *,
+    keep_bits: bool = False,
+    calibration: Tensor | None = None,
+    tolerance: float = 0.05,
+    force: bool = False,
+    facts: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> nn.Module:
+    """The dense model with its adapter folded in, or where `keep_bits` the packed one. `model` is consumed.
+
+    With `keep_bits`, `calibration` is token windows `[samples, length]`; what is lost is refused above `tolerance`
+    unless `force`, and given to `facts`.
+    """
+    if not keep_bits:
+        return merge_adapter(model, DTYPES[dtype] if dtype else None)
+    merged, lost = merge_low_bit(model, calibration, tolerance=tolerance, force=force)
+    facts(lost)
+    return merged
 
 
 def evaluate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[dict[str, Any]]:
@@ -152,10 +235,11 @@ def export(
     *,
     name: str = "",
     dtype: str = "float32",
+    quantization: str = "",
 ) -> Manifest:
-    """Write `model` as `format` into the folder `output`, read it back and compare."""
+    """Write `model` as `format` into the folder `output`, read it back and compare; `quantization` is for `gguf`."""
     public = name or str(cast(Any, base_of(model)).name_or_path)
-    return write_export(Source(model, tokenizer, public, DTYPES[dtype]), format, Path(output))
+    return write_export(Source(model, tokenizer, public, DTYPES[dtype]), format, Path(output), quantization)
 
 
 def plan(recipe: Recipe | dict[str, Any] | str | Path, *, memory: int | None = None) -> Plan:
@@ -176,16 +260,16 @@ def run(
 
 
 def _windows(
-    tokenizer: PreTrainedTokenizerBase | None, calibration: DataSource | str | Tensor | None, seed: int
+    calibration: DataSource | str | Tensor | None, tokenizer: PreTrainedTokenizerBase | None, samples: int, seed: int
 ) -> Tensor | None:
-    """Calibration as token windows `[samples, length]`, where there is any."""
+    """Token windows of calibration data, or those that it is; `samples` where the source does not say how many."""
     if calibration is None or isinstance(calibration, Tensor):
         return calibration
     source = _source(calibration)
     if tokenizer is None:
         raise RecipeError("calibration text needs the model's tokenizer", remedy="pass tokenizer=")
-    samples = source.samples or DEFAULT_SAMPLES
-    return calibration_tokens(read_rows(source), tokenizer, samples, source.length, seed, str(source))
+    rows = read_rows(source)
+    return calibration_tokens(rows, tokenizer, source.samples or samples, source.length, seed, str(source))
 
 
 def _source(source: DataSource | str) -> DataSource:

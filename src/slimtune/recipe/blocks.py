@@ -13,6 +13,7 @@ from slimtune.arch import Block
 from slimtune.errors import FormatError
 from slimtune.files import whole_file
 from slimtune.linalg.lowrank import Factors
+from slimtune.quant.activation import activations_from_dict, activations_to_dict
 from slimtune.quant.apply import QuantizedLayer
 from slimtune.quant.base import QTensor
 from slimtune.quant.layouts import layout_from_dict, layout_to_dict
@@ -35,6 +36,7 @@ class FolderStore:
                 "shape": [layer.weight.layout.out_features, layer.weight.layout.in_features],
                 "error": layer.error,
             }
+            | ({"activations": activations_to_dict(layer.activations)} if layer.activations is not None else {})
             for layer in layers
         }
         tensors = {f"{layer.name}:{key}": t.cpu() for layer in layers for key, t in layer.weight.tensors.items()}
@@ -62,6 +64,7 @@ class FolderStore:
                     QTensor(tensors[name], layout_from_dict(f["layout"], *f["shape"])),
                     f["error"],
                     Factors(**tensors[name + START]) if name + START in tensors else None,
+                    activations_from_dict(f["activations"], name) if "activations" in f else None,
                 )
                 for name, f in facts.items()
             ]

@@ -70,9 +70,10 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         _anchor(facts["data"], key, path.parent)
     for step in _steps(facts):
         evaluate = _mapping(step.get("evaluate"))
-        texts, tasks = _mapping(evaluate.get("perplexity")), evaluate.get("tasks")
-        for key in texts:
-            _anchor(texts, key, path.parent)
+        tasks = evaluate.get("tasks")
+        for texts in (_mapping(evaluate.get("perplexity")), _mapping(evaluate.get("accuracy"))):
+            for key in texts:
+                _anchor(texts, key, path.parent)
         for number in range(len(tasks) if isinstance(tasks, list) else 0):
             _anchor(tasks, number, path.parent)
     return recipe_from(facts, name=path.stem)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from slimtune.errors import RecipeError
 from slimtune.lora.inits import INITS
-from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Step, Train
+from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,13 @@ class State:
 
     quantized: bool = False
     adapter: bool = False
+    rotated: bool = False
+    online: tuple[str, ...] = ()
     residual: bool = False  # whether it is known what quantization lost
     pruned: bool = False  # whether the adapter's base is no longer the original model
     ramp: bool = False  # whether the next train step prunes
+    rounded: bool = False  # whether linears round their inputs
+    cache: bool = False  # whether attention rounds keys and values
 
 
 def check_order(recipe: Recipe, start: State = State()) -> list[State]:
@@ -36,26 +40,54 @@ def check_order(recipe: Recipe, start: State = State()) -> list[State]:
 
 def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | None:
     match step:
+        case Rotate() if state.rotated:
+            return "the model is rotated already", "keep one rotate step: a second rotation adds nothing"
+        case Rotate() if state.quantized:
+            return "packed weights cannot be rotated", "put rotate before quantize"
+        case Rotate() if state.adapter:
+            return "a model with an adapter cannot be rotated", "put rotate before lora, or merge: {} before rotate"
         case Quantize() if state.quantized:
             return "the model is quantized already", "keep one quantize step, or merge: {} before the second"
         case Quantize() if state.adapter:
             return "a model with an adapter cannot be quantized", "put merge: {} before quantize, or quantize first"
         case Lora() if state.adapter:
             return "the model has an adapter already", "put merge: {} before the second lora step"
-        case Lora() if INITS[step.init].start is not None and not state.residual:
+        case Lora() if (INITS[step.init].start is not None or step.init_residual) and not state.residual:
             return "nothing is known of what quantization lost", "put a quantize step before it, in this recipe"
+        case Lora() if INITS[step.init].start is not None and step.init_residual:
+            return "this init gives back what quantization lost already", "leave out init_residual: true"
+        case Lora() if (INITS[step.init].gradient or step.ranks == "gradient") and recipe.data.train is None:
+            return "there is nothing to take gradients of", "add data: {train: {path: FILE}}"
         case Train() if recipe.data.train is None:
             return "there is nothing to train on", "add data: {train: {path: FILE}}"
         case Train() if state.quantized and not state.adapter:
             return "packed weights do not train", "put a lora step before train"
+        case Train() if step.fake_quant is not None and not state.adapter:
+            return "fake_quant rounds what an adapter trains", "put a lora step before train"
         case Merge() if not state.adapter:
             return "there is no adapter to merge", "put merge after lora and train"
+        case Merge(keep_bits=True) if not state.quantized:
+            return "there are no packed weights to merge into", "leave out keep_bits, or quantize before lora"
         case Export(format="peft") if not state.adapter:
             return "there is no adapter to export", "put export: {format: peft} after lora, before merge"
+        case Export(format="gguf-lora") if not state.adapter:
+            return "there is no adapter to export", "put export: {format: gguf-lora} after lora, before merge"
         case Export(format="compressed-tensors" | "gptq") if not state.quantized:
             return "there are no packed weights to export", "put a quantize step before, or export safetensors"
-        case Evaluate() if not (step.perplexity or step.tasks or step.speed):
-            return "evaluate has nothing to measure", "give it perplexity, tasks or speed: true"
+        case Export(format="safetensors" | "compressed-tensors" | "gptq" | "gguf" | "gguf-lora") if state.online:
+            return (
+                f"no other engine runs the online transform {', '.join(state.online)}: it would load another model",
+                "rotate with online: [], or keep the run's own model folder",
+            )
+        case Export(format="gptq" | "safetensors" | "compressed-tensors" | "gguf") if state.cache:
+            return "this format cannot say that the cache is rounded", "use the model folder"
+        case Export(format="gptq" | "safetensors" | "gguf") if state.rounded:
+            return (
+                "this format cannot say that inputs are rounded",
+                "export compressed-tensors, or use the model folder",
+            )
+        case Evaluate() if not (step.perplexity or step.accuracy or step.tasks or step.speed):
+            return "evaluate has nothing to measure", "give it perplexity, accuracy, tasks or speed: true"
     return None
 
 
@@ -64,6 +96,8 @@ def _pruning(step: Step, state: State, later: Sequence[Step]) -> tuple[str, str]
     if state.ramp and not isinstance(step, Train | Evaluate):
         return "the model is to be pruned by the next train step", "put train right after a prune step with a ramp"
     match step:
+        case Prune() if state.rotated:
+            return "heads and channels of a rotated model are mixtures", "put prune before rotate"
         case Prune() if step.importance.startswith("lora") and not state.adapter:
             return "this importance looks at an adapter's gradients", "put a lora step before prune"
         case Prune() if step.ramped and not state.adapter:
@@ -84,14 +118,19 @@ def _pruning(step: Step, state: State, later: Sequence[Step]) -> tuple[str, str]
 
 def _after(step: Step, state: State) -> State:
     match step:
+        case Rotate():
+            return replace(state, rotated=True, online=step.online)
         case Prune():
             return replace(state, ramp=step.ramped, pruned=state.pruned or not step.ramped)
         case Train():
             return replace(state, ramp=False, pruned=state.pruned or state.ramp)
         case Quantize():
-            return replace(state, quantized=True, residual=True)
+            rounded = bool(step.activations or any("activations" in fields for fields in step.layers.values()))
+            return replace(state, quantized=True, residual=True, rounded=rounded, cache=bool(step.kv_cache))
         case Lora():
             return replace(state, adapter=True)
+        case Merge(keep_bits=True):
+            return replace(state, adapter=False, residual=False)
         case Merge():
-            return State(pruned=state.pruned)
+            return replace(state, quantized=False, adapter=False, residual=False, rounded=False, cache=False)
     return state

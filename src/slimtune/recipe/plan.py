@@ -7,9 +7,10 @@ term by term; `docs/LOG.md` has the measurements behind its constants.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -19,23 +20,34 @@ from slimtune.calib.rows import FILES, DataSource, read_rows
 from slimtune.calib.stats import STATISTICS
 from slimtune.errors import RecipeError, nearest
 from slimtune.evaluate.inference import require_positions
-from slimtune.export import EXPORTERS, compressed_tensors, gptq
+from slimtune.export import EXPORTERS, compressed_tensors, exporter_of, gptq
+from slimtune.export.gguf_facts import Naming
 from slimtune.export.load import DTYPES, empty_model, model_config
+from slimtune.hub import METHOD
 from slimtune.kernels.precision import bfloat16_units
 from slimtune.lora.attach import resolve_targets
+from slimtune.lora.start import parts
 from slimtune.prune.collect import BATCH, GRADIENTS
 from slimtune.prune.surgery import prune_
-from slimtune.quant import QUANTIZERS, QTensor, Quantizer
-from slimtune.quant.apply import all_linear
+from slimtune.quant import QTensor, Quantizer
+from slimtune.quant.layouts import layout_from_dict
+from slimtune.recipe.gradients import wants_gradients
 from slimtune.recipe.legality import State, check_order
 from slimtune.recipe.pruning import importance_of, needs_data, pending, rehearse
-from slimtune.recipe.schema import Evaluate, Export, Lora, Prune, Quantize, Recipe, Step, Train, build, to_dict
+from slimtune.recipe.schema import Evaluate, Export, Lora, Prune, Quantize, Recipe, Rotate, Step, Train, to_dict
+from slimtune.recipe.treatments import Treatment, Treatments, check_patterns
+from slimtune.rotate.record import KEY
+from slimtune.train.loss import CHUNK
 
 RUNTIME_BYTES = 90_000_000
 """What the matrix libraries set up at the first product, beyond what the imports take (measured)."""
 
 ACTIVATIONS_PER_HIDDEN, ACTIVATIONS_PER_FFN = 19, 5
 """Floats a decoder block keeps for its backward pass per token: multiples of the hidden and of the FFN width."""
+
+DECODING = {"e8p": 16, "trellis": 20}
+"""Bytes a weight while a layer in this layout is decoded to bfloat16, the result among them (measured on
+8192 x 5504); twice the result in all others."""
 
 CALIBRATION_BATCH = 4
 """Windows that run through a block together."""
@@ -78,15 +90,6 @@ class Plan:
         }
 
 
-def quantizer_of(step: Quantize, where: str = "quantize") -> Quantizer:
-    """The method a quantize step asks for, with its fields. Raises `RecipeError` on an unknown name, key or value."""
-    if step.method not in QUANTIZERS:
-        raise RecipeError(
-            "unknown method", where=f"{where}.method", got=step.method, remedy=nearest(step.method, QUANTIZERS)
-        )
-    return build(QUANTIZERS[step.method], step.options, where)
-
-
 def calibration_source(recipe: Recipe) -> DataSource:
     """The text a quantizer looks at: `data.calibration`, or else the training data."""
     data = recipe.data
@@ -102,15 +105,18 @@ def resolve(recipe: Recipe) -> Recipe:
     steps: list[Step] = []
     for number, step in enumerate(recipe.steps):
         if isinstance(step, Quantize):
-            method = quantizer_of(step, f"steps[{number}].quantize")
-            options = {f.name: getattr(method, f.name) for f in fields(method)}  # type: ignore[arg-type]
-            if method.needs and recipe.data.calibration is None and recipe.data.train is None:
+            treatments = Treatments(step, f"steps[{number}].quantize")
+            if treatments.need_data and recipe.data.calibration is None and recipe.data.train is None:
                 raise RecipeError(
                     f"{step.method} needs calibration text",
                     where=f"steps[{number}].quantize",
                     remedy="add data: {calibration: {builtin: pydocs}} or a file, or use method: rtn",
                 )
-            step = replace(step, options=options)
+            rounding = treatments.default.activations
+            activations = asdict(rounding) if rounding is not None else step.activations
+            step = replace(step, options=treatments.default.options, activations=activations)
+        if isinstance(step, Rotate) and step.seed == -1:
+            step = replace(step, seed=recipe.seed)
         if isinstance(step, Prune):
             importance_of(step, f"steps[{number}].prune")
             if needs_data(step) and recipe.data.calibration is None and recipe.data.train is None:
@@ -127,6 +133,8 @@ def resolve(recipe: Recipe) -> Recipe:
                 got=step.format,
                 remedy=nearest(step.format, EXPORTERS),
             )
+        if isinstance(step, Export):
+            exporter_of(step.format, step.quantization)
         steps.append(step)
     return replace(recipe, steps=tuple(steps))
 
@@ -134,7 +142,7 @@ def resolve(recipe: Recipe) -> Recipe:
 def _check_data(recipe: Recipe) -> None:
     """Raise `CalibrationError` for a local file that is not there: now, and not hours into the run."""
     data = recipe.data
-    texts = [text for step in recipe.steps if isinstance(step, Evaluate) for text in step.perplexity.values()]
+    texts = [text for step in recipe.steps if isinstance(step, Evaluate) for text in step.sources]
     for source in filter(None, (data.train, data.eval, data.calibration, *texts)):
         kind = Path(source.path.removesuffix(".gz").removesuffix(".zst")).suffix.lower()
         hub = source.path.count("/") == 1 and kind not in FILES
@@ -151,10 +159,12 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
     """
     recipe = resolve(recipe)
     config = model_config(recipe.model)
-    states = check_order(recipe, State(quantized="quantization_config" in config.__dict__))
+    noted = config.__dict__.get(KEY, {})
+    start = State("quantization_config" in config.__dict__, rotated=bool(noted), online=tuple(noted.get("online", ())))
+    states = check_order(recipe, start)
     model = empty_model(config, DTYPES[recipe.dtype])
     modelmap = bind(model)
-    shape = whole = _Shape.of(model, modelmap, recipe)
+    shape = whole = replace(_Shape.of(model, modelmap, recipe), **_held(config, modelmap))
     baseline = psutil.Process().memory_info().rss + RUNTIME_BYTES
     steps = []
     for number, (step, state) in enumerate(zip(recipe.steps, states, strict=True)):
@@ -164,9 +174,12 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
         if isinstance(step, Lora):
             targets = resolve_targets(modelmap, model, step.target_modules)
             ports = [p for p in modelmap.ports if p.kind == "linear" and _named(p.name, targets)]
-            shape = replace(shape, adapter=sum(step.r * (p.in_features + p.out_features) for p in ports))
+            rank = step.r * parts(step.init, step.init_residual)
+            shape = replace(shape, adapter=sum(rank * (p.in_features + p.out_features) for p in ports))
         _check_fit(step, number, recipe, model, modelmap, where)
         held, flops = shape.demand(step, state, recipe)
+        if isinstance(step, Rotate) and shape.tied:  # the head becomes a weight of its own
+            shape = replace(shape, tied=False, parameters=shape.parameters + shape.vocabulary * shape.hidden)
         steps.append(StepPlan(step.name, baseline + held, flops))
         cut = step if isinstance(step, Prune) else pending(recipe.steps, number) if isinstance(step, Train) else None
         if cut is not None:
@@ -196,50 +209,94 @@ def _check_fit(step: Step, number: int, recipe: Recipe, model: Any, modelmap: Mo
             raise RecipeError(
                 "an encoder-decoder does not train on packed rows", where=where, remedy="leave out packing: true"
             )
+        case Export(format="gguf" | "gguf-lora"):
+            Naming(model).require_computed()
         case Quantize():
             _check_packable(step, recipe.steps[number + 1 :], modelmap, where)
 
 
 def _check_packable(step: Quantize, later: tuple[Step, ...], modelmap: ModelMap, where: str) -> None:
     """Packed formats hold affine weights without a shorter last group: say so before hours of work, not after."""
-    group = step.options.get("group_size", -1)
+    treatments = Treatments(step, where)
     packed = [s.format for s in later if isinstance(s, Export) and s.format in HOLDS]
     for kind in packed:
-        if fault := HOLDS[kind](_sample(quantizer_of(step, where), group).layout):
+        for treatment in treatments.all:
+            if fault := HOLDS[kind](_sample(treatment.method, _group(treatment)).layout):
+                raise RecipeError(
+                    f"{kind} cannot hold what this method makes",
+                    where=f"{where}.method",
+                    got=f"{step.method}: {fault}",
+                    remedy="use rtn or optq, or export safetensors",
+                )
+    for treatment in treatments.all if "compressed-tensors" in packed else ():
+        if fault := compressed_tensors.fault_of_rounding(treatment.activations):
             raise RecipeError(
-                f"{kind} cannot hold what this method makes",
-                where=f"{where}.method",
-                got=f"{step.method}: {fault}",
-                remedy="use rtn or optq, or export safetensors",
+                "compressed-tensors cannot say how inputs are rounded",
+                where=f"{where}.activations",
+                got=fault,
+                remedy="use activations: {bits: N} alone, or the model folder",
             )
-    ragged = [p.name for p in modelmap.linears if group > 0 and group < p.in_features and p.in_features % group]
+    groups = {p.name: _group(treatments.of(p.name)) for p in modelmap.linears}
+    ragged = [p for p in modelmap.linears if 0 < groups[p.name] < p.in_features and p.in_features % groups[p.name]]
     if packed and ragged:
+        names = ", ".join(p.name for p in ragged[:3])
         raise RecipeError(
             f"the group size does not divide every layer, which {packed[0]} needs",
             where=f"{where}.group_size",
-            got=f"{group}; {', '.join(ragged[:3])}{' ...' if len(ragged) > 3 else ''}",
+            got=f"{groups[ragged[0].name]}; {names}{' ...' if len(ragged) > 3 else ''}",
             remedy="use a group size that does, or -1 (whole rows), or export safetensors",
         )
 
 
 def _check_quantize(step: Quantize, modelmap: ModelMap, where: str) -> dict[str, Any]:
-    method = quantizer_of(step, where)
-    choose = all_linear(method, step.ignore)
-    ports = [port for port in modelmap.ports if not isinstance(choose(port), str)]
-    group = step.options.get("group_size", -1)
+    treatments = Treatments(step, where)
+    check_patterns(step, [port.name for port in modelmap.linears], where)
+    ports = {p: treatments.of(p.name) for p in modelmap.ports if not isinstance(treatments.choose(p), str)}
     if not ports:
         raise RecipeError("there is nothing left to quantize", where=f"{where}.ignore", got=list(step.ignore))
-    if group > 0 and all(port.in_features % group and group < port.in_features for port in ports):
+    groups = {port: _group(treatment) for port, treatment in ports.items()}
+    if all(0 < group < port.in_features and port.in_features % group for port, group in groups.items()):
         widths = sorted({port.in_features for port in ports})
         divisors = [g for g in (32, 64, 128, 256) if all(w % g == 0 for w in widths)]
         raise RecipeError(
             "the group size divides no layer's width",
             where=f"{where}.group_size",
-            got=group,
+            got=_group(treatments.default),
             wanted=f"a divisor of {', '.join(map(str, widths))}",
             remedy=f"use {' or '.join(map(str, divisors)) or '-1 (whole rows)'}",
         )
-    return {"bits": _stored_bits(method, step, group), "needs_data": bool(method.needs)}
+    sizes = {port: port.in_features * port.out_features for port in ports}
+    stored = {treatment: _stored_bits(treatment) for treatment in set(ports.values())}
+    bits = sum(stored[ports[port]] * size for port, size in sizes.items()) / sum(sizes.values())
+    tags = {_sample(treatment.method, _group(treatment)).layout.tag for treatment in stored}
+    decoding = max(DECODING.get(tag, 0) for tag in tags)
+    return {"bits": bits, "needs_data": treatments.need_data, "decoding": decoding}
+
+
+def _held(config: Any, modelmap: ModelMap) -> dict[str, Any]:
+    """What a folder that is quantized already says of its linears: all of it from its configuration."""
+    facts = config.__dict__.get("quantization_config")
+    facts = facts if isinstance(facts, Mapping) or facts is None else facts.to_dict()
+    if facts is None:
+        return {}
+    if facts.get("quant_method") != METHOD:
+        bits, group = facts.get("bits"), facts.get("group_size") or -1
+        return {"bits": bits + (24 / group if group > 0 else 0)} if isinstance(bits, int) else {}
+    size, decoding = 0.0, 0
+    packed = {name: group for group in facts["groups"] for name in group["modules"]}
+    for port in modelmap.linears:
+        if port.name not in packed:
+            size += 2 * port.in_features * port.out_features
+            continue
+        told = {key: value for key, value in packed[port.name].items() if key != "modules"}
+        layout = layout_from_dict(told, port.out_features, port.in_features)
+        size += sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.tensors().values())
+        decoding = max(decoding, DECODING.get(layout.tag, 0))
+    return {"bits": 8 * size / sum(p.in_features * p.out_features for p in modelmap.linears), "decoding": decoding}
+
+
+def _group(treatment: Treatment) -> int:
+    return int(treatment.options.get("group_size", -1))
 
 
 def _sample(method: Quantizer, group: int) -> QTensor:
@@ -248,16 +305,17 @@ def _sample(method: Quantizer, group: int) -> QTensor:
     stats = {}
     for name in method.needs:
         statistic = STATISTICS[name](width, torch.device("cpu"))
-        statistic.update(torch.eye(width))
+        statistic.update(torch.eye(width), torch.eye(width))
         stats[name] = statistic.result()
     return method(torch.zeros(32, width), stats)
 
 
-def _stored_bits(method: Quantizer, step: Quantize, group: int) -> float:
+def _stored_bits(treatment: Treatment) -> float:
+    method, options, group = treatment.method, treatment.options, _group(treatment)
     if not method.needs:  # what one row of it takes is quickly seen
         return method(torch.zeros(1, 4096), {}).bits_per_weight
-    per_group = (16 if step.options.get("sym") else 24) / group if group > 0 else 0
-    return float(step.options.get("bits", 16) + per_group)
+    per_group = (16 if options.get("sym") else 24) / group if group > 0 else 0
+    return float(options.get("bits", 16) + per_group)
 
 
 @dataclass(frozen=True)
@@ -275,12 +333,14 @@ class _Shape:
     dense_bytes: int  # per dense parameter
     tied: bool
     bits: float = 16
+    whole_logits: bool = False  # the loss of most models never holds more than a chunk of them
     needs_data: bool = False
+    decoding: int = 0  # bytes a weight of the layer that is decoded, where more than twice the result
     adapter: int = 0
 
     @classmethod
     def of(cls, model: torch.nn.Module, modelmap: ModelMap, recipe: Recipe) -> _Shape:
-        ports = modelmap.linears
+        ports, config = modelmap.linears, cast(Any, model).config
         return cls(
             hidden=modelmap.sizes[Space.RESIDUAL],
             ffn=max(max(p.in_features, p.out_features) for p in ports),
@@ -292,6 +352,7 @@ class _Shape:
             widest=max(p.in_features for p in ports),
             dense_bytes=DTYPES[recipe.dtype].itemsize,
             tied=any(p.tied_to is not None for p in modelmap.ports),
+            whole_logits=bool(config.is_encoder_decoder or getattr(config, "final_logit_softcapping", None)),
         )
 
     def after(self, smaller: _Shape) -> _Shape:
@@ -318,8 +379,19 @@ class _Shape:
                 work = self.resident(state.quantized) + 2 * logits + self._block(step.length, 4)
                 tokens = step.max_tokens if step.max_tokens > 0 else 0
                 return work + 4 * self.largest, 2 * self.parameters * tokens * len(step.perplexity)
+            case Lora() if wants_gradients(step):
+                later = (s for s in recipe.steps[recipe.steps.index(step) :] if isinstance(s, Train))
+                train = next(later, Train())
+                sums = 4 * 8 * self.adapter  # two sketches, each a few times as wide as the adapter
+                batch = replace(train, max_steps=max(1, step.init_passes * abs(step.init_tokens) // train.max_length))
+                held, flops = self._train(batch, State(state.quantized, adapter=True), recipe)
+                return held + sums, flops
             case Lora():
                 return self.resident(state.quantized), 0
+            case Rotate():
+                head = self.vocabulary * self.hidden * self.dense_bytes if self.tied else 0
+                probe = 3 * 128 * self.vocabulary * 8  # logits before and after, compared in float64
+                return self.resident(False) + head + max(24 * self.largest, probe), 0
         return self.resident(False) + 4 * self.largest, 0
 
     def _quantize(self, recipe: Recipe, *, whole: bool) -> tuple[int, int]:
@@ -361,10 +433,11 @@ class _Shape:
         kept = self._block(tokens, width) * (1 if step.gradient_checkpointing else self.blocks)
         if step.gradient_checkpointing:
             kept += self.blocks * tokens * self.hidden * width
-        logits = 3 * tokens * self.vocabulary * 4
+        rows = tokens if self.whole_logits else min(tokens, CHUNK)
+        logits = 3 * rows * self.vocabulary * 4
         optimizer = trained * (4 + 8)
-        workspace = 2 * self.largest * width if state.quantized else 0
         passes = (6 if step.gradient_checkpointing else 4) + 2 * step.distill
+        workspace = max(2 * width, self.decoding) * self.largest if state.quantized else 0
         flops = (
             max(step.max_steps, 1)
             * step.gradient_accumulation_steps

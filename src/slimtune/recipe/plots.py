@@ -86,20 +86,23 @@ def loss_plot(name: str, series: Sequence[Series], target: float | None = None) 
         return _svg(name, figure, "loss over training steps")
 
 
-def error_plot(name: str, errors: Mapping[str, float]) -> str | None:
-    """Relative error of each layer over its block, one series for each kind of layer, one panel for each stack.
+def layer_plot(
+    name: str, values: Mapping[str, float], what: str, title: str, limits: tuple[float, float] | None = None
+) -> str | None:
+    """A positive number of each layer over its block, one series for each kind of layer, one panel for each stack.
 
-    `errors` maps dotted layer names to errors; those without a block number or with an error that is not positive are
+    `values` maps dotted layer names to numbers; those without a block number or with a number that is not positive are
     left out, and None is returned where nothing remains. Where a block has several layers of a kind (experts) every one
-    is a marker and the line joins their means. `name` must be unique on the page.
+    is a marker and the line joins their means. `what` labels the axis, which covers `limits` where they are given.
+    `name` must be unique on the page.
     """
     from matplotlib.ticker import MaxNLocator
 
     stacks: dict[str, dict[str, dict[int, list[float]]]] = {}
-    for layer, error in errors.items():
-        if (at := place(layer)) and 0 < error < float("inf"):
+    for layer, value in values.items():
+        if (at := place(layer)) and 0 < value < float("inf"):
             kinds = stacks.setdefault(at.stack, {})
-            kinds.setdefault(at.kind, defaultdict(list))[at.block].append(error)
+            kinds.setdefault(at.kind, defaultdict(list))[at.block].append(value)
     if not stacks:
         return None
     with _figure(WIDTH, 3.4 * len(stacks)) as figure:
@@ -108,15 +111,37 @@ def error_plot(name: str, errors: Mapping[str, float]) -> str | None:
                 colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
                 order = sorted(blocks)
                 axes.plot(order, [sum(blocks[b]) / len(blocks[b]) for b in order], color=colour, linewidth=1.2)
-                points = [(b, error) for b in order for error in blocks[b]]
+                points = [(b, value) for b in order for value in blocks[b]]
                 axes.plot(*zip(*points, strict=True), marker, color=colour, markersize=4.5, label=_printable(kind))
             axes.set_yscale("log")
+            if limits is not None:
+                axes.set_ylim(*limits)
             _plain_log_ticks(axes)
             axes.set_xlabel(_printable(f"block of {stack}" if stack else "block"))
-            axes.set_ylabel("relative squared error")
+            axes.set_ylabel(what)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             _legend(axes)
-        return _svg(name, figure, "quantization error by block")
+        return _svg(name, figure, title)
+
+
+def error_plot(name: str, errors: Mapping[str, float]) -> str | None:
+    """Relative error of each layer over its block, as `layer_plot` draws it."""
+    return layer_plot(name, errors, "relative squared error", "quantization error by block")
+
+
+def magnitude_plot(name: str, before: Sequence[float], after: Sequence[float]) -> str:
+    """Magnitudes of the channels of one activation, before (faint) and after something was done to it."""
+    with _figure(WIDTH, 2.6) as figure:
+        axes = _axes(figure, 1)[0]
+        for values, label, alpha, colour in ((before, "before", 0.55, COLOURS[1]), (after, "after", 1.0, COLOURS[0])):
+            axes.fill_between(range(len(values)), values, alpha=alpha, color=colour, linewidth=0, label=label)
+        axes.set_yscale("log")
+        _plain_log_ticks(axes)
+        axes.set_xlabel("channel")
+        axes.set_xticks([])
+        axes.set_ylabel("largest magnitude")
+        _legend(axes)
+        return _svg(name, figure, "magnitudes of channels")
 
 
 def width_plot(name: str, widths: Mapping[str, Sequence[tuple[int, float]]]) -> str | None:

@@ -32,10 +32,28 @@ _PRUNED = {"axes?": [{"name": str, "kind": str, "units": int, "kept": int, "real
 _FACTS: dict[str, Any] = {
     "prune": _PRUNED,
     "quantize": {
-        "layers?": [{"name": str, "error?": float, "bits?": float}],
+        "layers?": [{"name": str, "error?": float, "bits?": float, "activations?": float}],
         "skipped?": [{"name": str, "reason": str}],
     },
+    "rotate": {
+        "layers?": [{"name": str, "kurtosis_before": float, "kurtosis_after": float, "peak_before": float}],
+        "channels?": {"name": str, "before": [float], "after": [float]},
+    },
     "train": {"sample?": str, "prune?": _PRUNED},
+    "lora": {
+        "layers?": [
+            {
+                "name": str,
+                "rank?": float,
+                "ratio?": float,
+                "energy?": float,
+                "overlap?": float,
+                "gradient_norm?": float,
+                "note?": str,
+            }
+        ],
+        "gradients?": {"tokens": int},
+    },
 }
 _WORDS = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
 

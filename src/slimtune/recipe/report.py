@@ -23,12 +23,13 @@ from rich.table import Table as Grille
 from rich.text import Text
 
 from slimtune.recipe.page import Cell, Grid, Page, Section, four_digits, label, number, versus_first, words, write_page
-from slimtune.recipe.plots import Series, error_plot, loss_plot, place, width_plot
+from slimtune.recipe.plots import Series, error_plot, layer_plot, loss_plot, magnitude_plot, place, width_plot
 from slimtune.recipe.record import Curve, Metric, Report, metrics, read_curves, read_report, report_path
+from slimtune.recipe.starts import starts_section
 
 __all__ = ["Comparison", "compare", "print_comparison", "read_report", "write_comparison_html", "write_html"]
 
-_DRAWN_ELSEWHERE = ("layers", "skipped", "sample", "axes", "requantized", "lost", "prune")
+_DRAWN_ELSEWHERE = ("layers", "skipped", "sample", "axes", "requantized", "lost", "prune", "channels", "ranks")
 
 # How the summary says what a step did: the verb, then what follows it for each setting or fact that is known.
 _DEEDS: dict[str, tuple[str, dict[str, str]]] = {
@@ -64,7 +65,9 @@ def write_html(run: Path) -> Path:
     named = [(step["step"], step["facts"], i) for i, step in enumerate(report["steps"])]
     sections = [
         _measured(report),
+        *(starts_section(i, facts) for step, facts, i in named if step == "lora"),
         *(_training(i, facts, curves.get(i, curves.get(None))) for step, facts, i in named if step == "train"),
+        *(_rotation(i, facts) for step, facts, i in named if step == "rotate"),
         *(_widths(i, pruned) for _, facts, i in named if (pruned := _pruned(facts))),
         *(_quantization(i, facts) for step, facts, i in named if step == "quantize"),
         _costs(report),
@@ -175,6 +178,32 @@ def _training(i: int, facts: dict[str, Any], curve: Curve | None) -> Section:
     return Section(f"Training (step {i + 1})", note.strip(), figure, text=facts.get("sample") or "")
 
 
+def _rotation(i: int, facts: dict[str, Any]) -> Section:
+    """What a rotation did to the inputs of linears: their kurtosis by block, and the channels of the worst of them."""
+    layers, channels = facts.get("layers") or [], facts.get("channels")
+    plots, shown = [], {}
+    for when in ("before", "after"):
+        shown[when] = {layer["name"]: float(layer[f"kurtosis_{when}"]) for layer in layers}
+    positive = [value for values in shown.values() for value in values.values() if 0 < value < math.inf]
+    limits = (0.8 * min(positive), 1.25 * max(positive)) if positive else None
+    for when, values in shown.items():
+        title = f"kurtosis of linear inputs {when} the rotation"
+        plots.append(layer_plot(f"kurtosis-{when}-{i}", values, f"kurtosis {when}", title, limits) or "")
+    note = (
+        "Kurtosis of the channels of a token, averaged over tokens, of the input of each linear: 3 for a Gaussian, and "
+        "the higher the more a few channels stand out. First before the rotation, then after it"
+    )
+    if channels:
+        plots.append(magnitude_plot(f"channels-{i}", channels["before"], channels["after"]))
+        note += f"; below, the largest magnitude of each channel of the input of {channels['name']}"
+    worst = sorted(layers, key=lambda layer: -float(layer["kurtosis_after"]))[:5]
+    keys = ("kurtosis_before", "kurtosis_after", "peak_before", "peak_after")
+    rows = [[Cell(layer["name"]), *(Cell(words(key, layer.get(key))) for key in keys)] for layer in worst]
+    head = ["highest kurtosis after", "before", "after", "largest channel / median before", "after"]
+    grids = [Grid(rows, head, numbers=True)] if rows else []
+    return Section(f"Activations and the rotation (step {i + 1})", f"{note}.", "".join(plots) or None, grids)
+
+
 def _pruned(facts: dict[str, Any]) -> dict[str, Any]:
     """What a step cut away: a prune step's own facts, or those of the ramp that a train step was."""
     found: dict[str, Any] = facts if facts.get("axes") else facts.get("prune") or {}
@@ -219,8 +248,11 @@ def _quantization(i: int, facts: dict[str, Any]) -> Section:
     known = ((layer["name"], layer["error"]) for layer in layers if layer.get("error") is not None)
     errors = {name: error for name, error in known if math.isfinite(error)}
     worst, most = sorted(errors, key=lambda name: -errors[name])[:5], max(errors.values(), default=0) or 1
-    bits = Counter(layer["bits"] for layer in layers if layer.get("bits") is not None)
-    counts = ", ".join(f"{count:,} at {number(width)} bits" for width, count in sorted(bits.items()))
+    bits = Counter((layer["bits"], layer.get("activations", 16)) for layer in layers if layer.get("bits") is not None)
+    counts = ", ".join(
+        f"{count:,} at {number(width)} bits" + (f" with inputs at {number(inputs)}" if inputs < 16 else "")
+        for (width, inputs), count in sorted(bits.items())
+    )
     note = (
         "The squared error of each layer's outputs relative to their square (of its weights, where the method used no "
     )

@@ -29,12 +29,12 @@ from slimtune.export.load import load, locate
 from slimtune.export.native import write_model
 from slimtune.files import whole_folder, write_json, write_text
 from slimtune.kernels.memory import PeakMemory
-from slimtune.lora.attach import base_of, has_adapter, load_adapter
+from slimtune.lora.attach import base_of, has_adapter, load_adapter, save_adapter
 from slimtune.recipe.document import write_recipe
 from slimtune.recipe.plan import Plan, plan
 from slimtune.recipe.pruning import RECORD, pending, read_record
 from slimtune.recipe.report import read_report, write_html
-from slimtune.recipe.schema import Evaluate, Lora, Merge, Prune, Quantize, Recipe, Step, Train, to_dict
+from slimtune.recipe.schema import Evaluate, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train, to_dict
 from slimtune.recipe.steps import Session, run_step, size_of
 
 Say = Callable[[str], None]
@@ -150,7 +150,7 @@ def _occupied(output: Path, held: str, text: str) -> RecipeError:
 
 def _empty(recipe: Recipe, output: Path) -> None:
     """Remove a run, its `recipe.yaml` aside: by that a folder half removed is still known as a run."""
-    texts = [text for step in recipe.steps if isinstance(step, Evaluate) for text in step.perplexity.values()]
+    texts = [text for step in recipe.steps if isinstance(step, Evaluate) for text in step.sources]
     sources = filter(None, (recipe.data.train, recipe.data.eval, recipe.data.calibration, *texts))
     for name in (recipe.model, *(source.path for source in sources if source.path)):
         if Path(name).expanduser().resolve().is_relative_to(output.resolve()):
@@ -198,7 +198,7 @@ def _changes_base(step: Step, recipe: Recipe, number: int) -> bool:
     if isinstance(step, Prune):
         return not step.ramped
     if not isinstance(step, Train):
-        return isinstance(step, Quantize | Merge)
+        return isinstance(step, Rotate | Quantize | Merge)
     if pending(recipe.steps, number) is not None:
         return True
     before = recipe.steps[:number]
@@ -214,8 +214,7 @@ def _keep(session: Session, step: Step, number: int, output: Path) -> None:
         _write_base(session, output / "checkpoints" / f"step-{number}-model")
     if has_adapter(session.model) and (changed or isinstance(step, Lora | Train)):
         with whole_folder(output / "checkpoints" / f"step-{number}-adapter") as partial:
-            cast(PeftModel, session.model).save_pretrained(str(partial), save_embedding_layers=False)
-            (partial / "README.md").unlink(missing_ok=True)
+            save_adapter(cast(PeftModel, session.model), partial)
 
 
 def _publish(recipe: Recipe, output: Path, number: int) -> None:

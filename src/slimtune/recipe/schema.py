@@ -2,7 +2,7 @@
 options.
 
 No torch is imported here. The fields of a quantizer are those of its own dataclass and are checked when the recipe is
-resolved, see `slimtune.recipe.plan.quantizer_of`.
+resolved, see `slimtune.recipe.treatments`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from slimtune.calib.rows import DataSource
 from slimtune.errors import RecipeError, SlimtuneError, nearest
-from slimtune.lora.options import LoraOptions
+from slimtune.lora.options import FakeQuant, LoraOptions
 from slimtune.prune.options import PruneOptions
+from slimtune.rotate.options import Rotation
 from slimtune.train.options import TrainOptions
 
 T = TypeVar("T")
@@ -33,13 +34,33 @@ class Data:
 
 @dataclass(frozen=True)
 class Quantize:
-    """Weights to few bits. Every other key is a field of the method (`slimtune list quantizers`)."""
+    """Weights to few bits, and the inputs of linears where `activations` says so. Every other key is a field of the
+    method (`slimtune list quantizers`)."""
 
     name: ClassVar[str] = "quantize"
 
     method: str = field(default="optq", metadata={"help": "a name from `slimtune list quantizers`"})
     ignore: tuple[str, ...] = field(default=(), metadata={"help": "layers to leave alone, * wildcards allowed"})
+    activations: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "how inputs are rounded, {bits: 8}; default: not at all"}
+    )
+    layers: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "other fields for some layers: {NAME: {bits: 8}}, * wildcards allowed"}
+    )
+    kv_cache: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "how keys and values are rounded, {bits: 8}; default: not at all"}
+    )
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "the method's own fields"})
+
+
+@dataclass(frozen=True)
+class Rotate(Rotation):
+    """A change of basis that leaves the outputs alone and spreads activations evenly."""
+
+    name: ClassVar[str] = "rotate"
+    least_seed: ClassVar[int] = -1
+
+    seed: int = field(default=-1, metadata={"help": "of the random signs or matrix; -1: the recipe's"})
 
 
 @dataclass(frozen=True)
@@ -65,11 +86,22 @@ class Train(TrainOptions):
 
 @dataclass(frozen=True)
 class Merge:
-    """The adapter folded into dense weights."""
+    """The adapter folded into dense weights, or into the packed ones where `keep_bits`."""
 
     name: ClassVar[str] = "merge"
 
     dtype: Literal["", "float32", "bfloat16", "float16"] = field(default="", metadata={"help": "default: the recipe's"})
+    keep_bits: bool = field(default=False, metadata={"help": "quantize the sums again, each as its layer was"})
+    tolerance: float = field(
+        default=0.05, metadata={"help": "keep_bits: the share by which perplexity on the calibration text may rise"}
+    )
+    force: bool = field(default=False, metadata={"help": "keep_bits: go on above the tolerance"})
+
+    def __post_init__(self) -> None:
+        if not self.tolerance >= 0:
+            raise RecipeError("tolerance out of range", got=self.tolerance, wanted="0 or more")
+        if self.keep_bits and self.dtype:
+            raise RecipeError("packed weights have no dtype", where="dtype", got=self.dtype, remedy="leave it out")
 
 
 @dataclass(frozen=True)
@@ -80,6 +112,9 @@ class Evaluate:
 
     perplexity: dict[str, DataSource] = field(
         default_factory=dict, metadata={"help": "a name for each text file, or {builtin: pydocs}"}
+    )
+    accuracy: dict[str, DataSource] = field(
+        default_factory=dict, metadata={"help": "a name for each file of prompts with one of a few replies"}
     )
     length: int = field(default=512, metadata={"help": "tokens of a perplexity window"})
     max_tokens: int = field(default=-1, metadata={"help": "tokens of a text to use; -1: all of it"})
@@ -97,6 +132,11 @@ class Evaluate:
         if self.limit != -1 and self.limit < 1:
             raise RecipeError("limit out of range", got=self.limit, wanted="at least 1, or -1")
 
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        """What is read to measure."""
+        return *self.perplexity.values(), *self.accuracy.values()
+
 
 @dataclass(frozen=True)
 class Export:
@@ -105,10 +145,13 @@ class Export:
     name: ClassVar[str] = "export"
 
     format: str = field(default="safetensors", metadata={"help": "a name from `slimtune list exporters`"})
+    quantization: str = field(default="", metadata={"help": "gguf: f32, f16 (default), bf16, q8_0, q4_0 or q4_1"})
 
 
-Step = Prune | Quantize | Lora | Train | Merge | Evaluate | Export
-STEPS: dict[str, type[Step]] = {step.name: step for step in (Prune, Quantize, Lora, Train, Merge, Evaluate, Export)}
+Step = Prune | Rotate | Quantize | Lora | Train | Merge | Evaluate | Export
+STEPS: dict[str, type[Step]] = {
+    step.name: step for step in (Prune, Rotate, Quantize, Lora, Train, Merge, Evaluate, Export)
+}
 """Every step by its key in a recipe."""
 
 
@@ -150,9 +193,11 @@ def step_from(name: str, facts: Mapping[str, Any], where: str) -> Step:
     if name not in STEPS:
         raise RecipeError("unknown step", where=where, got=name, remedy=nearest(name, STEPS))
     where = f"{where}.{name}" if where else name
-    texts = facts.get("perplexity") if name == Evaluate.name else None
-    if isinstance(texts, Mapping):
-        facts = {**facts, "perplexity": {k: _source(v, f"{where}.perplexity.{k}") for k, v in texts.items()}}
+    for key in ("perplexity", "accuracy") if name == Evaluate.name else ():
+        if isinstance(texts := facts.get(key), Mapping):
+            facts = {**facts, key: {k: _source(v, f"{where}.{key}.{k}") for k, v in texts.items()}}
+    if name == Train.name and facts.get("fake_quant") is not None:
+        facts = {**facts, "fake_quant": build(FakeQuant, facts["fake_quant"], f"{where}.fake_quant")}
     if name != Quantize.name:
         return build(STEPS[name], facts, where)
     own = {f.name for f in fields(Quantize)} - {"options"}
@@ -186,7 +231,9 @@ def to_dict(value: Any) -> Any:
     if isinstance(value, Recipe):
         return {f.name: to_dict(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Quantize):
-        return {value.name: {"method": value.method, **to_dict(value.options), "ignore": list(value.ignore)}}
+        extra = {"activations": to_dict(value.activations), "layers": to_dict(value.layers), "kv_cache": value.kv_cache}
+        facts = {"method": value.method, **to_dict(value.options), "ignore": list(value.ignore)}
+        return {value.name: facts | {key: values for key, values in extra.items() if values}}
     if isinstance(value, tuple(STEPS.values())):
         return {cast(Step, value).name: {f.name: to_dict(getattr(value, f.name)) for f in fields(cast(Step, value))}}
     if is_dataclass(value) and not isinstance(value, type):

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slimtune.arch import bind
 from slimtune.calib.formats import normalise, render_messages, uses_template
 from slimtune.errors import FormatError, RecipeError, nearest
-from slimtune.evaluate.generate import stream
-from slimtune.export import EXPORTERS, Manifest, Source, export
+from slimtune.evaluate.generate import GREEDY, Pace, Sampling, write_reply
+from slimtune.export import Manifest, Source, export, exporter_of
+from slimtune.export.gguf import ADAPTER_FILE, MODEL_FILE
 from slimtune.export.load import BUNDLED, Loaded, load
 from slimtune.lora.attach import load_adapter
 from slimtune.quant import QUANTIZERS
@@ -99,12 +98,14 @@ def evaluate_model(
     return {"model": model, "metrics": session.metrics}
 
 
-def export_model(source: str, format: str, output: Path, *, dtype: str = "", overwrite: bool = False) -> Manifest:
+def export_model(
+    source: str, format: str, output: Path, *, dtype: str = "", quantization: str = "", overwrite: bool = False
+) -> Manifest:
     """Export a model or a run's model and adapter."""
-    EXPORTERS[format]  # an unknown format is refused before anything is loaded
+    exporter_of(format, quantization)  # what is unknown is refused before anything is loaded
     _check_export_folder(source, output, overwrite)
     loaded, model = open_model(source, dtype=dtype)
-    return export(Source(model, loaded.tokenizer, loaded.name, loaded.model.dtype), format, output)
+    return export(Source(model, loaded.tokenizer, loaded.name, loaded.model.dtype), format, output, quantization)
 
 
 def _check_export_folder(source: str, output: Path, overwrite: bool) -> None:
@@ -112,7 +113,7 @@ def _check_export_folder(source: str, output: Path, overwrite: bool) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     ours = (output / "README.md").is_file() and any(
-        (output / name).is_file() for name in ("config.json", "adapter_config.json")
+        (output / name).is_file() for name in ("config.json", "adapter_config.json", MODEL_FILE, ADAPTER_FILE)
     )
     if not ours:
         raise RecipeError(
@@ -130,25 +131,27 @@ def generate_text(
     *,
     adapter: Path | None = None,
     max_new_tokens: int = 128,
+    raw: bool = False,
+    sampling: Sampling = GREEDY,
     dtype: str = "",
     write: Callable[[str], None],
-) -> float:
-    """Answer `prompt` greedily, piece by piece to `write`; returns tokens per second."""
+) -> Pace:
+    """Answer `prompt`, piece by piece to `write`; returns how long it took.
+
+    The prompt is put into the model's chat template where it has one, unless it is wanted `raw`: then it is continued
+    as it stands.
+    """
     loaded, opened = open_model(model, dtype=dtype, adapter=adapter)
     bind(opened)  # refuses what slimtune does not know, before generating
     [conversation] = normalise([{"prompt": prompt, "completion": ""}])
-    text = prompt
-    if uses_template(conversation, loaded.tokenizer):
-        text = render_messages([{"role": "user", "content": prompt}], loaded.tokenizer, open_reply=True)
-    tokens = loaded.tokenizer(text, return_tensors="pt", add_special_tokens=text == prompt)
-    start, count = time.perf_counter(), 0
-    with torch.no_grad():
-        for piece in stream(
-            cast(Any, opened), loaded.tokenizer, cast(Mapping[str, torch.Tensor], tokens), max_new_tokens
-        ):
-            write(piece)
-            count += 1
-    return count / max(time.perf_counter() - start, 1e-9)
+    chat = not raw and uses_template(conversation, loaded.tokenizer)
+    if chat:
+        prompt = render_messages([{"role": "user", "content": prompt}], loaded.tokenizer, open_reply=True)
+    tokens = loaded.tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
+    if tokens["input_ids"].shape[1] == 0:
+        raise RecipeError("there is nothing to continue", where="prompt", remedy="write at least one word")
+    inputs = cast(Mapping[str, Tensor], tokens)
+    return write_reply(cast(Any, opened), loaded.tokenizer, inputs, max_new_tokens, sampling, write)
 
 
 def _keys(step: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -12,28 +13,55 @@ from torch import Tensor, nn
 from slimtune.arch import bind
 from slimtune.calib.data import calibration_tokens, text_tokens
 from slimtune.calib.formats import normalise, render
+from slimtune.calib.gradients import GradientSketch
+from slimtune.calib.outliers import Outliers, outliers
 from slimtune.calib.rows import DataSource, is_text, read_rows, read_text
+from slimtune.evaluate.accuracy import accuracy
 from slimtune.evaluate.perplexity import perplexity
 from slimtune.evaluate.speed import speed
 from slimtune.evaluate.tasks import tasks
 from slimtune.export import Source, export
 from slimtune.export.load import DTYPES, Loaded, locate
-from slimtune.lora.attach import add_lora, base_of, plain
-from slimtune.lora.inits import INITS
+from slimtune.hub import round_cache_
+from slimtune.lora.attach import base_of, plain
+from slimtune.lora.inits import INITS, residual
 from slimtune.lora.merge import merge
 from slimtune.prune.options import PruneOptions
-from slimtune.quant.apply import Start, all_linear, quantize_
+from slimtune.quant.apply import Start, quantize_
 from slimtune.quant.linear import QuantLinear
 from slimtune.quant.size import Size, model_size
 from slimtune.recipe.blocks import FolderStore
-from slimtune.recipe.plan import CALIBRATION_BATCH, DEFAULT_SAMPLES, calibration_source, quantizer_of
+from slimtune.recipe.gradients import (
+    attach_adapter,
+    gradient_batches,
+    gradients_of,
+    wants_gradients,
+    wants_residual,
+)
+from slimtune.recipe.merging import merge_low_bit
+from slimtune.recipe.plan import CALIBRATION_BATCH, DEFAULT_SAMPLES, calibration_source
 from slimtune.recipe.pruning import needs_data, pending, prune_now, record
-from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Step, Train
+from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train
+from slimtune.recipe.treatments import Treatments
+from slimtune.rotate.fuse import rotate_
+from slimtune.rotate.online import attach_online_
+from slimtune.rotate.options import Rotation
 from slimtune.train.data import Collator, Example, pack, padding_id, tokenize, tokenize_seq2seq
 from slimtune.train.loop import finetune
 from slimtune.train.options import TrainOptions
 
 Facts = dict[str, Any]
+
+OUTLIER_WINDOWS = 4, 512
+"""Windows, and tokens in each at most, on which a rotate step looks at activations."""
+
+OUTLIER_ROWS = 4000
+"""Rows of the data, from the first on, that these windows are cut from."""
+
+LEARNED_WINDOWS = 16
+"""Windows from which a rotation is learned, at most."""
+
+WHEN = ("before", "after")
 
 
 @dataclass
@@ -62,6 +90,8 @@ class Session:
 def run_step(session: Session, step: Step, number: int) -> Facts:
     """Do one step; `session.model` is the result. Returns the facts for the report."""
     match step:
+        case Rotate():
+            return _rotate(session, step)
         case Prune():
             return _prune(session, step)
         case Quantize():
@@ -71,8 +101,7 @@ def run_step(session: Session, step: Step, number: int) -> Facts:
         case Train():
             return _train(session, step, number)
         case Merge():
-            session.model = merge(session.whole(), DTYPES[step.dtype or session.recipe.dtype])
-            return {"dtype": step.dtype or session.recipe.dtype}
+            return _merge(session, step)
         case Evaluate():
             return _evaluate(session, step, number)
         case Export():
@@ -84,16 +113,67 @@ def size_of(model: nn.Module) -> Size:
     return model_size(plain(model), frozenset(port.name for port in bind(model).linears))
 
 
+def _rotate(session: Session, step: Rotate) -> Facts:
+    model, data = session.whole(), session.recipe.data
+    modelmap = bind(model)
+    source = data.calibration or data.train or DataSource(builtin="pydocs")
+    length = within_positions(model, min(source.length, OUTLIER_WINDOWS[1]))
+    samples = OUTLIER_WINDOWS[0] + (LEARNED_WINDOWS if step.kind == "learned" else 0)
+    rows, tokenizer = read_rows(source)[:OUTLIER_ROWS], session.loaded.tokenizer
+    windows = calibration_tokens(rows, tokenizer, samples, length, session.recipe.seed, str(source))
+    tokens = windows[: OUTLIER_WINDOWS[0]]  # looked at, not learnt from, where there are others
+    rest = windows[OUTLIER_WINDOWS[0] :]
+    before = outliers(model, modelmap, tokens)
+    result = rotate_(model, modelmap, Rotation(**vars(step)), tokens=rest if len(rest) else tokens)
+    after = outliers(model, modelmap, tokens)
+    for part in ("residual", "values"):
+        session.say(f"  {part}: {getattr(result, part)}")
+    session.say(f"  logits differ by {result.logit_error:.1e}, relative to their size")
+    facts = outlier_facts(before, after)
+    session.say(f"  mean kurtosis of linear inputs {facts['kurtosis_before']:.3g} -> {facts['kurtosis_after']:.3g}")
+    return {**result.to_dict(), "windows": {"source": str(source), "samples": len(tokens), "length": length}, **facts}
+
+
+def outlier_facts(before: dict[str, Outliers], after: dict[str, Outliers]) -> Facts:
+    """What a change did to the inputs of all linears, and a picture of the one that was most uneven."""
+    layers: list[Facts] = [
+        {
+            "name": name,
+            "kurtosis_before": was.kurtosis,
+            "kurtosis_after": after[name].kurtosis,
+            "peak_before": was.peak,
+            "peak_after": after[name].peak,
+        }
+        for name, was in before.items()
+    ]
+    worst = max(before, key=lambda name: before[name].kurtosis)
+    return {
+        **{f"kurtosis_{when}": fmean(layer[f"kurtosis_{when}"] for layer in layers) for when in WHEN},
+        "layers": layers,
+        "channels": {
+            "name": worst,
+            "before": list(before[worst].channels),
+            "after": list(after[worst].channels),
+        },
+    }
+
+
 def _quantize(session: Session, step: Quantize, number: int) -> Facts:
-    method = quantizer_of(step)
+    treatments = Treatments(step)
     modelmap = bind(session.model)
     facts: Facts = {"method": step.method, **step.options}
-    tokens, source = _calibration(session) if method.needs else (None, {})
+    if step.activations:
+        facts["activations"] = step.activations
+    if step.kv_cache:
+        facts["kv_cache"] = step.kv_cache
+        round_cache_(session.loaded.model, treatments.cache.bits)
+    tokens, source = _calibration(session) if treatments.need_data else (None, {})
     place = session.place(f"step-{number}-blocks")
     result = quantize_(
         session.model,
         modelmap,
-        all_linear(method, step.ignore),
+        treatments.choose,
+        activations=treatments.rounds,
         tokens=tokens,
         batch_size=CALIBRATION_BATCH,
         materialise=session.loaded.materialise,
@@ -102,6 +182,7 @@ def _quantize(session: Session, step: Quantize, number: int) -> Facts:
         progress=_done(session, "block"),
     )
     session.loaded.materialise_()
+    attach_online_(session.model)
     return {**facts, **source, **result.to_dict()}
 
 
@@ -133,6 +214,18 @@ def _prune(session: Session, step: Prune) -> Facts:
     return facts
 
 
+def _merge(session: Session, step: Merge) -> Facts:
+    if not step.keep_bits:
+        session.model = merge(session.whole(), DTYPES[step.dtype or session.recipe.dtype])
+        return {"dtype": step.dtype or session.recipe.dtype}
+    data, model = session.recipe.data, session.whole()
+    tokens, source = _calibration(session) if data.calibration or data.train else (None, {})
+    session.model, facts = merge_low_bit(
+        model, tokens, tolerance=step.tolerance, force=step.force, progress=_done(session, "block")
+    )
+    return {"keep_bits": True, "tolerance": step.tolerance, **source, **facts}
+
+
 def _record(session: Session, facts: Facts) -> None:
     """Note what was cut, and say it."""
     folder = locate(session.recipe.model)[0] if session.pruning is None else None
@@ -156,10 +249,9 @@ def _done(session: Session, what: str) -> Callable[[int, int], None]:
 def _start(later: Sequence[Step]) -> Start | None:
     """How the adapter that comes next starts, where that is found while quantizing."""
     lora = next((step for step in later if isinstance(step, Lora)), None)
-    start = INITS[lora.init].start if lora is not None else None
-    if lora is None or start is None:
+    if lora is None or not wants_residual(lora):
         return None
-    rank = lora.r
+    start, rank = INITS[lora.init].start or residual, lora.r
     return lambda weight, base, stats: start(weight, base, rank, stats)
 
 
@@ -174,18 +266,11 @@ def _recall_starts_(session: Session, number: int) -> None:
 
 
 def _lora(session: Session, step: Lora, number: int) -> Facts:
-    if INITS[step.init].start is not None and session.resume:
+    if wants_residual(step) and session.resume:
         _recall_starts_(session, number)
-    model = add_lora(
-        session.whole(),
-        r=step.r,
-        lora_alpha=step.lora_alpha,
-        lora_dropout=step.lora_dropout,
-        target_modules=step.target_modules,
-        use_rslora=step.use_rslora,
-        init=step.init,
-        base_name=session.loaded.name,
-        seed=session.recipe.seed,
+    gradients = _gradients(session, step, number) if wants_gradients(step) else None
+    model, facts = attach_adapter(
+        session.whole(), step, gradients, base_name=session.loaded.name, seed=session.recipe.seed
     )
     session.model = model
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -197,7 +282,29 @@ def _lora(session: Session, step: Lora, number: int) -> Facts:
         "lora_alpha": step.lora_alpha,
         "targets": targets,
         "trainable_parameters": trainable,
+        **facts,
     }
+
+
+def _gradients(session: Session, step: Lora, number: int) -> GradientSketch:
+    """Of the training data, as the train step that comes next will see it."""
+    data, model = session.recipe.data, session.whole()
+    assert data.train is not None, "the plan has checked it"
+    later = session.recipe.steps[number + 1 :]
+    options: TrainOptions = next((s for s in later if isinstance(s, Train)), TrainOptions())
+    tokenizer = session.loaded.tokenizer
+    examples, _ = examples_of(model, tokenizer, data.train, options)
+    batches = gradient_batches(
+        examples,
+        Collator(padding_id(tokenizer)),
+        step,
+        options.per_device_train_batch_size,
+        session.recipe.seed,
+        str(data.train),
+    )
+    session.say(f"  gradients of {len(batches)} batches of {data.train}")
+    seed, checkpointing = session.recipe.seed, options.gradient_checkpointing
+    return gradients_of(model, batches, step, seed=seed, checkpointing=checkpointing)
 
 
 def _train(session: Session, step: Train, number: int) -> Facts:
@@ -273,6 +380,11 @@ def _evaluate(session: Session, step: Evaluate, number: int) -> Facts:
         found.append(
             {"name": f"{name}_perplexity", "value": result.value, "tokens": result.tokens, "length": result.length}
         )
+    for name, source in step.accuracy.items():
+        rows = read_rows(source)[: source.samples][: step.limit if step.limit > 0 else None]
+        scored = accuracy(model, session.loaded.tokenizer, normalise(rows, where=str(source)), where=str(source))
+        found.append({"name": f"{name}_accuracy", "value": scored.value, "samples": scored.samples})
+        found.append({"name": f"{name}_majority", "value": scored.majority, "samples": scored.samples})
     if step.tasks:
         limit = step.limit if step.limit > 0 else None
         for item in tasks(model, session.loaded.tokenizer, step.tasks, limit=limit):
@@ -312,6 +424,7 @@ def _export(session: Session, step: Export) -> Facts:
     model = session.whole()
     dtype = cast(Any, base_of(model)).dtype  # the recipe's, or the last merge's
     source = Source(model, session.loaded.tokenizer, session.loaded.name, dtype)
-    manifest = export(source, step.format, session.folder / "export" / step.format)
+    place = f"export/{'-'.join(filter(None, (step.format, step.quantization)))}"
+    manifest = export(source, step.format, session.folder / place, step.quantization)
     session.say(f"  {manifest.path}: {manifest.bytes / 1e6:,.1f} MB, read back and compared")
-    return manifest.to_dict() | {"path": f"export/{step.format}"}
+    return manifest.to_dict() | {"path": place}

@@ -18,6 +18,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 
 from slimtune.errors import RecipeError
 from slimtune.lora.attach import base_of
+from slimtune.lora.rounded import Switch, rounded_lora
 from slimtune.prune.options import PruneOptions
 from slimtune.prune.surgery import PruneFacts
 from slimtune.train.callbacks import Progress, StepLog
@@ -25,6 +26,7 @@ from slimtune.train.checkpoint import CheckpointingTrainer, last_checkpoint
 from slimtune.train.data import Collator, Example
 from slimtune.train.distill import distilled_loss, require_plain_head, unpruned
 from slimtune.train.loss import chunked_loss
+from slimtune.train.optimizers import own_optimizer
 from slimtune.train.options import TrainOptions
 from slimtune.train.pruning import Ramp
 
@@ -98,6 +100,18 @@ class _HeldOut(TrainerCallback):
             self._lines.write({"step": state.global_step, "eval_loss": self._measure()})
 
 
+class _WarmUp(TrainerCallback):
+    """Lets rounding wait for so many steps."""
+
+    def __init__(self, switch: Switch, steps: int) -> None:
+        self._switch, self._steps = switch, steps
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._switch.on = state.global_step >= self._steps
+
+
 def finetune(
     model: nn.Module,
     examples: Sequence[Example],
@@ -136,7 +150,8 @@ def finetune(
         raise RecipeError("nothing in the model is trainable", remedy="put a lora step before train")
     if options.distill:
         require_plain_head(base_of(model))
-    with tempfile.TemporaryDirectory() as scratch, _without_cache(model):
+    rounding = nullcontext() if options.fake_quant is None else rounded_lora(model, options.fake_quant)
+    with tempfile.TemporaryDirectory() as scratch, _without_cache(model), _same_flags(model), rounding as switch:
         folder = checkpoints or Path(scratch)
         start = last_checkpoint(folder) if resume else None
         lines = StepLog(log or Path(scratch) / "log.jsonl", number, progress)
@@ -146,6 +161,8 @@ def finetune(
         ramp = Ramp(model, prune, last=options.distill, seed=seed) if prune is not None else None
         if ramp is not None:
             trainer.prune_along(ramp, options.distill)
+        if switch is not None and options.fake_quant is not None:
+            trainer.add_callback(_WarmUp(switch, options.fake_quant.warmup_steps))
         lines.resume_at(int(start.name.rsplit("-", 1)[1]) if start else -1)
         measure = partial(_measured, ramp, model, held_out, collator, options.per_device_train_batch_size)
         if held_out and 0 not in lines.eval_losses:
@@ -186,6 +203,17 @@ def _measured(ramp: Ramp | None, *arguments: Any) -> float:
     """The held-out loss, unseen by a ramp."""
     with nullcontext() if ramp is None else ramp.deaf():
         return heldout_loss(*arguments)
+
+
+@contextmanager
+def _same_flags(model: nn.Module) -> Iterator[None]:
+    """What requires a gradient before the block does so after it: an optimizer may freeze factors for its own time."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 @contextmanager
@@ -231,6 +259,7 @@ def _trainer(
     *,
     save: bool,
 ) -> _CountingTrainer:
+    optimizer = own_optimizer(model, options)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=options.max_steps,
@@ -242,7 +271,7 @@ def _trainer(
         warmup_steps=options.warmup_ratio,  # transformers >= 5: a fraction below 1 is a ratio
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
-        optim=options.optim,
+        optim=options.optim if optimizer is None else "adamw_torch",
         bf16=options.bf16,
         activation_checkpointing=options.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
@@ -265,6 +294,7 @@ def _trainer(
         args=arguments,
         train_dataset=cast(Any, _Examples(examples)),
         data_collator=cast(Any, collator),
+        optimizers=(optimizer, None),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -19,6 +19,10 @@ from torch.nn.functional import log_softmax, pad
 CHUNK = 256
 """Tokens whose logits are held at once."""
 
+CACHED = 8
+"""Tokens whose probabilities a CPU works on at once: few enough to stay in its cache. Measured on one core, 1,020
+tokens of 49,152 words, 576 features: 277 ms where whole chunks take 433, and the products alone 201."""
+
 
 class _HeadCrossEntropy(torch.autograd.Function):
     """Sum of `-log softmax(hidden Wᵀ + b)[label]`; gradients to everything but the labels."""
@@ -35,14 +39,16 @@ class _HeadCrossEntropy(torch.autograd.Function):
             logits = hidden[rows] @ weight.T
             if bias is not None:
                 logits += bias
-            log_p = log_softmax(logits, -1, dtype=wide)
-            del logits
-            label = labels[rows].unsqueeze(1)
-            total = total - log_p.gather(1, label).sum()
+            at = CACHED if hidden.device.type == "cpu" else CHUNK
+            for some, label in zip(logits.split(at), labels[rows].unsqueeze(1).split(at), strict=True):
+                log_p = log_softmax(some.to(wide), -1)
+                total = total - log_p.gather(1, label).sum()
+                if any(ctx.needs_input_grad):  # that of the sum: softmax minus one at the label
+                    one = torch.full_like(label, -1, dtype=wide)
+                    some.copy_(log_p.exp_().scatter_add_(1, label, one))
             if not any(ctx.needs_input_grad):
                 continue
-            # The gradient of the sum: softmax minus one at the label.
-            grad = log_p.exp_().scatter_add_(1, label, torch.full_like(label, -1, dtype=log_p.dtype)).to(hidden.dtype)
+            grad = logits
             if to_hidden is not None:
                 torch.mm(grad, weight, out=to_hidden[rows])
             if to_weight is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from slimtune.errors import RecipeError
+from slimtune.lora.options import FakeQuant
 
 Scheduler = Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "inverse_sqrt"]
 
@@ -25,13 +26,18 @@ class TrainOptions:
     warmup_ratio: float = field(default=0.03, metadata={"help": "fraction of the steps that warm up"})
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW weight decay"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradient clipping; 0: none"})
-    optim: str = field(default="adamw_torch", metadata={"help": "a transformers optimizer name"})
+    optim: str = field(
+        default="adamw_torch", metadata={"help": "lora-plus, lora-fa, riemannian, or a transformers name"}
+    )
     max_length: int = field(default=512, metadata={"help": "tokens of an example at most"})
     packing: bool = field(default=False, metadata={"help": "several examples in a row, kept apart in attention"})
     completion_only_loss: bool = field(default=True, metadata={"help": "learn the answers, not the prompts"})
     distill: bool = field(default=False, metadata={"help": "learn from the model before it is pruned, not from labels"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations: less memory, slower"})
     bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast"})
+    fake_quant: FakeQuant | None = field(
+        default=None, metadata={"help": "train the adapter as rounded: {weights: 4, activations: 4, warmup_steps: 20}"}
+    )
     logging_steps: int = field(default=5, metadata={"help": "steps between log lines"})
     eval_steps: int = field(default=0, metadata={"help": "steps between held-out losses; 0: before and after only"})
     save_steps: int = field(default=50, metadata={"help": "steps between checkpoints for --resume"})

@@ -1,0 +1,92 @@
+"""What low bits cost after fine-tuning: the same LoRA run on the base that every quantizer left behind.
+
+Takes the folders of weights that `quantize_smollm2.py --work DIR` wrote (each quantizer's result, decoded), trains the
+same adapter on each with the same rows, and scores held-out rows before and after. Training on decoded weights and on
+packed ones is the same arithmetic (tests/unit/test_fused.py); only speed and memory differ, which `train_step.py`
+measures. `nf4` stands for QLoRA's base: its weights are those of bitsandbytes (docs/LOG.md).
+
+    python benchmarks/finetune_smollm2.py --rows alpaca.jsonl.gz --name alpaca --work DIR [--arms NAME ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slimtune.calib.formats import normalise
+from slimtune.calib.rows import DataSource, read_rows
+from slimtune.export.load import load
+from slimtune.lora.attach import add_lora
+from slimtune.recipe.run import environment
+from slimtune.train.data import Collator, padding_id, tokenize
+from slimtune.train.loop import finetune
+from slimtune.train.options import TrainOptions
+
+RESULTS = Path(__file__).parent / "results"
+ARMS = (
+    "16bit", "slimtune-nf4-b4-g64", "gptqmodel-mse-b4-g64", "gptqmodel-mse-b3-g64", "gptqmodel-mse-b2-g64",
+    "hqq-axis-0-b4-g64", "hqq-axis-0-b3-g64", "slimtune-optq-b4-g64", "slimtune-optq-b3-g64", "slimtune-quip-b3-g64",
+    "slimtune-optq-b2-g64", "slimtune-quip-b2-g64", "slimtune-trellis-b2-g64", "slimtune-trellis-b3-g64",
+)  # fmt: skip
+
+
+def arm(folder: str, rows: list[Any], arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Train on the base in `folder`; its losses."""
+    loaded = load(folder, dtype="bfloat16")
+    conversations = normalise(rows, where="rows")
+    examples, _ = tokenize(conversations, loaded.tokenizer, arguments.length, completion_only_loss=True, where="rows")
+    held_out, examples = examples[: arguments.held_out], examples[arguments.held_out :]
+    model = add_lora(loaded.model, r=16, lora_alpha=32, seed=seed)
+    options = TrainOptions(
+        max_steps=arguments.steps,
+        per_device_train_batch_size=4,
+        learning_rate=arguments.learning_rate,
+        max_length=arguments.length,
+    )
+    result = finetune(model, examples, Collator(padding_id(loaded.tokenizer)), options, held_out=held_out, seed=seed)
+    facts = result.to_dict()
+    return {key: facts[key] for key in ("eval_loss_before", "eval_loss_after", "steps", "tokens")}
+
+
+def main() -> None:
+    """Parse the command line, train every arm that has a folder, and write the JSON result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--rows", required=True)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--held-out", type=int, default=96)
+    parser.add_argument("--seeds", type=int, default=1)
+    arguments = parser.parse_args()
+    rows = list(read_rows(DataSource(path=arguments.rows))[: arguments.held_out + 4 * arguments.steps])
+    settings = {key: getattr(arguments, key) for key in ("steps", "length", "learning_rate", "held_out")}
+    found = []
+    for name in arguments.arms:
+        folder = arguments.model if name == "16bit" else str(arguments.work / name)
+        if name != "16bit" and not (arguments.work / name / "result.json").is_file():
+            print(f"left out: {name} (no folder)")
+            continue
+        for seed in range(arguments.seeds):
+            kept = arguments.work / f"{name}.{arguments.name}.{arguments.steps}.{seed}.json"
+            if not kept.is_file():
+                kept.write_text(json.dumps(arm(folder, rows, arguments, seed)))
+            facts = json.loads(kept.read_text())
+            found.append({"arm": name, "seed": seed, **facts})
+            print(f"{name:28} {facts['eval_loss_before']:.4f} -> {facts['eval_loss_after']:.4f}", flush=True)
+    head = {"environment": environment(), "model": Path(arguments.model).name, "data": Path(arguments.rows).name}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"finetune_smollm2_{arguments.name}.json").write_text(
+        json.dumps({**head, "threads": torch.get_num_threads(), **settings, "rows": found}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

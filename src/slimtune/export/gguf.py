@@ -1,0 +1,231 @@
+"""One file for llama.cpp and everything made of it: the merged model, or the adapter alone.
+
+Linears that are packed and have no adapter keep their weights to the last bit where a type of ggml can say them
+(`slimtune.export.ggml`), whatever type is asked for the others.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
+
+import gguf
+import torch
+from gguf import GGUFReader, GGUFWriter
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from slimtune.errors import FormatError, RecipeError
+from slimtune.export.base import Source, Written, own_state
+from slimtune.export.ggml import BLOCK, Array, decode, encode, packed, slack
+from slimtune.export.gguf_facts import ROPE_FREQUENCIES, Naming, add_facts, rope_frequencies
+from slimtune.export.gguf_file import read_header
+from slimtune.export.gguf_vocab import add_vocabulary
+from slimtune.export.load import empty_model
+from slimtune.export.safetensors import merged_weight
+from slimtune.lora.attach import base_of, has_adapter, plain
+from slimtune.quant.blackbox import FROZEN
+from slimtune.quant.linear import QuantLinear
+
+MODEL_FILE, ADAPTER_FILE = "model.gguf", "adapter.gguf"
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "BF16": 32}
+"""How GGUF counts the commonest type of a file."""
+
+
+@dataclass(frozen=True)
+class GgufExporter:
+    """`model.gguf`: merged weights, configuration and tokenizer in one file."""
+
+    loads_in: ClassVar[str] = (
+        "A GGUF file made from `{name}`: weights, configuration and tokenizer.\n\n"
+        "- llama.cpp: `llama-cli -m model.gguf`, `llama-server -m model.gguf`\n"
+        "- llama-cpp-python: `Llama('model.gguf')`\n"
+        "- Ollama: `ollama create mine -f Modelfile`, with the line `FROM ./model.gguf` in `Modelfile`\n"
+        "- LM Studio, koboldcpp, and others built on llama.cpp: open the file\n"
+        "- transformers: `AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file='model.gguf')`; weights are decoded\n"
+    )
+
+    quantization: Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"] = field(
+        default="f16", metadata={"help": "type of the weights that are not packed already"}
+    )
+
+    def write(self, source: Source, folder: Path) -> Written:
+        """Write one tensor after the other; `source.model` is not changed."""
+        naming = Naming(source.model)
+        kinds: Counter[str] = Counter()
+        with _writer(folder / MODEL_FILE, naming, source, "model") as writer:
+            add_facts(writer, naming)
+            add_vocabulary(writer, source.tokenizer, naming.config.vocab_size, _stops(source.model))
+            for tensor, value, layer in _weights(source.model):
+                kind, data = self._stored(naming, tensor, value, layer)
+                writer.add_tensor(naming.name(tensor), data, raw_dtype=gguf.GGMLQuantizationType[kind])
+                kinds[kind] += 1
+            if (frequencies := rope_frequencies(naming.config)) is not None:
+                writer.add_tensor(ROPE_FREQUENCIES, frequencies.numpy())
+            writer.add_file_type(FILE_TYPES[max(kinds, key=lambda kind: (kind != "F32", kinds[kind]))])
+        exact = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+        return Written({"quantization": self.quantization, "types": dict(kinds)}, exact.get(self.quantization))
+
+    def read_back(self, source: Source, folder: Path) -> nn.Module:
+        """The model in `model.gguf`. Raises `FormatError` where a weight is not what rounding to its type explains.
+
+        llama.cpp itself is not asked: `benchmarks/peers/llama_cpp_reads_slimtune.py` does that.
+        """
+        naming = Naming(source.model)
+        read = _tensors(folder / MODEL_FILE)
+        state: dict[str, Tensor] = {}
+        for tensor, value, _ in _weights(source.model):
+            kind, data = read[naming.name(tensor)]
+            state[tensor] = naming.restored(tensor, decode(data, kind).reshape(value.shape))
+            wanted = naming.restored(tensor, naming.stored(tensor, value))
+            if not bool(((state[tensor] - wanted).abs() <= slack(wanted, kind)).all()):
+                raise FormatError("an exported weight does not read back", where=tensor, got=kind)
+        config = naming.config.__class__.from_dict(
+            {key: value for key, value in naming.config.to_dict().items() if key != "quantization_config"}
+        )
+        model = empty_model(config)
+        model.load_state_dict(state, strict=False, assign=True)
+        model.tie_weights()
+        return model.eval()
+
+    def restore_(self, source: Source) -> None:
+        """Nothing was done to the source."""
+
+    def _stored(self, naming: Naming, tensor: str, value: Tensor, layer: QuantLinear | None) -> tuple[str, Array]:
+        """The type and the data of one tensor."""
+        kept = packed(layer) if layer is not None else None
+        if kept is not None:
+            kind, data = kept
+            if not torch.equal(decode(data, kind), value):
+                raise FormatError("a packed weight does not decode to itself", where=tensor, got=kind)
+            order = naming.rows(naming.name(tensor), len(value))
+            return kind, data if order is None else data[order.numpy()]
+        stored = naming.stored(tensor, value)
+        kind = self._kind(naming.name(tensor), stored)
+        data = encode(stored, kind)
+        if not bool(decode(data, kind).isfinite().all()):
+            raise FormatError(
+                f"a weight that {kind} cannot hold", where=tensor, got=f"up to {float(value.abs().max()):g}"
+            )
+        return kind, data
+
+    def _kind(self, name: str, value: Tensor) -> str:
+        if value.ndim == 1:
+            return "F32"
+        kind = self.quantization.upper()
+        if kind.startswith("Q") and value.shape[-1] % BLOCK:
+            return "F16"
+        embeds = name.split(".")[0] in ("token_embd", "output")
+        return "Q8_0" if embeds and kind.startswith("Q4") else kind  # as llama.cpp does: they suffer most
+
+
+class GgufLoraExporter:
+    """`adapter.gguf`: the adapter alone, for a GGUF file of its base."""
+
+    loads_in: ClassVar[str] = (
+        "A LoRA adapter in GGUF, trained on `{name}` as quantized by the run it comes from. It needs a GGUF file of"
+        " that model: `slimtune export RUN/model --format gguf` writes the base it was trained on.\n\n"
+        "- llama.cpp: `llama-cli -m model.gguf --lora adapter.gguf`, `llama-server -m model.gguf --lora adapter.gguf`\n"
+        "- llama-cpp-python: `Llama('model.gguf', lora_path='adapter.gguf')`\n"
+        "- Ollama: the lines `FROM ./model.gguf` and `ADAPTER ./adapter.gguf` in `Modelfile`\n"
+    )
+
+    def write(self, source: Source, folder: Path) -> Written:
+        """Write the factors in float32, with the scale that PEFT gives them."""
+        naming = Naming(source.model)
+        factors = _factors(source.model)
+        alphas = {scale * len(a) for _, a, _, scale in factors}
+        alpha = alphas.pop() if len(alphas) == 1 else 0.0  # 0: llama.cpp leaves the scale to the factors
+        with _writer(folder / ADAPTER_FILE, naming, source, "adapter") as writer:
+            writer.add_string("adapter.type", "lora")
+            writer.add_float32("adapter.lora.alpha", alpha)
+            for name, a, b, scale in factors:
+                tensor = naming.name(f"{name}.weight")
+                b = naming.stored(f"{name}.weight", b if alpha else scale * b)
+                writer.add_tensor(f"{tensor}.lora_a", a.numpy())
+                writer.add_tensor(f"{tensor}.lora_b", b.numpy())
+        return Written({"alpha": alpha, "layers": len(factors)}, source.dtype)
+
+    def read_back(self, source: Source, folder: Path) -> nn.Module:
+        """`source`'s model, whose factors those in the file must be."""
+        naming = Naming(source.model)
+        read = {name: decode(data, kind) for name, (kind, data) in _tensors(folder / ADAPTER_FILE).items()}
+        alpha = float(read_header(folder / ADAPTER_FILE).values["adapter.lora.alpha"])
+        for name, a, b, scale in _factors(source.model):
+            tensor = naming.name(f"{name}.weight")
+            found = naming.restored(f"{name}.weight", read[f"{tensor}.lora_b"])
+            if not torch.equal(read[f"{tensor}.lora_a"], a) or not torch.equal(found, b if alpha else scale * b):
+                raise FormatError("an exported factor does not read back", where=name)
+        return source.model
+
+    def restore_(self, source: Source) -> None:
+        """Nothing was done to the source."""
+
+
+@contextmanager
+def _writer(path: Path, naming: Naming, source: Source, kind: str) -> Iterator[GGUFWriter]:
+    """A writer that keeps tensors on disk until the header can be written, and writes all when the block ends."""
+    writer = GGUFWriter(path, naming.architecture.name, use_temp_file=True)
+    writer.add_type(kind)
+    writer.add_name(source.name.rstrip("/").rpartition("/")[2])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    try:
+        yield writer
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        if writer.temp_file is not None:
+            writer.temp_file.close()
+        writer.close()
+
+
+def _tensors(path: Path) -> dict[str, tuple[str, Array]]:
+    """Type and data of every tensor in a checked file, mapped and not yet read."""
+    read_header(path)
+    return {tensor.name: (tensor.tensor_type.name, tensor.data) for tensor in GGUFReader(path).tensors}
+
+
+def _stops(model: nn.Module) -> tuple[int, ...]:
+    ends: Any = cast(Any, base_of(model)).generation_config.eos_token_id
+    return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+
+
+@torch.no_grad()
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, QuantLinear | None]]:
+    """Every tensor of the merged model, float32, by its name; and the packed layer that it is the weight of."""
+    base = base_of(model)
+    tied = cast(Any, base).all_tied_weights_keys
+    for name, layer in plain(model).items():
+        module = base.get_submodule(name)
+        adapted = isinstance(module, BaseTunerLayer)
+        tensors = own_state(layer)
+        if isinstance(layer, FROZEN):
+            tensors = {leaf: tensor for leaf, tensor in tensors.items() if leaf not in layer.names}
+        if isinstance(layer, FROZEN) or adapted:
+            tensors["weight"] = merged_weight(module, layer)
+        for leaf, tensor in tensors.items():
+            if (full := f"{name}.{leaf}") not in tied:
+                own = leaf == "weight" and isinstance(layer, QuantLinear) and not adapted
+                yield full, tensor.float(), cast(QuantLinear, layer) if own else None
+
+
+def _factors(model: nn.Module) -> list[tuple[str, Tensor, Tensor, float]]:
+    """The active adapter: the name of each layer, A `[r, in]`, B `[out, r]`, and the scale of their product."""
+    if not has_adapter(model):
+        raise RecipeError("there is no adapter to export", remedy="export gguf instead, or add a lora step")
+    found = []
+    for name, layer in base_of(model).named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        module = cast(Any, layer)
+        for adapter in module.active_adapters:
+            if module.lora_variant.get(adapter) or adapter not in module.lora_A or module.lora_bias[adapter]:
+                raise FormatError("GGUF holds plain LoRA factors only", where=name)
+            a, b = (factors[adapter].weight.detach().float() for factors in (module.lora_A, module.lora_B))
+            found.append((name, a, b, float(module.scaling[adapter])))
+    return found

@@ -1,0 +1,214 @@
+"""What llama.cpp calls a model: its architecture, its numbers, and where each tensor goes.
+
+A model that llama.cpp would compute differently is refused here, with the reason: its files say less than a
+configuration of transformers does, and what they do not say is built into llama.cpp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import gguf
+import torch
+from gguf import GGUFWriter, RopeScalingType
+from torch import Tensor, nn
+
+from slimtune.arch import bind
+from slimtune.arch.spec import attention_heads, head_width, key_value_heads
+from slimtune.errors import FormatError, UnknownArchitecture
+from slimtune.lora.attach import base_of
+
+ROPE_FREQUENCIES = "rope_freqs.weight"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture of llama.cpp: its name, the activation it computes, whether it turns neighbouring numbers of a
+    head (`pairs`; transformers turns its halves), whether its heads must make up the width of the model (`filled`),
+    and, where it knows sliding windows, after how many blocks one sees everything (`every`)."""
+
+    name: str
+    activation: str = "silu"
+    pairs: bool = False
+    filled: bool = False
+    every: int = 0
+
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", pairs=True),
+    "mistral": Architecture("llama", pairs=True),
+    "qwen2": Architecture("qwen2", filled=True),
+    "qwen3": Architecture("qwen3"),
+    "phi3": Architecture("phi3", filled=True),
+    "gemma2": Architecture("gemma2", "gelu_pytorch_tanh", every=2),
+    "gemma3_text": Architecture("gemma3", "gelu_pytorch_tanh", every=6),
+}
+"""llama.cpp's architecture for each `model_type`."""
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How a model's tensors are called and stored in GGUF. Raises `UnknownArchitecture` where llama.cpp has none."""
+
+    model: nn.Module
+
+    @cached_property
+    def config(self) -> Any:
+        """The configuration of the model without its adapter."""
+        return cast(Any, base_of(self.model)).config
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """llama.cpp's architecture."""
+        kind = str(self.config.model_type)
+        if kind not in ARCHITECTURES:
+            raise UnknownArchitecture("GGUF export does not know this kind of model", got=kind, wanted=[*ARCHITECTURES])
+        return ARCHITECTURES[kind]
+
+    def require_computed(self) -> None:
+        """Raise `FormatError`, naming everything that llama.cpp would compute differently."""
+        config, architecture = self.config, self.architecture
+        rope, width = _rope(config), head_width(config)
+        activation = getattr(config, "hidden_activation", None) or config.hidden_act
+        faults = []
+        if activation != architecture.activation:
+            faults.append(f"activation {activation}, where it computes {architecture.activation}")
+        known = ("default", "linear", *(["llama3"] if architecture.pairs else []))
+        if rope["rope_type"] not in known:
+            faults.append(f"rotary embeddings of type {rope['rope_type']}")
+        if architecture.every:
+            faults += _gemma_faults(config, architecture, width)
+        if architecture.filled and width * attention_heads(config) != config.hidden_size:
+            faults.append(f"heads of {width} that do not make up the width {config.hidden_size}")
+        if faults:
+            raise FormatError(
+                f"llama.cpp's {architecture.name} would compute something else",
+                got="; ".join(faults),
+                remedy="export safetensors",
+            )
+
+    @cached_property
+    def _names(self) -> gguf.TensorNameMap:
+        numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+        return gguf.get_tensor_name_map(numbers[self.architecture.name], self.config.num_hidden_layers)
+
+    @cached_property
+    def _plus_one(self) -> frozenset[str]:
+        """Gains that transformers adds one to, and llama.cpp does not."""
+        return frozenset(f"{norm.name}.weight" for norm in bind(self.model).norms if norm.kind == "rms_plus_one")
+
+    def name(self, tensor: str) -> str:
+        """llama.cpp's name for a tensor of the model. Raises `FormatError` where there is none."""
+        name = self._names.get_name(tensor, try_suffixes=(".weight", ".bias"))
+        if name is None or tensor in cast(Any, base_of(self.model)).all_tied_weights_keys:
+            raise FormatError(f"llama.cpp's {self.architecture.name} has no such tensor", got=tensor)
+        return name
+
+    def _heads(self, name: str) -> int:
+        """How many heads the rows of the tensor called `name` are turned in; 0 where they are not."""
+        if not self.architecture.pairs:
+            return 0
+        return {"attn_q": attention_heads, "attn_k": key_value_heads}.get(name.split(".")[-2], lambda _: 0)(self.config)
+
+    def rows(self, name: str, rows: int) -> Tensor | None:
+        """The order in which llama.cpp wants the rows of the tensor that it calls `name`, where it wants another.
+
+        A rotary embedding turns number `i` of a head together with number `i + width / 2`, and in llama.cpp's `llama`
+        with its neighbour.
+        """
+        heads = self._heads(name)
+        return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten() if heads else None
+
+    def stored(self, tensor: str, value: Tensor) -> Tensor:
+        """The tensor of the model called `tensor` as llama.cpp wants it."""
+        order = self.rows(self.name(tensor), len(value))
+        value = value + 1 if tensor in self._plus_one else value
+        return value if order is None else value[order]
+
+    def restored(self, tensor: str, value: Tensor) -> Tensor:
+        """The inverse of `stored`."""
+        order = self.rows(self.name(tensor), len(value))
+        value = value - 1 if tensor in self._plus_one else value
+        return value if order is None else value[order.argsort()]
+
+
+def add_facts(writer: GGUFWriter, naming: Naming) -> None:
+    """Give `writer` the numbers of the model. Raises `FormatError` where llama.cpp computes something else."""
+    config, architecture = naming.config, naming.architecture
+    naming.require_computed()
+    width = head_width(config)
+    context, window = int(config.max_position_embeddings), _window(config)
+    writer.add_vocab_size(config.vocab_size)
+    # Where llama.cpp knows no window, what a window sees is right as long as the text is no longer than that.
+    writer.add_context_length(context if architecture.every or not window else min(context, window))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(attention_heads(config))
+    writer.add_head_count_kv(key_value_heads(config))
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    rope = _rope(config)
+    writer.add_rope_dimension_count(int(width * rope.get("partial_rotary_factor", 1.0)))
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+    if architecture.every:
+        writer.add_sliding_window(window)
+        local = config.rope_parameters.get("sliding_attention", rope)
+        writer.add_rope_freq_base_swa(float(local["rope_theta"]))
+    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if (value := getattr(config, cap, None)) is not None:
+            writer.add_float32(f"{architecture.name}.{cap}", float(value))
+    if architecture.name == "phi3":
+        writer.add_rope_scaling_orig_ctx_len(int(config.original_max_position_embeddings))
+
+
+def rope_frequencies(config: Any) -> Tensor | None:
+    """What Llama 3.1 divides each frequency by (llama.cpp: `rope_freqs`), float32 `[width / 2]`; None for others."""
+    rope = _rope(config)
+    if rope["rope_type"] != "llama3":
+        return None
+    width = head_width(config)
+    frequency = float(rope["rope_theta"]) ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    turns = frequency * rope["original_max_position_embeddings"] / (2 * math.pi)
+    low, high, factor = (float(rope[key]) for key in ("low_freq_factor", "high_freq_factor", "factor"))
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - smooth) / factor + smooth)).float()
+
+
+def _rope(config: Any) -> Mapping[str, Any]:
+    """The rotary embedding of the blocks that see everything."""
+    facts = config.rope_parameters
+    return cast(Mapping[str, Any], facts.get("full_attention", facts))
+
+
+def _window(config: Any) -> int:
+    """The sliding window, 0 where no block has one."""
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds is None or "sliding_attention" in kinds
+    return int(getattr(config, "sliding_window", None) or 0) if slides else 0
+
+
+def _gemma_faults(config: Any, architecture: Architecture, width: int) -> list[str]:
+    faults, blocks = [], int(config.num_hidden_layers)
+    pattern = [
+        "full_attention" if (block + 1) % architecture.every == 0 else "sliding_attention" for block in range(blocks)
+    ]
+    if list(config.layer_types) != pattern:
+        faults.append(f"blocks that see everything, other than every {architecture.every}th")
+    largest = {"gemma2": 46, "gemma3": 62}[architecture.name]  # the 27B models, which scale by their width
+    scale = config.hidden_size / attention_heads(config) if blocks == largest else width
+    if config.query_pre_attn_scalar != scale:
+        faults.append(f"query_pre_attn_scalar {config.query_pre_attn_scalar}, where it takes {scale:g}")
+    if architecture.name == "gemma2" and None in (config.attn_logit_softcapping, config.final_logit_softcapping):
+        faults.append("logits that are not capped")
+    if getattr(config, "use_bidirectional_attention", False):
+        faults.append("attention that looks ahead")
+    return faults

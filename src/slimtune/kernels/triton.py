@@ -1,0 +1,195 @@
+"""GPU kernels in Triton: packed weights decoded in one pass, and multiplied by a few rows without being written out.
+
+Each equals the plain torch it stands for, for odd shapes too: codes less zero points are whole and products with the
+scale are rounded once, so weights are equal to the last bit. They have been run by Triton's interpreter only
+(`TRITON_INTERPRET=1`), not timed on a GPU; `SLIMTUNE_TRITON=1` turns them on (`slimtune.kernels.dispatch`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS, COLUMNS = 32, 64
+"""Rows and columns of a weight that one program decodes."""
+
+TOKENS = 16
+"""Rows of an input that one program multiplies: the least that tensor cores take."""
+
+POINTS, WALKS = 256, 4
+"""Lattice points, and trellis sequences, that one program decodes."""
+
+
+@triton.jit
+def _weights(
+    codes: Any,
+    scale: Any,
+    zero: Any,
+    r: Any,
+    c: Any,
+    rows: Any,
+    columns: Any,
+    row_bytes: Any,
+    groups: Any,
+    group_size: Any,
+    BITS: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+) -> Any:
+    """`(q - zero) * scale` at rows `r` and columns `c`, float32; anything outside the weight."""
+    inside = (r < rows)[:, None] & (c < columns)[None, :]
+    bit = c * BITS
+    at = r[:, None] * row_bytes + (bit // 8)[None, :]
+    word = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
+    if 8 % BITS != 0:  # a code may end in the next byte
+        more = inside & ((bit // 8 + 1) < row_bytes)[None, :]
+        word = word | (tl.load(codes + at + 1, mask=more, other=0).to(tl.int32) << 8)
+    q = ((word >> (bit % 8)[None, :]) & ((1 << BITS) - 1)).to(tl.float32)
+    group = r[:, None] * groups + (c // group_size)[None, :]
+    s = tl.load(scale + group, mask=inside, other=0).to(tl.float32)
+    z = tl.load(zero + group, mask=inside, other=0).to(tl.float32) if HAS_ZERO else 1 << (BITS - 1)
+    return (q - z) * s
+
+
+@triton.jit
+def _dequantize(
+    codes: Any,
+    scale: Any,
+    zero: Any,
+    out: Any,
+    rows: Any,
+    columns: Any,
+    row_bytes: Any,
+    groups: Any,
+    group_size: Any,
+    BITS: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    w = _weights(codes, scale, zero, r, c, rows, columns, row_bytes, groups, group_size, BITS, HAS_ZERO)
+    inside = (r < rows)[:, None] & (c < columns)[None, :]
+    tl.store(out + r[:, None] * columns + c[None, :], w.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _product(
+    x: Any,
+    codes: Any,
+    scale: Any,
+    zero: Any,
+    y: Any,
+    tokens: Any,
+    rows: Any,
+    columns: Any,
+    row_bytes: Any,
+    groups: Any,
+    group_size: Any,
+    BITS: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    total = tl.zeros((TOKENS, ROWS), tl.float32)
+    for start in range(0, columns, COLUMNS):
+        c = start + tl.arange(0, COLUMNS)
+        w = _weights(codes, scale, zero, r, c, rows, columns, row_bytes, groups, group_size, BITS, HAS_ZERO)
+        inside = (t < tokens)[:, None] & (c < columns)[None, :]
+        some = tl.load(x + t[:, None] * columns + c[None, :], mask=inside, other=0)
+        total = tl.dot(some, tl.trans(w.to(some.dtype)), total, input_precision="ieee")
+    inside = (t < tokens)[:, None] & (r < rows)[None, :]
+    tl.store(y + t[:, None] * rows + r[None, :], total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _lattice(
+    codes: Any, first: Any, second: Any, out: Any, count: Any, BITS: tl.constexpr, POINTS: tl.constexpr
+) -> None:
+    n = tl.program_id(0) * POINTS + tl.arange(0, POINTS)
+    inside, eight = n < count, tl.arange(0, 8)
+    low = tl.load(codes + n * BITS, mask=inside, other=0).to(tl.int32)
+    high = tl.load(codes + n * BITS + 1, mask=inside, other=0).to(tl.int32)
+    point = tl.load(first + (low | high << 8)[:, None] * 8 + eight[None, :])
+    if BITS > 2:
+        rest = tl.load(codes + n * BITS + 2, mask=inside, other=0).to(tl.int32)
+        if BITS == 4:
+            rest = rest | tl.load(codes + n * BITS + 3, mask=inside, other=0).to(tl.int32) << 8
+        point += tl.load(second + rest[:, None] * 8 + eight[None, :])
+    tl.store(out + n[:, None] * 8 + eight[None, :], point, mask=inside[:, None])
+
+
+@triton.jit
+def _trellis(
+    codes: Any, table: Any, out: Any, count: Any, BITS: tl.constexpr, STEPS: tl.constexpr, WALKS: tl.constexpr
+) -> None:
+    n = tl.program_id(0) * WALKS + tl.arange(0, WALKS)
+    t = tl.arange(0, STEPS)
+    inside = (n < count)[:, None] & (t < STEPS)[None, :]
+    ring: tl.constexpr = STEPS * BITS // 8  # bytes; a state is 12 bits, hence in three of them at most
+    byte = t * BITS // 8
+    state = tl.zeros((WALKS, STEPS), tl.int32)
+    for i in tl.static_range(3):
+        at = n[:, None] * ring + ((byte + i) % ring)[None, :]
+        state = state | tl.load(codes + at, mask=inside, other=0).to(tl.int32) << (8 * i)
+    state = (state >> (t * BITS % 8)[None, :]) & 4095
+    tl.store(out + n[:, None] * STEPS + t[None, :], tl.load(table + state), mask=inside)
+
+
+def dequantize_affine(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    *,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`W[o, i] = (q[o, i] - zero[o, g]) * scale[o, g]`, `dtype [out, in_features]`, computed in float32.
+
+    `codes` is packed, uint8 `[out, bytes]`; `scale` and `zero` are `[out, groups]`, `None` meaning `2**(bits - 1)`.
+    """
+    rows = len(codes)
+    out = torch.empty(rows, in_features, dtype=dtype, device=codes.device)
+    sizes = rows, in_features, codes.shape[1], scale.shape[1], group_size
+    grid = triton.cdiv(rows, ROWS), triton.cdiv(in_features, COLUMNS)
+    _dequantize[grid](codes, scale, scale if zero is None else zero, out, *sizes, bits, zero is not None, ROWS, COLUMNS)
+    return out
+
+
+def affine_product(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int, group_size: int
+) -> Tensor:
+    """`x Wᵀ` in the dtype of `x`, added up in float32, for few rows: `[n, in]` to `[n, out]`; else as above."""
+    x = x.contiguous()
+    (tokens, features), rows = x.shape, len(codes)
+    y = x.new_empty(tokens, rows)
+    sizes = tokens, rows, features, codes.shape[1], scale.shape[1], group_size
+    grid = triton.cdiv(rows, ROWS), triton.cdiv(tokens, TOKENS)
+    given = scale if zero is None else zero
+    _product[grid](x, codes, scale, given, y, *sizes, bits, zero is not None, TOKENS, ROWS, COLUMNS)
+    return y
+
+
+def decode_lattice(codes: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """`first[c] + second[d]` for codes uint8 `[n, bits]`: `c` is bytes 0 and 1, `d` what follows, if any; `[n, 8]`."""
+    codes = codes.contiguous()
+    out = torch.empty(len(codes), 8, dtype=first.dtype, device=codes.device)
+    _lattice[(triton.cdiv(len(codes), POINTS),)](codes, first, second, out, len(codes), codes.shape[1], POINTS)
+    return out
+
+
+def decode_trellis(codes: Tensor, table: Tensor, bits: int) -> Tensor:
+    """`table[state]` of every step of closed walks: codes uint8 `[n, 32 * bits]` to `[n, 256]`."""
+    codes, steps = codes.contiguous(), 8 * codes.shape[1] // bits
+    out = torch.empty(len(codes), steps, dtype=table.dtype, device=codes.device)
+    _trellis[(triton.cdiv(len(codes), WALKS),)](codes, table, out, len(codes), bits, steps, WALKS)
+    return out

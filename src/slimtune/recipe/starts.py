@@ -1,0 +1,60 @@
+"""How an adapter started, for people: a section of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from slimtune.recipe.page import Cell, Grid, Section, four_digits, number, words
+from slimtune.recipe.plots import layer_plot, place
+
+_COLUMNS = {
+    "energy": "gradient captured",
+    "overlap": "overlap of halves",
+    "gradient_norm": "norm of the gradient",
+    "ratio": "size beside the weight",
+    "rank": "rank",
+}
+
+
+def starts_section(i: int, facts: dict[str, Any]) -> Section:
+    """What the `lora` step `i` reports of its layers, by their kind: means, and least to greatest below them."""
+    layers: list[dict[str, Any]] = facts.get("layers") or []
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for layer in layers:
+        at = place(layer["name"])
+        kinds.setdefault(at.kind if at else layer["name"], []).append(layer)
+    shown = [key for key in _COLUMNS if any(layer.get(key) is not None for layer in layers)]
+    rows = [
+        [Cell(kind), *(_spread([layer.get(key) for layer in found]) for key in shown)] for kind, found in kinds.items()
+    ]
+    notes: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.get("note"):
+            notes.setdefault(layer["note"], []).append(layer["name"])
+    remarks = [[Cell(note, f"{len(names):,} layers"), Cell(words("", names))] for note, names in notes.items()]
+    overlaps = {layer["name"]: layer["overlap"] for layer in layers if layer.get("overlap") is not None}
+    figure = layer_plot(f"overlap-{i}", overlaps, "overlap of two halves of the data", "overlap by block")
+    grids = [Grid(rows, ["layers", *(_COLUMNS[key] for key in shown)], numbers=True)] if rows else []
+    grids += [Grid(remarks, ["note", "layers"])] if remarks else []
+    return Section(f"Where the adapter starts (step {i + 1})", _note(facts, bool(overlaps)), figure, grids)
+
+
+def _note(facts: dict[str, Any], drawn: bool) -> str:
+    seen = facts.get("gradients")
+    if not seen:
+        return "The size beside the weight is that of the start, which is subtracted again where it is not zero."
+    note = f"Gradients of {number(seen['tokens'])} learnt tokens"
+    note += ". Captured is the part of the squared gradient in the directions the init was given"
+    if drawn:
+        note += "; the overlap (0 to 1) is what the leading input directions of two halves of the data have in common"
+    return note + "."
+
+
+def _spread(values: Sequence[float | None]) -> Cell:
+    known = [value for value in values if value is not None]
+    if not known:
+        return Cell("-")
+    least, greatest = min(known), max(known)
+    below = "" if least == greatest else f"{four_digits(least)} to {four_digits(greatest)}"
+    return Cell(four_digits(sum(known) / len(known)), below)

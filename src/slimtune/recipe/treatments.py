@@ -1,0 +1,117 @@
+"""Which layer gets what from a quantize step: its fields, and what `layers` says differently for some names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from slimtune.arch import Port
+from slimtune.errors import RecipeError, nearest
+from slimtune.quant import QUANTIZERS, Quantizer
+from slimtune.quant.activation import Activations
+from slimtune.quant.apply import Choose, Rounds, all_linear, matches
+from slimtune.recipe.schema import Quantize, build
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What a layer gets: a method for its weight, and how its input is rounded."""
+
+    method: Quantizer
+    activations: Activations | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The fields of the method."""
+        return {f.name: getattr(self.method, f.name) for f in fields(self.method)}  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """How attention rounds its keys and values: each head of a token on a grid of its own."""
+
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        if self.bits not in (*range(2, 9), 16):
+            raise RecipeError("bits out of range", where="bits", got=self.bits, wanted="2 to 8, or 16 for none")
+
+
+class Treatments:
+    """What each layer gets. Everything that `step` says is checked when this is made.
+
+    Where several patterns of `layers` match a name, all count, in their order: the last one has the last word on a
+    field. Raises `RecipeError` on an unknown method, key or value.
+    """
+
+    def __init__(self, step: Quantize, where: str = "quantize") -> None:
+        if step.method not in QUANTIZERS:
+            raise RecipeError(
+                "unknown method", where=f"{where}.method", got=step.method, remedy=nearest(step.method, QUANTIZERS)
+            )
+        self._step, self._where = step, where
+        self._made: dict[tuple[str, ...], Treatment] = {}
+        self.default = self._of(())
+        self.cache = build(Cache, step.kv_cache, f"{where}.kv_cache") if step.kv_cache else Cache(16)
+        self.all = [self.default, *(self._of((pattern,)) for pattern in step.layers)]
+
+    def of(self, name: str) -> Treatment:
+        """What the layer called `name` gets."""
+        return self._of(tuple(pattern for pattern in self._step.layers if matches(name, pattern)))
+
+    @property
+    def choose(self) -> Choose:
+        """The method of each port, or why it gets none."""
+        step = self._step
+
+        def choose(port: Port) -> Quantizer | str:
+            method = self.of(port.name).method
+            return all_linear(method, step.ignore)(port)
+
+        return choose
+
+    @property
+    def rounds(self) -> Rounds:
+        """How the input of each port is rounded."""
+        return lambda port: self.of(port.name).activations
+
+    @property
+    def need_data(self) -> bool:
+        """Whether any layer looks at calibration text."""
+        return any(t.method.needs or (t.activations is not None and t.activations.calibrated) for t in self.all)
+
+    def _of(self, patterns: tuple[str, ...]) -> Treatment:
+        if patterns not in self._made:
+            step, where = self._step, self._where
+            options, activations = dict(step.options), dict(step.activations)
+            for pattern in patterns:
+                where = f"{self._where}.layers['{pattern}']"
+                values = step.layers[pattern]
+                if not isinstance(values, Mapping):
+                    raise RecipeError("expected keys and values", where=where, got=repr(values)[:80])
+                options |= {key: value for key, value in values.items() if key != "activations"}
+                activations |= _mapping(values.get("activations"), f"{where}.activations")
+            rounding = build(Activations, activations, f"{where}.activations") if activations else None
+            self._made[patterns] = Treatment(
+                build(QUANTIZERS[step.method], options, where),
+                rounding if rounding is not None and rounding.bits < 16 else None,
+            )
+        return self._made[patterns]
+
+
+def check_patterns(step: Quantize, names: list[str], where: str) -> None:
+    """Raise `RecipeError` for a pattern of `layers` that matches none of `names`, the linears of a model."""
+    for pattern in step.layers:
+        if not any(matches(name, pattern) for name in names):
+            raise RecipeError(
+                "no layer has such a name", where=f"{where}.layers", got=pattern, wanted=f"like {names[0]}"
+            )
+
+
+def _mapping(value: object, where: str) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise RecipeError("expected keys and values", where=where, got=repr(value)[:80])
+    return value

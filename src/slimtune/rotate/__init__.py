@@ -1,0 +1,1 @@
+"""Orthogonal changes of basis that leave a model's outputs alone and spread its activations evenly."""

@@ -1,0 +1,144 @@
+"""The basis a rotated model lives in: which parts were turned and how, and what that means at each of its ports.
+
+In the residual stream `x` becomes `x R1`, in each head of the values `v` becomes `v R2`, and before the last linear of
+a feed-forward layer, where that is asked for, `h` becomes `h R4` (the names are those of SpinQuant, arXiv 2405.16406).
+The gains of the norms move into the linears that read what they scale.
+
+A weight, the factors of an adapter and a bias change by the same two maps, one on the input side and one on the output
+side: `W' = write(read(W))`, `A' = read(A)`, `B' = write(B)`, `b' = write(b)`. Both have inverses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from slimtune.arch import ModelMap, Port, Space
+from slimtune.errors import FormatError
+from slimtune.rotate.options import Rotation
+from slimtune.rotate.turn import Turn, dense_turn, hadamard_turn, level, orthogonal_turn
+
+RESIDUAL = "residual"
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What a rotation made of a model: its construction, what was turned, and the gains that were folded.
+
+    `attentions` counts the values that were turned, `gains` are by the names of their norms, and `learned` has the
+    matrices that no seed gives: float64 `residual` `[width, width]` and `values.N` `[kv_heads, head_dim, head_dim]`.
+    """
+
+    rotation: Rotation
+    width: int
+    kv_heads: int
+    head_dim: int
+    attentions: int
+    residual: bool
+    level: bool
+    gains: Mapping[str, Tensor] = field(default_factory=dict)
+    learned: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def residual_turn(self) -> Turn:
+        """R1."""
+        turn = self._turn(RESIDUAL, self.width, 1, self.rotation.seed)
+        return level(turn) if self.level else turn
+
+    def values_turn(self, number: int) -> Turn:
+        """R2 of the attention of this number: another turn for each key-value head."""
+        return self._turn(f"values.{number}", self.head_dim, self.kv_heads, self.rotation.seed + 1 + number)
+
+    def _turn(self, name: str, width: int, heads: int, seed: int) -> Turn:
+        if name in self.learned:
+            return dense_turn(self.learned[name].view(heads, width, width))
+        make = orthogonal_turn if self.rotation.kind == "orthogonal" else hadamard_turn
+        return make(width, heads=heads, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a change of basis does at one port: a gain and turns of its input, turns of parts of its output.
+
+    The last of the turns of the input may be the port's `online` one, which the input meets in the model.
+    """
+
+    gain: Tensor | None = None
+    reads: tuple[Turn, ...] = ()
+    writes: tuple[tuple[slice, Turn], ...] = ()
+
+    def __bool__(self) -> bool:
+        """Whether anything changes."""
+        return self.gain is not None or bool(self.reads or self.writes)
+
+    def read(self, x: Tensor, *, inverse: bool = False) -> Tensor:
+        """The input side of `x` `[..., in_features]`. The inverse raises `FormatError` where a gain is zero."""
+        gain = None if self.gain is None else self.gain.to(x)
+        if inverse:
+            for turn in reversed(self.reads):
+                x = turn(x, inverse=True)
+            if gain is not None and not bool(gain.all()):
+                raise FormatError("a norm has a gain of zero: what was learnt behind it cannot leave the rotation")
+            return x if gain is None else x / gain
+        x = x if gain is None else x * gain
+        for turn in self.reads:
+            x = turn(x)
+        return x
+
+    def write(self, x: Tensor, *, inverse: bool = False) -> Tensor:
+        """The output side of `x` `[out_features, ...]`."""
+        if not self.writes:
+            return x
+        x = x.clone()
+        for rows, turn in self.writes:
+            x[rows] = turn(x[rows].movedim(0, -1), inverse=inverse).movedim(-1, 0)
+        return x
+
+
+def changes(modelmap: ModelMap, basis: Basis) -> dict[str, Change]:
+    """What `basis` changes at each port of the model, by name."""
+    gains = {name: basis.gains[norm.name] for norm in modelmap.norms if norm.name in basis.gains for name in norm.feeds}
+    heads: dict[str, Turn] = {}
+    values: dict[str, tuple[slice, Turn]] = {}
+    for number, attention in enumerate(modelmap.attentions[: basis.attentions]):
+        turn = basis.values_turn(number)
+        values[attention.values.name] = attention.rows, turn
+        heads[attention.output.name] = turn.repeated(modelmap.heads // modelmap.kv_heads)
+    return {
+        port.name: Change(
+            gains.get(port.name),
+            (*_input_turn(port, basis, heads), *online(basis, port)),
+            (*_residual_rows(port, basis, modelmap), *([values[port.name]] if port.name in values else [])),
+        )
+        for port in modelmap.ports
+    }
+
+
+def online(basis: Basis, port: Port) -> tuple[Turn, ...]:
+    """The transform that the input of `port` meets in the model, where there is one, over its whole width.
+
+    That of the heads has signs: query heads that share their values are alike, and would add up in one place.
+    """
+    width, chosen = port.in_features, basis.rotation.online
+    if port.reads is Space.FFN and "r4" in chosen:
+        return (Turn(torch.ones(1, width, dtype=torch.float64)),)
+    if port.reads is Space.HEAD and "heads" in chosen:
+        return (hadamard_turn(width, generator=torch.Generator().manual_seed(basis.rotation.seed)),)
+    return ()
+
+
+def _input_turn(port: Port, basis: Basis, heads: Mapping[str, Turn]) -> tuple[Turn, ...]:
+    if port.reads is Space.RESIDUAL and basis.residual:
+        return (basis.residual_turn,)
+    return (heads[port.name],) if port.name in heads else ()
+
+
+def _residual_rows(port: Port, basis: Basis, modelmap: ModelMap) -> Iterator[tuple[slice, Turn]]:
+    if basis.residual:
+        for space, rows in modelmap.slices(port):
+            if space is Space.RESIDUAL:
+                yield rows, basis.residual_turn

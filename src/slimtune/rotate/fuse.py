@@ -1,0 +1,257 @@
+"""Rotating a model in place, through its map: norm gains folded, R1 and R2 into the weights, R4 into the model.
+
+What is done is exact: the model computes the same logits, and a run that finds otherwise is an error. In particular
+embeddings are **not** centred, which is an invariance for LayerNorm and not for RMSNorm; where LayerNorms read the
+stream, R1 leaves a vector of equal entries alone instead, so that they subtract the same mean as before.
+
+Sources: SliceGPT (arXiv 2401.15024) for the invariance, QuaRot (2404.00456) and SpinQuant (2405.16406) for R1 to R4.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.arch import ModelMap, Norm, Port, Space
+from slimtune.calib.capture import model_inputs
+from slimtune.errors import CalibrationError, FormatError, RecipeError, ShapeError
+from slimtune.rotate.basis import Basis, Change, changes
+from slimtune.rotate.learn import learn
+from slimtune.rotate.online import attach_online_
+from slimtune.rotate.options import Rotation
+from slimtune.rotate.record import fingerprint, mark_, rotation_of
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.1}
+"""The largest difference of logits, relative to their size, that rounding to a dtype explains (norms are computed in
+float32 by most models, whatever their dtype)."""
+
+PROBE = (4, 32)
+"""Windows, and tokens in each, on which logits are compared."""
+
+ROWS = 8192
+"""Rows of a weight that turn at once where rows do not meet: a vocabulary in float64 would be the largest tensor."""
+
+
+@dataclass(frozen=True)
+class RotateFacts:
+    """What `rotate_` did to a model. `residual` and `values` say `rotated`, or why not; `logit_error` is relative."""
+
+    kind: str
+    seed: int
+    online: tuple[str, ...]
+    sha256: str
+    residual: str
+    values: str
+    norms: int
+    untied: tuple[str, ...]
+    logit_error: float
+    seconds: float
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for `report.json`."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def rotate_(
+    model: nn.Module,
+    modelmap: ModelMap,
+    rotation: Rotation,
+    *,
+    tokens: Tensor | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> RotateFacts:
+    """Rotate `model` in place, one weight at a time in float64.
+
+    Args:
+        model: a dense Hugging Face model with all its weights in memory, without an adapter.
+        modelmap: its map, from `bind`.
+        rotation: which rotation.
+        tokens: windows `[samples, length]` to learn from, where the rotation is learned.
+        progress: called with (finished ports, all ports).
+
+    Raises `RecipeError` when the model is rotated already, when it is quantized or has an adapter, and when nothing of
+    it can be rotated; `CalibrationError` when there is nothing to learn from; `FormatError` when its logits are not
+    what they were (it must not be used then).
+    """
+    start = time.perf_counter()
+    modules = _rotatable(model, modelmap)
+    before = _probe(model, modelmap)
+    gains = {norm.name: gain for norm in modelmap.norms if (gain := _gain(model, norm)) is not None}
+    obstacle = _obstacle(model, modelmap, gains)
+    basis = _basis(modelmap, rotation, {} if obstacle else gains, residual=not obstacle)
+    if obstacle and not basis.attentions:
+        raise RecipeError("nothing of this model can be rotated", got=obstacle)
+    if rotation.kind == "learned":
+        if tokens is None:
+            raise CalibrationError("a learned rotation needs calibration data", remedy="or use kind: hadamard")
+        basis = replace(basis, learned=learn(model, modelmap, basis, tokens))
+    turned = changes(modelmap, basis)
+    untied = _untie_(model, modelmap, turned)
+    done = {port.name for port in modelmap.ports if port.tied_to is not None and port.name not in untied}
+    for number, port in enumerate(modelmap.ports, start=1):
+        if port.name not in done:
+            _turn_(modules[port.name], port, turned[port.name])
+        if progress is not None:
+            progress(number, len(modelmap.ports))
+    for norm in modelmap.norms:
+        if norm.feeds and basis.residual:
+            _plain_(model.get_submodule(norm.name), norm, basis)
+    mark_(model, basis)
+    attach_online_(model)
+    error = _difference(_probe(model, modelmap), before)
+    limit = TOLERANCE[before.dtype]
+    if not error <= limit:
+        raise FormatError(
+            "the rotated model does not compute what the model computed",
+            where=modelmap.family,
+            got=f"logits differ by {error:.3g}, relative to their size",
+            wanted=f"at most {limit:g} in {str(before.dtype).removeprefix('torch.')}",
+        )
+    values = "rotated" if basis.attentions else "this model has none"
+    return RotateFacts(
+        **{name: getattr(rotation, name) for name in ("kind", "seed", "online")},
+        sha256=fingerprint(basis),
+        residual=obstacle or "rotated",
+        values=values,
+        norms=len(basis.gains),
+        untied=tuple(untied),
+        logit_error=error,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _basis(modelmap: ModelMap, rotation: Rotation, gains: dict[str, Tensor], *, residual: bool) -> Basis:
+    """The basis that `rotation` takes the model to. Of its gains those are folded that are not all one."""
+    feeding = {norm.name for norm in modelmap.norms if norm.feeds}
+    return Basis(
+        rotation,
+        width=modelmap.sizes[Space.RESIDUAL],
+        kv_heads=modelmap.kv_heads,
+        head_dim=modelmap.head_dim,
+        attentions=len(modelmap.attentions),
+        residual=residual,
+        level=any(norm.kind == "layer" for norm in modelmap.norms),
+        gains={name: gain for name, gain in gains.items() if name in feeding and not bool((gain == 1).all())},
+    )
+
+
+def _rotatable(model: nn.Module, modelmap: ModelMap) -> dict[str, nn.Module]:
+    """The module of each port, all of them plain and loaded."""
+    if rotation_of(model) is not None:
+        raise RecipeError("the model is rotated already", remedy="a second rotation adds nothing: keep the first")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[str, nn.Module] = {}
+    for port in modelmap.ports:
+        module = modules.get(port.name)
+        if not isinstance(module, nn.Linear | nn.Embedding) or not module.weight.is_floating_point():
+            raise RecipeError(
+                "only plain weights can be rotated",
+                where=port.name,
+                got=type(module).__name__ if module is not None else "a model with an adapter",
+                remedy="rotate before quantize and before lora, or merge: {} first",
+            )
+        if module.weight.device.type == "meta":
+            raise ShapeError("a weight is not loaded", where=port.name)
+        found[port.name] = module
+    return found
+
+
+def _gain(model: nn.Module, norm: Norm) -> Tensor | None:
+    """What a norm multiplies by, in float64; None where it has no weight."""
+    weight = dict(model.get_submodule(norm.name).named_parameters(recurse=False)).get("weight")
+    if weight is None:
+        return None
+    return weight.double() + (norm.kind == "rms_plus_one")
+
+
+def _obstacle(model: nn.Module, modelmap: ModelMap, gains: dict[str, Tensor]) -> str:
+    """Why the residual stream cannot be rotated; empty where it can."""
+    for norm in modelmap.norms:
+        writes = modelmap[norm.follows].writes if norm.follows else ()
+        gain = gains.get(norm.name)
+        even = gain is None or bool((gain == gain[0]).all())
+        if not norm.feeds and not norm.follows:
+            return f"{norm.name} stands in the residual stream, and its gain and bias in no linear"
+        bias = _bias(model.get_submodule(norm.name))
+        if Space.RESIDUAL in writes and not (even and bias is None):
+            return f"{norm.name} scales channels of what is added to the residual stream, and no linear follows it"
+        if norm.feeds and bias is not None and gain is not None and bool((bias[gain == 0] != 0).any()):
+            return f"{norm.name} has a bias where its gain is zero"
+    return ""
+
+
+def _bias(module: nn.Module) -> nn.Parameter | None:
+    return dict(module.named_parameters(recurse=False)).get("bias")
+
+
+def _untie_(model: nn.Module, modelmap: ModelMap, turned: dict[str, Change]) -> list[str]:
+    """Give each tied port that changes otherwise than its owner a weight of its own; returns their names.
+
+    A head behind a norm with gains takes them in, and the embedding does not. A tie that holds stays.
+    """
+    untied = []
+    for port in modelmap.ports:
+        if port.tied_to is None or turned[port.name].gain is None:
+            continue
+        module = cast(nn.Linear, model.get_submodule(port.name))
+        module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=module.weight.requires_grad)
+        untied.append(port.name)
+    if untied:
+        plain = cast(Any, model)
+        for name in untied:
+            plain.all_tied_weights_keys.pop(f"{name}.weight", None)
+        if not plain.all_tied_weights_keys:
+            for config in (plain.config, plain.config.get_text_config(decoder=True)):
+                config.tie_word_embeddings = False
+    return untied
+
+
+def _turn_(module: nn.Module, port: Port, change: Change) -> None:
+    if not change:
+        return
+    weight = cast(nn.Parameter, module.weight)
+    if port.kind == "embedding":
+        for rows in weight.data.split(ROWS):
+            rows.copy_(change.write(rows.double().T).T)
+        return
+    if change.writes:
+        weight.copy_(change.write(change.read(weight.double())))
+    else:
+        for rows in weight.data.split(ROWS):
+            rows.copy_(change.read(rows.double()))
+    bias = _bias(module)
+    if bias is not None:
+        bias.copy_(change.write(bias.double()))
+
+
+def _plain_(module: nn.Module, norm: Norm, basis: Basis) -> None:
+    """Take the gain out of a norm that feeds linears; a bias is divided by it and turned, and stays."""
+    parameters = dict(module.named_parameters(recurse=False))
+    bias, gain = parameters.get("bias"), basis.gains.get(norm.name)
+    if bias is not None:
+        moved = bias.double() if gain is None else torch.where(bias == 0, 0, bias.double() / gain)
+        bias.copy_(basis.residual_turn(moved))
+    if gain is not None:
+        parameters["weight"].fill_(0 if norm.kind == "rms_plus_one" else 1)
+
+
+def _probe(model: nn.Module, modelmap: ModelMap) -> Tensor:
+    """Logits on random tokens, always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(modelmap.sizes[Space.VOCAB], PROBE, generator=generator)
+    training = model.training
+    logits: Tensor = model.eval()(**model_inputs(model, tokens), use_cache=False).logits
+    model.train(training)
+    return logits
+
+
+def _difference(got: Tensor, wanted: Tensor) -> float:
+    """`|got - wanted| / |wanted|`."""
+    got, wanted = got.double(), wanted.double()
+    return float((got - wanted).norm() / wanted.norm())

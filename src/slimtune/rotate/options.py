@@ -1,0 +1,42 @@
+"""The fields of a `rotate` step, torch-free so that the command line can list them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from slimtune.errors import RecipeError
+
+ONLINE = ("r4", "heads")
+"""Transforms that can run in the model: `r4` before the last linear of a feed-forward layer, `heads` across all heads
+before the last linear of an attention (inside of each head R2 does the same at no cost)."""
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Which rotation: its construction, and the seed of what is random in it.
+
+    `hadamard` is a transform of `slimtune.linalg.hadamard` with random signs (QuaRot, arXiv 2404.00456), `orthogonal` a
+    random orthogonal matrix, `learned` one that was learnt from activations (`slimtune.rotate.learn`).
+    """
+
+    least_seed: ClassVar[int] = 0
+
+    kind: Literal["hadamard", "orthogonal", "learned"] = field(
+        default="hadamard", metadata={"help": "hadamard with random signs, orthogonal: a random matrix, or learned"}
+    )
+    seed: int = field(default=0, metadata={"help": "of the random signs or matrix"})
+    steps: int = field(default=100, metadata={"help": "of the descent, where the rotation is learned"})
+    online: tuple[str, ...] = field(
+        default=(), metadata={"help": "transforms left in the model, which only slimtune runs: r4, heads"}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.least_seed <= self.seed < 2**32:
+            wanted = f"{self.least_seed} to 4294967295"
+            raise RecipeError("seed out of range", got=self.seed, wanted=wanted)
+        if self.steps < 1:
+            raise RecipeError("steps out of range", got=self.steps, wanted="at least 1")
+        unknown = [name for name in self.online if name not in ONLINE]
+        if unknown:
+            raise RecipeError("no such online transform", where="online", got=unknown[0], wanted=", ".join(ONLINE))

@@ -1,0 +1,79 @@
+"""Optimizers that know what an adapter is. All others are transformers' own, by its names.
+
+LoRA-GA starts with factors of one size on both sides; the usual start has B = 0 and a fixed size of A. What a step of a
+given rate does depends on that, except under the Riemannian preconditioner, for which only the product counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from peft.optimizers.riemannian import create_riemannian_optimizer
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from transformers.training_args import OptimizerNames
+
+from slimtune.errors import RecipeError, nearest
+from slimtune.train.options import TrainOptions
+
+RATIO = 16.0
+"""LoRA+: how much faster B learns than A (arXiv 2402.12354 finds 16 for language models)."""
+
+DAMPING = 1e-2
+"""Riemannian: what is added to `A Aᵀ` and `Bᵀ B` before they are inverted (PEFT's default)."""
+
+
+def lora_plus(model: Any, options: TrainOptions) -> Optimizer:
+    """AdamW with a higher rate for B (LoRA+, arXiv 2402.12354)."""
+    rate, decay = options.learning_rate, options.weight_decay
+    return create_loraplus_optimizer(
+        model, AdamW, lr=rate, loraplus_lr_ratio=RATIO, loraplus_weight_decay=decay, loraplus_lr_embedding=rate
+    )
+
+
+def lora_fa(model: Any, options: TrainOptions) -> Optimizer:
+    """B alone, by the gradient that is nearest to the full one (LoRA-FA, arXiv 2308.03303); A stays where it starts."""
+    config = model.peft_config["default"]
+    return create_lorafa_optimizer(
+        model, r=config.r, lora_alpha=config.lora_alpha, lr=options.learning_rate, weight_decay=options.weight_decay
+    )
+
+
+def riemannian(model: Any, options: TrainOptions) -> Optimizer:
+    """AdamW on gradients preconditioned by the other factor (arXiv 2402.02347): the size of each does not matter."""
+    rate, decay = options.learning_rate, options.weight_decay
+    return create_riemannian_optimizer(model, AdamW, lr=rate, reg=DAMPING, weight_decay=decay)
+
+
+OPTIMIZERS: dict[str, Callable[[Any, TrainOptions], Optimizer]] = {
+    "lora-plus": lora_plus,
+    "lora-fa": lora_fa,
+    "riemannian": riemannian,
+}
+"""Those that need an adapter, by their recipe names."""
+
+
+def own_optimizer(model: nn.Module, options: TrainOptions) -> Optimizer | None:
+    """The optimizer that `optim` names where it is one of these; `None` where it is transformers' own.
+
+    LoRA-FA freezes A. Raises `RecipeError` for an unknown name, or where there is no adapter.
+    """
+    if options.optim not in OPTIMIZERS:
+        theirs = [str(name.value) for name in OptimizerNames]
+        if options.optim not in theirs:
+            remedy = nearest(options.optim, [*OPTIMIZERS, "adamw_torch"])
+            raise RecipeError("unknown optimizer", where="optim", got=options.optim, remedy=remedy)
+        return None
+    if not isinstance(model, PeftModel):
+        raise RecipeError(
+            "this optimizer trains adapters", where="optim", got=options.optim, remedy="put a lora step before train"
+        )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise RecipeError(
+            "this optimizer runs in one process", where="optim", got=options.optim, remedy="use optim: adamw_torch"
+        )
+    return OPTIMIZERS[options.optim](model, options)

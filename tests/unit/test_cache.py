@@ -1,0 +1,96 @@
+"""Keys and values in few bits: what attention reads, prefilling and decoding, kept in folders, undone by merging."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import slimtune
+from pico import PICO, logits, pico_inputs, pico_model, pico_tokenizer, save_pico
+from slimtune.errors import FormatError, RecipeError, SlimtuneError
+from slimtune.export import Source, export
+from slimtune.export.native import write_model
+from slimtune.hub import cache_bits, round_cache_
+from slimtune.quant.activation import Activations
+from slimtune.recipe.plan import plan
+from slimtune.recipe.schema import recipe_from
+
+RTN: dict[str, Any] = {"method": "rtn", "bits": 8, "group_size": 8}
+
+
+@pytest.mark.parametrize("family", list(PICO))
+def test_every_family_rounds_and_is_restored(family: str) -> None:
+    model = pico_model(family)
+    inputs = pico_inputs(model)
+    exact = logits(model, inputs)
+    off = {}
+    for bits in (8, 4, 2):
+        round_cache_(model, bits)
+        assert cache_bits(model) == bits
+        off[bits] = float((logits(model, inputs) - exact).abs().mean())
+    assert 0 < off[8] < off[4] < off[2]
+    round_cache_(model, 16)
+    assert cache_bits(model) == 16 and torch.equal(logits(model, inputs), exact)
+
+
+def test_each_head_of_a_token_has_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pico_model()
+    seen: list[torch.Tensor] = []
+    real = Activations.__call__
+    monkeypatch.setattr(Activations, "__call__", lambda self, x: (seen.append(x), real(self, x))[1])
+    round_cache_(model, 4)
+    logits(model, pico_inputs(model, batch=2, length=9))
+    assert [tuple(x.shape) for x in seen] == [(2, 2, 9, 12)] * 4  # keys and values of two layers
+
+
+def test_decoding_reads_what_prefill_read() -> None:
+    model = pico_model()
+    round_cache_(model, 4)
+    tokens = pico_inputs(model, batch=1)["input_ids"]
+    whole = logits(model, {"input_ids": tokens})
+    with torch.no_grad():
+        cache = model(input_ids=tokens[:, :-1], use_cache=True).past_key_values
+        last = model(input_ids=tokens[:, -1:], past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(last[:, -1], whole[:, -1])
+
+
+def test_a_folder_keeps_it_and_merging_undoes_it(tmp_path: Path) -> None:
+    model = slimtune.quantize(pico_model(), **RTN, kv_cache={"bits": 4})
+    write_model(model, pico_tokenizer(), tmp_path)  # type: ignore[arg-type]
+    wanted = logits(model, pico_inputs(model))  # type: ignore[arg-type]
+    for read in (slimtune.load(str(tmp_path))[0], AutoModelForCausalLM.from_pretrained(tmp_path)):
+        assert cache_bits(read) == 4
+        assert torch.equal(logits(read, pico_inputs(read)), wanted)
+    assert cache_bits(slimtune.merge(slimtune.add_lora(model, r=2))) == 16
+
+
+def test_a_folder_that_says_something_else_is_refused(tmp_path: Path) -> None:
+    write_model(slimtune.quantize(pico_model(), **RTN, kv_cache={"bits": 4}), pico_tokenizer(), tmp_path)  # type: ignore[arg-type]
+    path = tmp_path / "config.json"
+    text = path.read_text()
+    assert '"kv_cache"' in text
+    for wrong in ('"bits": 4,\n      "more": 1', '"bits": 99'):
+        path.write_text(text.replace('"kv_cache": {\n      "bits": 4', '"kv_cache": {\n      ' + wrong))
+        with pytest.raises(SlimtuneError, match="unknown way"):
+            slimtune.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("format", ["safetensors", "gptq", "compressed-tensors"])
+def test_formats_that_cannot_say_so_are_refused(format: str, tmp_path: Path) -> None:
+    folder = save_pico(tmp_path / "pico")
+    steps = [{"quantize": {**RTN, "kv_cache": {"bits": 4}}}, {"export": {"format": format}}]
+    with pytest.raises(RecipeError, match="cache is rounded"):
+        plan(recipe_from({"model": str(folder), "steps": steps}))
+    model, tokenizer = slimtune.load(str(folder))
+    slimtune.quantize(model, **RTN, kv_cache={"bits": 4})
+    with pytest.raises(FormatError, match="cache is rounded"):
+        export(Source(model, tokenizer, "pico"), format, tmp_path / "out")
+
+
+@pytest.mark.parametrize("facts", [{"bit": 4}, {"bits": 1}, {"bits": "few"}], ids=str)
+def test_what_is_wrong_is_named(facts: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        slimtune.quantize(pico_model(), **RTN, kv_cache=facts)
+    assert "kv_cache" in str(caught.value)

@@ -1,0 +1,247 @@
+"""A rotation is kept: with the folder, through every step, and with adapters, which do not load in another basis."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+import slimtune
+from pico import PICO, VOCAB_SIZE, logits, pico_inputs, pico_model, pico_tokenizer, save_pico
+from slimtune.arch import bind
+from slimtune.errors import FormatError, RecipeError
+from slimtune.export import Source, export
+from slimtune.export.load import load
+from slimtune.export.native import write_model
+from slimtune.lora.attach import add_lora, load_adapter, save_adapter
+from slimtune.lora.merge import merge
+from slimtune.recipe.run import run
+from slimtune.recipe.schema import recipe_from
+from slimtune.recipe.shell import open_model
+from slimtune.rotate.fuse import rotate_
+from slimtune.rotate.options import Rotation
+from slimtune.rotate.record import JSON, fingerprint, rotation_of
+
+every_pico = pytest.mark.parametrize("family", PICO)
+
+
+def relative(got: Tensor, wanted: Tensor) -> float:
+    return float((got - wanted).norm() / wanted.norm())
+
+
+def saved(folder: Path, family: str = "llama-tied", **options: Any) -> Any:
+    """A rotated pico model, written to `folder` as a run does."""
+    model = pico_model(family)
+    tokens = torch.randint(6, VOCAB_SIZE, (3, 12), generator=torch.Generator().manual_seed(3))
+    rotate_(model, bind(model), Rotation(**options), tokens=tokens)
+    folder.mkdir()
+    write_model(model, pico_tokenizer(), folder)
+    return model
+
+
+def with_noise(model: nn.Module) -> PeftModel:
+    """An adapter on all linears whose update is not zero."""
+    wrapped = add_lora(model, r=3, lora_alpha=6)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return wrapped
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "learned"])
+@every_pico
+def test_a_rotated_model_comes_back_with_its_basis(family: str, kind: str, tmp_path: Path) -> None:
+    model = saved(tmp_path / "m", family, kind=kind, steps=3, online=("r4", "heads"), seed=7)
+    back = load(str(tmp_path / "m")).model
+    inputs = pico_inputs(model)
+    torch.testing.assert_close(logits(back, inputs), logits(model, inputs))
+    ours, theirs = rotation_of(model), rotation_of(back)
+    assert ours is not None and theirs is not None
+    assert fingerprint(ours) == fingerprint(theirs)
+
+
+@every_pico
+def test_without_online_transforms_plain_transformers_loads_it(family: str, tmp_path: Path) -> None:
+    model = saved(tmp_path / "m", family)
+    back = type(model).from_pretrained(tmp_path / "m").eval()
+    inputs = pico_inputs(model)
+    torch.testing.assert_close(logits(back, inputs), logits(model, inputs))
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "orthogonal"])
+@every_pico
+def test_an_exported_adapter_works_on_the_original_model(family: str, kind: str, tmp_path: Path) -> None:
+    model = pico_model(family)
+    rotate_(model, bind(model), Rotation(kind=kind, online=("r4", "heads")))
+    wrapped = with_noise(model)
+    inputs = pico_inputs(model)
+    export(Source(wrapped, pico_tokenizer(), "original"), "peft", tmp_path / "adapter")
+    original = pico_model(family)
+    before = logits(original, inputs)
+    there = PeftModel.from_pretrained(original, str(tmp_path / "adapter")).eval()
+    assert relative(logits(there, inputs), logits(wrapped, inputs)) < 1e-5
+    assert relative(logits(there, inputs), before) > 1e-2
+    assert not (tmp_path / "adapter" / JSON).exists()
+
+
+def test_an_adapter_keeps_the_hash_of_its_basis_and_loads_in_no_other(tmp_path: Path) -> None:
+    model = saved(tmp_path / "m", seed=1)
+    wrapped, adapter = with_noise(model), tmp_path / "adapter"
+    adapter.mkdir()
+    save_adapter(wrapped, adapter)
+    again = load_adapter(load(str(tmp_path / "m")).model, adapter)
+    inputs = pico_inputs(model)
+    torch.testing.assert_close(logits(again, inputs), logits(wrapped, inputs))
+    with pytest.raises(FormatError, match="another basis") as other:
+        load_adapter(saved(tmp_path / "other", seed=2), adapter)
+    assert "rotation" in str(other.value.facts["got"])
+    with pytest.raises(FormatError, match="another basis") as none:
+        load_adapter(pico_model("llama-tied"), adapter)
+    assert none.value.facts["wanted"] == "no rotation"
+    (adapter / JSON).unlink()
+    with pytest.raises(FormatError, match="another basis"):
+        load_adapter(load(str(tmp_path / "m")).model, adapter)
+
+
+@every_pico
+def test_online_transforms_survive_quantizing_adapters_and_merging(family: str) -> None:
+    model = pico_model(family)
+    inputs = pico_inputs(model)
+    rotate_(model, bind(model), Rotation(online=("r4", "heads")))
+    slimtune.quantize(model, "rtn", bits=8, group_size=8)
+    packed = logits(model, inputs)
+    assert relative(packed, logits(pico_model(family), inputs)) < 0.05
+    wrapped = add_lora(model, r=2)
+    torch.testing.assert_close(logits(wrapped, inputs), packed)
+    wrapped = with_noise(wrapped.unload())
+    tuned = logits(wrapped, inputs)
+    merged = merge(wrapped)
+    torch.testing.assert_close(logits(merged, inputs), tuned, rtol=1e-4, atol=1e-4)
+    assert rotation_of(merged) is not None
+
+
+@pytest.mark.parametrize("family", ["t5", "t5-gated", "llama-tied"])
+def test_a_merged_model_with_a_head_of_its_own_comes_back(family: str, tmp_path: Path) -> None:
+    model = pico_model(family)
+    rotate_(model, bind(model), Rotation())
+    merged = merge(with_noise(model))
+    inputs = pico_inputs(merged)
+    (tmp_path / "m").mkdir()
+    write_model(merged, pico_tokenizer(), tmp_path / "m")
+    torch.testing.assert_close(logits(load(str(tmp_path / "m")).model, inputs), logits(merged, inputs))
+
+
+def test_a_missing_or_foreign_rotation_file_is_an_error(tmp_path: Path) -> None:
+    saved(tmp_path / "m", seed=1)
+    saved(tmp_path / "other", seed=2)
+    path = tmp_path / "m" / JSON
+    text = path.read_text()
+    path.unlink()
+    with pytest.raises(FormatError, match="the file that says how is missing"):
+        load(str(tmp_path / "m"))
+    shutil.copy(tmp_path / "other" / JSON, path)
+    with pytest.raises(FormatError, match="another rotation's"):
+        load(str(tmp_path / "m"))
+    facts = json.loads(text)
+    for change, what in (
+        ({"seed": 9}, "another rotation's"),
+        ({"check": [9.0] * len(facts["check"])}, "builds another rotation"),
+        ({"width": "x"}, "damaged"),
+        ({"extra": 1}, "damaged"),
+        ({"version": 2}, "not a rotation"),
+    ):
+        path.write_text(json.dumps({**facts, **change}))
+        with pytest.raises(FormatError, match=what):
+            load(str(tmp_path / "m"))
+    path.write_text("{")
+    with pytest.raises(FormatError, match="not JSON"):
+        load(str(tmp_path / "m"))
+    path.write_text(text)
+    (tmp_path / "m" / "rotation.safetensors").write_bytes(b"x")
+    with pytest.raises(FormatError, match="tensors are damaged"):
+        load(str(tmp_path / "m"))
+
+
+def test_a_second_rotation_and_one_of_a_quantized_model_are_errors() -> None:
+    model = pico_model()
+    slimtune.rotate(model)
+    with pytest.raises(RecipeError, match="rotated already"):
+        slimtune.rotate(model)
+    packed = slimtune.quantize(pico_model(), "rtn", bits=4, group_size=8)
+    with pytest.raises(RecipeError, match="only plain weights") as caught:
+        slimtune.rotate(packed)
+    assert "before quantize" in caught.value.facts["remedy"]
+    with pytest.raises(RecipeError, match="only plain weights"):
+        slimtune.rotate(add_lora(pico_model(), r=2))
+
+
+@pytest.mark.parametrize("format", ["safetensors", "compressed-tensors", "gptq"])
+def test_dense_and_packed_exports_carry_the_rotation(format: str, tmp_path: Path) -> None:
+    model = pico_model("llama-tied")
+    rotate_(model, bind(model), Rotation())
+    if format != "safetensors":
+        slimtune.quantize(model, "rtn", bits=4, group_size=-1, sym=True)
+    wrapped = with_noise(model)
+    export(Source(wrapped, pico_tokenizer(), "original"), format, tmp_path / "out")
+    back = load(str(tmp_path / "out")).model
+    assert rotation_of(back) is not None
+    if format != "safetensors":
+        logits(back, pico_inputs(back))
+        back = load_adapter(back, tmp_path / "out" / "adapter")
+    inputs = pico_inputs(model)
+    torch.testing.assert_close(logits(back, inputs), logits(wrapped, inputs), rtol=1e-3, atol=1e-3)
+
+
+def test_online_transforms_are_exported_to_no_other_engine(tmp_path: Path) -> None:
+    model = pico_model()
+    rotate_(model, bind(model), Rotation(online=("r4",)))
+    with pytest.raises(RecipeError, match="no other engine runs"):
+        export(Source(model, pico_tokenizer(), "original"), "safetensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_goes_on_after_its_rotation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the quantize step, the run finds the rotated model, its online transforms and its basis again."""
+    data = tmp_path / "text.txt"
+    data.write_text("It is what it is, and 2 and 3 is 5.\n" * 20)
+    measure = {"evaluate": {"perplexity": {"text": str(data)}, "length": 32}}
+    facts = {
+        "model": str(save_pico(tmp_path / "base", "llama-tied")),
+        "data": {"calibration": {"path": str(data), "length": 32}},
+        "steps": [
+            {"rotate": {"online": ["r4"]}},
+            {"quantize": {"method": "rtn", "group_size": 8}},
+            measure,
+            {"lora": {"r": 2}},
+            measure,
+        ],
+    }
+    whole = run(recipe_from(facts), tmp_path / "whole")
+    measured = [metric["value"] for metric in whole["metrics"] if metric["name"] == "text_perplexity"]
+    assert measured[1] == pytest.approx(measured[0], rel=1e-4)  # a fresh adapter changes nothing
+    with monkeypatch.context() as patch:
+        patch.setattr("slimtune.recipe.steps.quantize_", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe_from(facts), tmp_path / "run")
+    resumed = run(recipe_from(facts), tmp_path / "run", resume=True)
+    assert resumed["steps"][0]["facts"]["sha256"] == whole["steps"][0]["facts"]["sha256"]
+    models = [open_model(str(tmp_path / name))[1] for name in ("run", "whole")]
+    inputs = pico_inputs(models[0])
+    torch.testing.assert_close(logits(models[0], inputs), logits(models[1], inputs), rtol=0, atol=0)
+    assert (
+        json.loads((tmp_path / "run" / "adapter" / JSON).read_text())["sha256"] == whole["steps"][0]["facts"]["sha256"]
+    )
+    (tmp_path / "run" / "adapter" / JSON).unlink()
+    with pytest.raises(FormatError, match="another basis"):
+        open_model(str(tmp_path / "run"))
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt

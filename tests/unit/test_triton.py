@@ -1,0 +1,103 @@
+"""The GPU kernels equal the reference, for odd shapes: run by Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from torch import Tensor
+
+from slimtune.errors import BackendMissing
+from slimtune.kernels import dispatch
+from slimtune.kernels.reference import apply_grid_
+from slimtune.linalg import lattice, trellis
+from slimtune.linalg.packing import pack
+from slimtune.quant import QUANTIZERS
+from slimtune.quant.decoding import decoding
+from slimtune.quant.linear import QuantLinear
+from slimtune.quant.rtn import Rtn
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPES = [(33, 100, 32), (64, 128, 128), (5, 7, 3), (70, 65, 64)]
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+
+
+@pytest.fixture(autouse=True)
+def _wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.WANTED, "1")
+
+
+def affine(bits: int, out: int, features: int, group: int, sym: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    groups = -(-features // group)
+    codes = torch.randint(0, 2**bits, (out, features), dtype=torch.uint8, device=DEVICE)
+    zero = torch.randint(0, 2**bits, (out, groups), dtype=torch.uint8, device=DEVICE)
+    return codes, torch.randn(out, groups, device=DEVICE).to(torch.bfloat16), None if sym else zero
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("out", "features", "group"), SHAPES)
+@pytest.mark.parametrize("sym", [False, True])
+def test_affine_weights(bits: int, out: int, features: int, group: int, sym: bool) -> None:
+    codes, scale, zero = affine(bits, out, features, group, sym)
+    wanted = apply_grid_(codes.double(), scale, zero, bits=bits, group_size=group)
+    assert dispatch.triton_runs(DEVICE)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        found = dispatch.dequantize_affine(
+            pack(codes, bits), scale, zero, bits=bits, group_size=group, in_features=features, work=dtype, dtype=dtype
+        )
+        assert found.dtype == dtype
+        if dtype == torch.bfloat16 and DEVICE.type == "cpu":  # Triton's interpreter cuts bfloat16 off, a GPU rounds
+            torch.testing.assert_close(found.double(), wanted, rtol=2**-7, atol=0)
+        else:
+            assert torch.equal(found, wanted.to(dtype))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(("out", "features", "group"), SHAPES)
+@pytest.mark.parametrize("rows", [1, 3, 17])
+def test_affine_products(bits: int, out: int, features: int, group: int, rows: int) -> None:
+    codes, scale, zero = affine(bits, out, features, group, False)
+    x = torch.randn(rows, features, device=DEVICE)
+    wanted = x.double() @ apply_grid_(codes.double(), scale, zero, bits=bits, group_size=group).T
+    found = dispatch.affine_product(x, codes=pack(codes, bits), scale=scale, zero=zero, bits=bits, group_size=group)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_lattice_and_trellis_codes(bits: int) -> None:
+    codes = torch.randint(0, 256, (3, 101, bits), dtype=torch.uint8, device=DEVICE)
+    assert torch.equal(dispatch.decode_lattice(codes, torch.float32), lattice.decode(codes, torch.float32))
+    codes = torch.randint(0, 256, (7, 32 * bits), dtype=torch.uint8, device=DEVICE)
+    assert torch.equal(dispatch.decode_trellis(codes, bits, torch.float32), trellis.decode(codes, bits, torch.float32))
+
+
+@pytest.mark.parametrize("name", sorted(set(QUANTIZERS) - {"signs"}))
+def test_a_layer_is_the_same_with_and_without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = QUANTIZERS[name]()
+    linear = torch.nn.Linear(64, 48)
+    stats = {"hessian": torch.eye(64)} if method.needs else {}
+    layer = QuantLinear.from_linear(linear, method(linear.weight.detach(), stats)).to(DEVICE)
+    x = torch.randn(5, 64, device=DEVICE, requires_grad=True)
+    with_triton = torch.autograd.grad(layer(x).square().sum(), x)[0]
+    monkeypatch.setenv(dispatch.WANTED, "0")
+    without = torch.autograd.grad(layer(x).square().sum(), x)[0]
+    torch.testing.assert_close(with_triton, without)
+
+
+def test_prepared_layers_multiply_packed() -> None:
+    linear = torch.nn.Linear(64, 48)
+    layer = QuantLinear.from_linear(linear, Rtn(bits=3, group_size=32)(linear.weight.detach(), {})).to(DEVICE)
+    x = torch.randn(2, 3, 64, device=DEVICE)
+    wanted = layer(x)
+    with decoding(layer), torch.no_grad():
+        assert layer.small is not None
+        torch.testing.assert_close(layer(x), wanted)
+
+
+def test_asking_for_it_without_having_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BackendMissing, match="Triton is not installed"):
+        dispatch.triton_runs(torch.device("cpu"))
