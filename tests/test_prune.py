@@ -85,7 +85,9 @@ def test_a_pruned_model_loads_in_stock_transformers(
     assert {axis["kept"] for axis in facts["axes"]} == {kept}
     got, kind = stock_logits(tmp_path / "run" / "model", tmp_path / "logits.pt")
     assert kind == wanted
-    torch.testing.assert_close(got, logits(mine, {"input_ids": torch.tensor([[7, 9, 30, 200, 31, 8]])}))
+    pruned: Any = slimtune.prune(load(str(model)).model, **step["prune"])  # in memory: never written, still a Llama
+    assert pruned.config.model_type == "llama"
+    torch.testing.assert_close(got, logits(pruned, {"input_ids": torch.tensor([[7, 9, 30, 200, 31, 8]])}))
     assert sum(p.numel() for p in mine.parameters()) == facts["parameters_after"]
     saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert sum(t.numel() for t in saved.values()) == facts["parameters_after"]
@@ -253,6 +255,23 @@ def test_python_prunes_like_a_recipe() -> None:
         slimtune.prune(model, ratio=0.2, schedule="cubic")
     with pytest.raises(RecipeError, match="importance"):
         slimtune.prune(model, ratio=0.2, importance="wonda")
+
+
+def test_allocated_widths_are_padded_and_the_record_says_so(data: Any, tmp_path: Path) -> None:
+    model = save_pico(tmp_path / "pico", "llama")
+    step = {
+        "prune": {"ratio": 0.2, "importance": "gate-fisher", "widths": "allocated", "targets": "ffn", "multiple_of": 1}
+    }
+    report = run(recipe(model, data, step), tmp_path / "run")
+    facts = report["steps"][0]["facts"]
+    assert facts["padded"] and len({axis["real"] for axis in facts["axes"]}) == 2
+    assert len({axis["kept"] for axis in facts["axes"]}) == 1
+    record = read_record(tmp_path / "run" / "model")
+    assert record is not None and record["prunings"][0]["padded"]
+    saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    for axis in facts["axes"]:
+        silent = (saved[f"{axis['name']}.weight"] == 0).all(0)
+        assert int(silent.sum()) == axis["kept"] - axis["real"]
 
 
 @pytest.mark.parametrize(
