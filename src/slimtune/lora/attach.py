@@ -267,7 +267,7 @@ def save_truncated(model: PeftModel, folder: Path) -> float:
     times = next((len(adapted(model)[name].lora_A["default"].weight) // rank for name, rank in ranks.items()), 1)
     config.r //= times
     config.lora_alpha = cast(int, config.lora_alpha / (times**0.5 if config.use_rslora else times))
-    config.rank_pattern = {name: rank // times for name, rank in config.rank_pattern.items()}
+    config.rank_pattern = {name: rank // times for name, rank in (config.rank_pattern or {}).items()}
     config.save_pretrained(str(folder))
     save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
     return (lost / whole) ** 0.5 if whole else 0.0
