@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -280,16 +281,17 @@ def main() -> None:
             slimtune.quantize(model, method, residual_rank=a.r, **({"bits": int(bits)} if bits else {}))
         return model, tokenizer
 
-    a.cache.mkdir(parents=True, exist_ok=True)
+    key = f"{Path(a.model).name}, {a.base}, r={a.r}, {a.steps} steps of {a.batch} x {a.length}, {a.dtype}"
+    cache = a.cache / re.sub(r"\W+", "-", f"{key} {a.held_out} {a.tokens} {a.every}")  # arms of one setting
+    cache.mkdir(parents=True, exist_ok=True)
     for start in [] if a.table else a.arms.split(","):
         for arm in [Arm(start, float(rate), int(seed)) for seed in a.seeds.split(",") for rate in a.rates.split(",")]:
-            place = a.cache / arm.file
+            place = cache / arm.file
             if not place.exists():
                 kept = json.dumps(train(arm, setting, a.data, load))
                 place.write_text(kept + "\n")
-    rows = table(a.cache, setting, a.shared_rate)
+    rows = table(cache, setting, a.shared_rate)
     before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    key = f"{Path(a.model).name}, {a.base}, r={a.r}, {a.steps} steps of {a.batch} x {a.length}, {a.dtype}"
     before[key] = {"environment": environment(), "setting": asdict(setting), "shared_rate": a.shared_rate, "rows": rows}
     RESULT.write_text(json.dumps(before, indent=1) + "\n")
     for row in rows:

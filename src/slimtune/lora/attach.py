@@ -286,11 +286,11 @@ def save_truncated(model: PeftModel, folder: Path) -> float:
             keys = [f"base_model.model.{name}.lora_{side}.weight" for side in "AB"]
             for key, factor in zip(keys, best, strict=True):
                 state[key] = factor.to(torch.float32).contiguous()
-    config: Any = copy.deepcopy(model.peft_config["default"])
+    config = cast(LoraConfig, copy.deepcopy(model.peft_config["default"]))
     times = next((len(adapted(model)[name].lora_A["default"].weight) // rank for name, rank in ranks.items()), 1)
     config.r //= times
-    config.lora_alpha = config.lora_alpha / (times**0.5 if config.use_rslora else times)
-    config.rank_pattern = {name: rank // times for name, rank in config.rank_pattern.items()}
+    config.lora_alpha = cast(int, config.lora_alpha / (times**0.5 if config.use_rslora else times))
+    config.rank_pattern = {name: rank // times for name, rank in (config.rank_pattern or {}).items()}
     config.save_pretrained(str(folder))
     save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
     return (lost / whole) ** 0.5 if whole else 0.0
