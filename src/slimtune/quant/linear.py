@@ -58,6 +58,7 @@ class QuantLinear(nn.Module):
             self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))
         self.bias = _frozen(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
         self.start: Factors | None = None  # what an adapter on this layer may start from; not saved with it
+        self.tuning: nn.Module | None = None  # see slimtune.quant.tuning; not saved with the layer
         self.small: SmallProduct | None = None  # see slimtune.quant.decoding
 
     @classmethod
@@ -76,6 +77,9 @@ class QuantLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.activations is not None:
             x = self.activations(x)
+        if self.tuning is not None:
+            tuned: Tensor = self.tuning(x, self)
+            return tuned if self.bias is None else tuned + self.bias.to(tuned.dtype)
         if self.small is not None and not torch.is_grad_enabled() and x.numel() <= FEW * self.in_features:
             small = self.small(x)
             return small if self.bias is None else small + self.bias.to(small.dtype)

@@ -20,6 +20,7 @@ from slimtune.errors import RecipeError
 from slimtune.lora.attach import base_of
 from slimtune.prune.options import PruneOptions
 from slimtune.prune.surgery import PruneFacts
+from slimtune.quant.tuning import settle_tuning_, tune_
 from slimtune.train.callbacks import Progress, StepLog
 from slimtune.train.checkpoint import CheckpointingTrainer, last_checkpoint
 from slimtune.train.data import Collator, Example
@@ -46,6 +47,7 @@ class TrainFacts:
     tokens_per_second: float | None
     trainable_parameters: int
     prune: dict[str, object] | None = None
+    scales_moved: float | None = None
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for `report.json`."""
@@ -64,6 +66,10 @@ class _CountingTrainer(CheckpointingTrainer):
         self.ramp = self.beside = ramp
         self.distill = distill
         self.add_callback(ramp)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Factors of scales and signs begin with 1, and do not decay to 0."""
+        return [name for name in super().get_decay_parameter_names(model) if ".tuning." not in name]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         mask = inputs.get("attention_mask")
@@ -131,6 +137,8 @@ def finetune(
 
     Raises `TrainingDiverged` when the loss is not finite, `RecipeError` when nothing is trainable.
     """
+    if options.scales and not tune_(model):
+        raise RecipeError("there are no scales to train", where="scales", remedy="quantize before, or leave it out")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trainable:
         raise RecipeError("nothing in the model is trainable", remedy="put a lora step before train")
@@ -161,6 +169,7 @@ def finetune(
             ramp.finish()
         if held_out and steps not in lines.eval_losses:
             lines.write({"step": steps, "eval_loss": measure()})
+    moved = settle_tuning_(model) if options.scales else None
     model.eval()
     losses = [lines.losses[step] for step in sorted(lines.losses)]
     return TrainFacts(
@@ -174,6 +183,7 @@ def finetune(
         tokens_per_second=(lines.tokens - before) / seconds if lines.tokens > before else None,
         trainable_parameters=trainable,
         prune=None if ramp is None or ramp.facts is None else _pruned(ramp, ramp.facts),
+        scales_moved=moved,
     )
 
 
