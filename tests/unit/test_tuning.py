@@ -31,7 +31,7 @@ from slimtune.quant.trellis import Trellis
 from slimtune.quant.tuning import TunedMatmul, settle_tuning_, tunable, tune_
 from slimtune.recipe.run import run
 from slimtune.recipe.schema import recipe_from
-from slimtune.train.data import Collator
+from slimtune.train.data import Collator, Example
 from slimtune.train.loop import finetune
 from slimtune.train.options import TrainOptions
 
@@ -94,10 +94,10 @@ def model_of(name: str) -> Any:
     return model
 
 
-def examples() -> list[dict[str, list[int]]]:
+def examples() -> list[Example]:
     generator = torch.Generator().manual_seed(5)
     rows = [torch.randint(6, 262, (12,), generator=generator).tolist() for _ in range(8)]
-    return [{"input_ids": row, "labels": row} for row in rows]
+    return [Example(row, row) for row in rows]
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:
@@ -113,7 +113,7 @@ def trained(name: str, **changes: Any) -> tuple[Any, Any, dict[str, Tensor]]:
     torch.manual_seed(0)
     model = add_lora(model_of(name), r=2)
     before = stored(model)
-    facts = finetune(model, examples(), Collator(0), replace(OPTIONS, **changes))  # type: ignore[arg-type]
+    facts = finetune(model, examples(), Collator(0), replace(OPTIONS, **changes))
     return model, facts, before
 
 
@@ -146,7 +146,7 @@ def test_what_is_stored_computes_what_was_trained() -> None:
 
 def test_dense_models_have_no_scales_and_plain_training_leaves_them() -> None:
     with pytest.raises(RecipeError, match="no scales"):
-        finetune(add_lora(pico_model("llama"), r=2), examples(), Collator(0), OPTIONS)  # type: ignore[arg-type]
+        finetune(add_lora(pico_model("llama"), r=2), examples(), Collator(0), OPTIONS)
     model, facts, before = trained("affine", scales=False)
     assert facts.scales_moved is None
     assert [path for path, tensor in stored(model).items() if not torch.equal(tensor, before[path])] == []
