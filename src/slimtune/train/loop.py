@@ -137,11 +137,7 @@ def finetune(
 
     Raises `TrainingDiverged` when the loss is not finite, `RecipeError` when nothing is trainable.
     """
-    if options.scales and not tune_(model):
-        raise RecipeError("there are no scales to train", where="scales", remedy="quantize before, or leave it out")
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if not trainable:
-        raise RecipeError("nothing in the model is trainable", remedy="put a lora step before train")
+    trainable = _trainable(model, options)
     if options.distill:
         require_plain_head(base_of(model))
     with tempfile.TemporaryDirectory() as scratch, _without_cache(model):
@@ -185,6 +181,16 @@ def finetune(
         prune=None if ramp is None or ramp.facts is None else _pruned(ramp, ramp.facts),
         scales_moved=moved,
     )
+
+
+def _trainable(model: nn.Module, options: TrainOptions) -> int:
+    """How many numbers train, scales among them where `options` want that."""
+    if options.scales and not tune_(model):
+        raise RecipeError("there are no scales to train", where="scales", remedy="quantize before, or leave it out")
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not trainable:
+        raise RecipeError("nothing in the model is trainable", remedy="put a lora step before train")
+    return trainable
 
 
 def _pruned(ramp: Ramp, facts: PruneFacts) -> dict[str, object]:
