@@ -32,6 +32,7 @@ from slimtune.lora.attach import add_lora
 from slimtune.quant.apply import all_linear, quantize_
 from slimtune.quant.linear import QuantLinear
 from slimtune.quant.rtn import Rtn
+from slimtune.recipe.shell import export_model, generate_text
 
 FAMILIES = ["llama", "llama-tied", "llama-biased", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"]
 NAME = "owner/base"
@@ -493,3 +494,17 @@ def test_files_of_every_type_are_bases(kind: str, tmp_path: Path) -> None:
     found = tensors_of(tmp_path / "out" / "model.gguf")
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, naming.restored(name, found[naming.name(name)]))
+
+
+def test_verbs_write_a_file_and_take_it_as_a_model(tmp_path: Path) -> None:
+    model_of("llama").save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    manifest = export_model(str(tmp_path / "base"), "gguf", tmp_path / "out", quantization="q8_0")
+    assert set(manifest.files) == {"README.md", "model.gguf"} and manifest.facts["types"]["Q8_0"] > 0
+    assert "llama-cli" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(RecipeError, match="--overwrite replaces it"):
+        export_model(str(tmp_path / "base"), "gguf", tmp_path / "out")
+    export_model(str(tmp_path / "base"), "gguf", tmp_path / "out", overwrite=True)
+    written: list[str] = []
+    pace = generate_text(str(tmp_path / "out" / "model.gguf"), "abc", max_new_tokens=3, write=written.append)
+    assert pace.new_tokens == len(written)

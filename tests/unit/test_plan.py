@@ -221,3 +221,27 @@ def test_the_estimate_knows_what_costs_memory(config_only: Path) -> None:
     large = bytes_of(per_device_train_batch_size=64)
     assert large > bytes_of(per_device_train_batch_size=32)
     assert large > bytes_of(per_device_train_batch_size=64, gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize("layout", ["affine", "trellis"])
+def test_plan_of_a_packed_65b_needs_its_configuration_alone_and_adds_up(layout: str, tmp_path: Path) -> None:
+    shape = {"hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80, "num_attention_heads": 64}
+    names = {"self_attn": "qkvo", "mlp": ("gate", "up", "down")}
+    modules = [
+        f"model.layers.{block}.{part}.{name}_proj" for block in range(80) for part in names for name in names[part]
+    ]
+    facts = {"layout": layout, "bits": 2, "modules": modules} | ({"group_size": 64} if layout == "affine" else {})
+    quantization = {"quant_method": "slimtune", "version": 1, "groups": [facts]}
+    config = {"model_type": "llama", "vocab_size": 32000, "tie_word_embeddings": False, **shape}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    train = {"max_steps": 1, "per_device_train_batch_size": 1, "max_length": 2048, "gradient_checkpointing": True}
+    made = planned(tmp_path, {"lora": {"r": 8}}, {"train": train}, dtype="bfloat16", memory=24 * 2**30)
+    linears = 80 * (4 * 8192**2 + 3 * 8192 * 22016)
+    lora, step = (step.memory_bytes / 2**30 for step in made.steps)
+    packed = linears * (2 + (0.375 if layout == "affine" else 0)) / 8 / 2**30  # 15.1 GiB at 2.00 bits
+    doors, block = 80 * 2048 * 8192 * 2 / 2**30, 2048 * 2 * (19 * 8192 + 5 * 22016) / 2**30
+    decoding = {"affine": 4, "trellis": 20}[layout] * 8192 * 22016 / 2**30
+    factors = 8 * 80 * (4 * 2 * 8192 + 3 * (8192 + 22016)) / 2**30
+    assert packed + 0.98 + 4 * factors < lora < packed + 0.98 + 4 * factors + 3  # and the process itself
+    logits = 3 * 256 * 32000 * 4 / 2**30  # of a chunk, not of the text
+    assert step - lora == pytest.approx(doors + block + decoding + logits + 12 * factors, abs=0.05)

@@ -68,7 +68,7 @@ def export(source: Source, format: str, folder: Path, quantization: str = "") ->
     wanted = probe_logits(source.model)
     with whole_folder(folder) as partial:
         written = exporter.write(source, partial) or Written(dtype=source.dtype)
-        (partial / "README.md").write_text(exporter.loads_in.format(name=source.name), encoding="utf-8")
+        (partial / "README.md").write_text(exporter.loads_in.format(name=source.name) + source.note, encoding="utf-8")
         try:
             got = probe_logits(exporter.read_back(source, partial))
         finally:

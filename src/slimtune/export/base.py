@@ -26,13 +26,14 @@ from slimtune.rotate.record import rotation_of, write_rotation
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported: a model (a `PeftModel` where there is an adapter), its tokenizer, the base's public name, and
-    the dtype of dense weights."""
+    """What is exported: a model (a `PeftModel` where there is an adapter), its tokenizer, the base's public name,
+    the dtype of dense weights, and what the README says beside."""
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     name: str
     dtype: torch.dtype = torch.float32
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class LoraQuantLinear(PeftLoraLinear):
             or self.lora_variant
             or self.lora_bias[active[0]]
             or not isinstance(base, FROZEN)
+            or (isinstance(base, QuantLinear) and base.tuning is not None)
             or (isinstance(base, QuantLinear) and base.small is not None and not torch.is_grad_enabled())
             or (self.training and not isinstance(self.lora_dropout[active[0]], nn.Identity))
         ):

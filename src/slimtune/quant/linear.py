@@ -60,6 +60,7 @@ class QuantLinear(nn.Module):
             self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))
         self.bias = _frozen(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
         self.start: Factors | None = None  # what an adapter on this layer may start from; not saved with it
+        self.tuning: nn.Module | None = None  # see slimtune.quant.tuning; not saved with the layer
         self.small: SmallProduct | None = None  # see slimtune.quant.decoding
 
     @classmethod
@@ -78,11 +79,13 @@ class QuantLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         tensors = {name: getattr(self, name) for name in self.names}
         y: Tensor
-        if self.activations is not None and in_integers(x, self.activations, self.layout):
+        if self.activations is not None and self.tuning is None and in_integers(x, self.activations, self.layout):
             y = integer_product(x, self.activations, cast(Affine, self.layout), tensors)
         else:
             read = x if self.activations is None else self.activations(x)
-            if self.small is not None and not torch.is_grad_enabled() and x.numel() <= FEW * self.in_features:
+            if self.tuning is not None:
+                y = self.tuning(read, self)
+            elif self.small is not None and not torch.is_grad_enabled() and x.numel() <= FEW * self.in_features:
                 y = self.small(read)
             else:
                 y = DequantizingMatmul.apply(read, self.layout, self.names, *tensors.values())

@@ -60,6 +60,8 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
             return "there is nothing to take gradients of", "add data: {train: {path: FILE}}"
         case Train() if recipe.data.train is None:
             return "there is nothing to train on", "add data: {train: {path: FILE}}"
+        case Train(scales=True) if not state.quantized:
+            return "there are no scales to train", "put a quantize step before, or leave out scales"
         case Train() if state.quantized and not state.adapter:
             return "packed weights do not train", "put a lora step before train"
         case Train() if step.fake_quant is not None and not state.adapter:

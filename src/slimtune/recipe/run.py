@@ -35,7 +35,7 @@ from slimtune.recipe.plan import Plan, plan
 from slimtune.recipe.pruning import RECORD, pending, read_record
 from slimtune.recipe.report import read_report, write_html
 from slimtune.recipe.schema import Evaluate, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train, to_dict
-from slimtune.recipe.steps import Session, run_step, size_of
+from slimtune.recipe.steps import Session, belongs, run_step, size_of
 
 Say = Callable[[str], None]
 RECIPE = "recipe.yaml"
@@ -199,7 +199,7 @@ def _changes_base(step: Step, recipe: Recipe, number: int) -> bool:
         return not step.ramped
     if not isinstance(step, Train):
         return isinstance(step, Rotate | Quantize | Merge)
-    if pending(recipe.steps, number) is not None:
+    if step.scales or pending(recipe.steps, number) is not None:
         return True
     before = recipe.steps[:number]
     loras = [n for n, s in enumerate(before) if isinstance(s, Lora)]
@@ -215,6 +215,8 @@ def _keep(session: Session, step: Step, number: int, output: Path) -> None:
     if has_adapter(session.model) and (changed or isinstance(step, Lora | Train)):
         with whole_folder(output / "checkpoints" / f"step-{number}-adapter") as partial:
             save_adapter(cast(PeftModel, session.model), partial)
+            if note := belongs(session.recipe):
+                (partial / "README.md").write_text(note, encoding="utf-8")
 
 
 def _publish(recipe: Recipe, output: Path, number: int) -> None:

@@ -23,7 +23,7 @@ from slimtune.evaluate.tasks import tasks
 from slimtune.export import Source, export
 from slimtune.export.load import DTYPES, Loaded, locate
 from slimtune.hub import round_cache_
-from slimtune.lora.attach import base_of, plain
+from slimtune.lora.attach import base_of, has_adapter, plain
 from slimtune.lora.inits import INITS, residual
 from slimtune.lora.merge import merge
 from slimtune.prune.options import PruneOptions
@@ -51,6 +51,12 @@ from slimtune.train.loop import finetune
 from slimtune.train.options import TrainOptions
 
 Facts = dict[str, Any]
+
+BELONGS = (
+    "\nScales of the packed base were trained together with this adapter: it belongs to the model in `model/` of its"
+    " run, and does less on any other.\n"
+)
+"""Beside an adapter whose base changed with it."""
 
 OUTLIER_WINDOWS = 4, 512
 """Windows, and tokens in each at most, on which a rotate step looks at activations."""
@@ -419,11 +425,18 @@ def _text(session: Session, source: DataSource) -> str:
     return "".join(render(c, session.loaded.tokenizer, str(source)) for c in conversations)
 
 
+def belongs(recipe: Recipe) -> str:
+    """What the README of an adapter says where scales of its base were trained with it; empty elsewhere."""
+    trained = any(isinstance(step, Train) and step.scales for step in recipe.steps)
+    return BELONGS if trained else ""
+
+
 def _export(session: Session, step: Export) -> Facts:
     assert session.folder is not None, "a run has a folder"
     model = session.whole()
     dtype = cast(Any, base_of(model)).dtype  # the recipe's, or the last merge's
-    source = Source(model, session.loaded.tokenizer, session.loaded.name, dtype)
+    note = belongs(session.recipe) if has_adapter(model) else ""
+    source = Source(model, session.loaded.tokenizer, session.loaded.name, dtype, note)
     place = f"export/{'-'.join(filter(None, (step.format, step.quantization)))}"
     manifest = export(source, step.format, session.folder / place, step.quantization)
     session.say(f"  {manifest.path}: {manifest.bytes / 1e6:,.1f} MB, read back and compared")

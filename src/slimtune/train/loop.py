@@ -21,6 +21,7 @@ from slimtune.lora.attach import base_of
 from slimtune.lora.rounded import Switch, rounded_lora
 from slimtune.prune.options import PruneOptions
 from slimtune.prune.surgery import PruneFacts
+from slimtune.quant.tuning import settle_tuning_, tune_
 from slimtune.train.callbacks import Progress, StepLog
 from slimtune.train.checkpoint import CheckpointingTrainer, last_checkpoint
 from slimtune.train.data import Collator, Example
@@ -48,6 +49,7 @@ class TrainFacts:
     tokens_per_second: float | None
     trainable_parameters: int
     prune: dict[str, object] | None = None
+    scales_moved: float | None = None
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for `report.json`."""
@@ -66,6 +68,10 @@ class _CountingTrainer(CheckpointingTrainer):
         self.ramp = self.beside = ramp
         self.distill = distill
         self.add_callback(ramp)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Factors of scales and signs begin with 1, and do not decay to 0."""
+        return [name for name in super().get_decay_parameter_names(model) if ".tuning." not in name]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         mask = inputs.get("attention_mask")
@@ -145,9 +151,7 @@ def finetune(
 
     Raises `TrainingDiverged` when the loss is not finite, `RecipeError` when nothing is trainable.
     """
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if not trainable:
-        raise RecipeError("nothing in the model is trainable", remedy="put a lora step before train")
+    trainable = _trainable(model, options)
     if options.distill:
         require_plain_head(base_of(model))
     rounding = nullcontext() if options.fake_quant is None else rounded_lora(model, options.fake_quant)
@@ -178,6 +182,7 @@ def finetune(
             ramp.finish()
         if held_out and steps not in lines.eval_losses:
             lines.write({"step": steps, "eval_loss": measure()})
+    moved = settle_tuning_(model) if options.scales else None
     model.eval()
     losses = [lines.losses[step] for step in sorted(lines.losses)]
     return TrainFacts(
@@ -191,7 +196,18 @@ def finetune(
         tokens_per_second=(lines.tokens - before) / seconds if lines.tokens > before else None,
         trainable_parameters=trainable,
         prune=None if ramp is None or ramp.facts is None else _pruned(ramp, ramp.facts),
+        scales_moved=moved,
     )
+
+
+def _trainable(model: nn.Module, options: TrainOptions) -> int:
+    """How many numbers train, scales among them where `options` want that."""
+    if options.scales and not tune_(model):
+        raise RecipeError("there are no scales to train", where="scales", remedy="quantize before, or leave it out")
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not trainable:
+        raise RecipeError("nothing in the model is trainable", remedy="put a lora step before train")
+    return trainable
 
 
 def _pruned(ramp: Ramp, facts: PruneFacts) -> dict[str, object]:

@@ -33,6 +33,7 @@ class TrainOptions:
     packing: bool = field(default=False, metadata={"help": "several examples in a row, kept apart in attention"})
     completion_only_loss: bool = field(default=True, metadata={"help": "learn the answers, not the prompts"})
     distill: bool = field(default=False, metadata={"help": "learn from the model before it is pruned, not from labels"})
+    scales: bool = field(default=False, metadata={"help": "packed layers train their scales and signs, too"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations: less memory, slower"})
     bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast"})
     fake_quant: FakeQuant | None = field(
