@@ -57,7 +57,7 @@ def test_the_resolved_recipe_has_every_field_of_the_method(config_only: Path) ->
         {
             "quantize": {
                 "method": "optq", "bits": 4, "group_size": 8, "sym": False, "grid": "mse", "desc_act": True,
-                "damp_percent": 0.01, "refine": None, "ignore": [],
+                "damp_percent": 0.01, "refine": None, "gptaq": 0.0, "ignore": [],
             }
         }
     ]  # fmt: skip

@@ -171,8 +171,13 @@ class CalibrationStream:
         """What the blocks of `stack` that were passed make: the dense ones, while those are followed."""
         return (self._reference if self._following else self.cache)[stack]
 
-    def enter(self, block: Block) -> None:
-        """Begin with `block`, whose weights are in place."""
+    def enter(self, block: Block, *, follow: bool = False) -> None:
+        """Begin with `block`, whose weights are in place and dense; with `follow` for all blocks or for none."""
+        self._lower(block)
+        if follow:
+            self._follow(block)
+
+    def _lower(self, block: Block) -> None:
         module = self._model.get_submodule(block.name)
         weights = [(parameter, parameter.data) for parameter in module.parameters()]
         if not all(data.dtype == torch.float32 and bfloat16_units(data.device) for _, data in weights):
@@ -211,7 +216,7 @@ class CalibrationStream:
         self.watch(block, stage, update)
         return {name: statistic.result() for name, statistic in statistics.items()}
 
-    def follow(self, block: Block) -> None:
+    def _follow(self, block: Block) -> None:
         """Run `block` with the dense weights it still has, on what the dense blocks before it made; keep what each of
         its stages reads, and what it makes for the next block. Costs a pass, and the inputs of all stages in memory."""
         self._dense_inputs = {n: _Shelf(self.samples, self.batch_size) for n in range(len(block.stages))}

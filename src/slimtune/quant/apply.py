@@ -172,9 +172,7 @@ def quantize_(
                 materialise(module, block.name)
             weights = {name: parameter.data for name, parameter in module.named_parameters()}
             if stream is not None:
-                stream.enter(block)  # may compute in fewer bits than the weights have
-                if DRIFT in needs:
-                    stream.follow(block)
+                stream.enter(block, follow=DRIFT in needs)  # may compute in fewer bits than the weights have
             layers = store.load(block) if store is not None else None
             if layers is None:
                 layers = []

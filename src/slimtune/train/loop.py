@@ -162,9 +162,7 @@ def finetune(
         trainer = _trainer(model, examples, collator, options, folder, seed, save=checkpoints is not None)
         trainer.log_lines = lines
         trainer.add_callback(lines)
-        ramp = Ramp(model, prune, last=options.distill, seed=seed) if prune is not None else None
-        if ramp is not None:
-            trainer.prune_along(ramp, options.distill)
+        ramp = _ramp(trainer, model, prune, options, seed)
         if switch is not None and options.fake_quant is not None:
             trainer.add_callback(_WarmUp(switch, options.fake_quant.warmup_steps))
         lines.resume_at(int(start.name.rsplit("-", 1)[1]) if start else -1)
@@ -198,6 +196,17 @@ def finetune(
         prune=None if ramp is None or ramp.facts is None else _pruned(ramp, ramp.facts),
         scales_moved=moved,
     )
+
+
+def _ramp(
+    trainer: CheckpointingTrainer, model: nn.Module, prune: PruneOptions | None, options: TrainOptions, seed: int
+) -> Ramp | None:
+    """What prunes along the training that `trainer` does."""
+    if prune is None:
+        return None
+    ramp = Ramp(model, prune, last=options.distill, seed=seed)
+    trainer.prune_along(ramp, options.distill)
+    return ramp
 
 
 def _trainable(model: nn.Module, options: TrainOptions) -> int:
