@@ -199,7 +199,7 @@ def finetune(
 
 
 def _ramp(
-    trainer: CheckpointingTrainer, model: nn.Module, prune: PruneOptions | None, options: TrainOptions, seed: int
+    trainer: _CountingTrainer, model: nn.Module, prune: PruneOptions | None, options: TrainOptions, seed: int
 ) -> Ramp | None:
     """What prunes along the training that `trainer` does."""
     if prune is None:
