@@ -9,8 +9,9 @@ goes from the last block to the first has the same result for columns in reverse
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ from torch.nn.functional import pad
 
 from slimtune.errors import RecipeError, ShapeError
 from slimtune.linalg.hadamard import transform
-from slimtune.linalg.hessian import inverse_cholesky
-from slimtune.quant.base import Stats
+from slimtune.linalg.hessian import aligned, inverse_cholesky
+from slimtune.quant.base import QTensor, Stats, check_share
+from slimtune.quant.layouts import Layout
 
 BITS = (2, 3, 4)
 
@@ -68,6 +70,44 @@ def check(bits: int, damp_percent: float, sweeps: int) -> None:
         raise RecipeError("damp_percent out of range", got=damp_percent, wanted="between 0 and 1")
     if sweeps < 0:
         raise RecipeError("sweeps out of range", got=sweeps, wanted="a number of rounds")
+
+
+@dataclass(frozen=True)
+class Incoherent:
+    """A quantizer of this kind; a subclass has a `code` for its bits, the `layout` of what it makes, and a `spread`."""
+
+    widths: ClassVar[tuple[int, ...]] = BITS
+    spread: ClassVar[float]
+    code: ClassVar[Callable[[int], Code]]
+    layout: ClassVar[Callable[[int, int, int], Layout]]
+
+    bits: int = field(default=2, metadata={"help": "bits of a weight: 2, 3 or 4"})
+    damp_percent: float = field(default=0.01, metadata={"help": "dampening, a fraction of the Hessian's mean diagonal"})
+    sweeps: int = field(default=0, metadata={"help": "rounds in which every block is rounded again, given the others"})
+    seed: int = field(default=0, metadata={"help": "of the random signs"})
+    gptaq: float = field(
+        default=0.0, metadata={"help": "share of the drift of the inputs to make up for (GPTAQ: 0.25); a pass more"}
+    )
+
+    def __post_init__(self) -> None:
+        check(self.bits, self.damp_percent, self.sweeps)
+        check_share(self.gptaq)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The Hessian of the inputs, and their drift from the dense model's where weights make up for it."""
+        return frozenset({"hessian", "drift"} if self.gptaq else {"hessian"})
+
+    def __call__(self, weight: Tensor, stats: Stats) -> QTensor:
+        """Quantize `weight` (float `[out, in]`) given `stats["hessian"]` (`[in, in]`). Float64 weights stay float64."""
+        if self.gptaq:
+            weight = aligned(weight, stats["hessian"], stats["drift"], self.gptaq)
+        code = type(self).code(self.bits)
+        tensors = quantize(
+            weight, stats, code, spread=self.spread, damp=self.damp_percent, seed=self.seed, sweeps=self.sweeps
+        )
+        rows, columns = weight.shape
+        return QTensor(tensors, type(self).layout(rows, columns, self.bits))
 
 
 def quantize(
