@@ -8,7 +8,7 @@ weight (`rowwise` is false). Sides that the codes do not divide are padded with 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +18,9 @@ from torch import Tensor
 from slimtune.kernels.dispatch import decode_lattice, decode_trellis
 from slimtune.linalg import lattice
 from slimtune.linalg.hadamard import transform
+
+PIECE = 1 << 21
+"""Numbers of a weight that are turned at once."""
 
 TILE = 16
 """Rows and columns of a tile of trellis codes, which is one sequence."""
@@ -47,7 +50,11 @@ class Lattice:
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The weight, `dtype [out_features, in_features]`; computed in float32 at least, rounded once."""
         codes = tensors["codes"].view(self.out_features, -1, self.bits)
-        return _turned_back(decode_lattice(codes, _wide(dtype)).flatten(1), tensors, dtype)
+
+        def rows(part: slice) -> Tensor:
+            return decode_lattice(codes[part], _wide(dtype)).flatten(1)
+
+        return _turned_back(rows, 1, codes.shape[0], codes.shape[1] * lattice.WIDTH, tensors, dtype)
 
 
 @dataclass(frozen=True)
@@ -76,9 +83,14 @@ class Trellis:
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The weight, `dtype [out_features, in_features]`; computed in float32 at least, rounded once."""
         codes = tensors["codes"]
-        tiles = decode_trellis(codes.view(-1, 32 * self.bits), self.bits, _wide(dtype))
-        rotated = tiles.view(len(codes), -1, TILE, TILE).transpose(1, 2).reshape(len(codes) * TILE, -1)
-        return _turned_back(rotated, tensors, dtype)
+        across = codes.shape[1] // (32 * self.bits)
+
+        def rows(part: slice) -> Tensor:
+            some = codes[part.start // TILE : part.stop // TILE]
+            tiles = decode_trellis(some.reshape(-1, 32 * self.bits), self.bits, _wide(dtype))
+            return tiles.view(len(some), across, TILE, TILE).transpose(1, 2).reshape(len(some) * TILE, -1)
+
+        return _turned_back(rows, TILE, len(codes) * TILE, across * TILE, tensors, dtype)
 
 
 def _signs(layout: Lattice | Trellis) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -92,9 +104,31 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _turned_back(rotated: Tensor, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """The weight of a rotated one. Autocast would round its products to half precision."""
-    out, into = tensors["sign_out"].to(rotated.dtype), tensors["sign_in"].to(rotated.dtype)
-    with torch.autocast(rotated.device.type, enabled=False):
-        plain = transform(transform(rotated, inverse=True), 0, inverse=True)[: len(out), : len(into)]
-    return (plain * out[:, None] * into).to(dtype)
+def _turned_back(
+    decode: Callable[[slice], Tensor],
+    step: int,
+    rows: int,
+    columns: int,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight of a rotated one, `[rows, columns]`, of which `decode` makes some rows, whole multiples of `step`.
+
+    Rows, then columns are turned in pieces: beside the result there is one copy in `_wide(dtype)`, and not four.
+    Autocast would round the products to half precision.
+    """
+    wide = _wide(dtype)
+    out, into = tensors["sign_out"].to(wide), tensors["sign_in"].to(wide)
+    turned = torch.empty(rows, columns, dtype=wide, device=out.device)
+    weight = torch.empty(len(out), len(into), dtype=dtype, device=out.device)
+    with torch.autocast(out.device.type, enabled=False):
+        for part in _parts(rows, max(PIECE // columns // step, 1) * step):
+            turned[part] = transform(decode(part), inverse=True)
+        for part in _parts(len(into), max(PIECE // rows, 1)):
+            plain = transform(turned[:, part], 0, inverse=True)[: len(out)]
+            weight[:, part] = plain.mul_(out[:, None]).mul_(into[part])
+    return weight
+
+
+def _parts(length: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]

@@ -45,7 +45,7 @@ RUNTIME_BYTES = 90_000_000
 ACTIVATIONS_PER_HIDDEN, ACTIVATIONS_PER_FFN = 19, 5
 """Floats a decoder block keeps for its backward pass per token: multiples of the hidden and of the FFN width."""
 
-DECODING = {"e8p": 16, "trellis": 20}
+DECODING = {"e8p": 7, "trellis": 7}
 """Bytes a weight while a layer in this layout is decoded to bfloat16, the result among them (measured on
 8192 x 5504); twice the result in all others."""
 
