@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimtune.errors import RecipeError
 from slimtune.evaluate.inference import inference, require_positions
+from slimtune.quant.decoding import decoding
 
 
 @dataclass(frozen=True)
@@ -126,14 +127,18 @@ def write_reply(
     sampling: Sampling,
     write: Callable[[str], None],
 ) -> Pace:
-    """`stream`, each piece given to `write` as it comes; returns how long it took."""
+    """`stream`, each piece given to `write` as it comes; returns how long it took.
+
+    Packed layers are prepared for it first (`slimtune.quant.decoding`): on a CPU they write in bfloat16.
+    """
     if max_new_tokens < 1:
         raise RecipeError("nothing to write", where="max_new_tokens", got=max_new_tokens, wanted="1 or more")
-    start = time.perf_counter()
-    times = [start]
-    for piece in stream(model, tokenizer, inputs, max_new_tokens, sampling):
-        times.append(time.perf_counter())
-        write(piece)
+    with decoding(model):
+        start = time.perf_counter()
+        times = [start]
+        for piece in stream(model, tokenizer, inputs, max_new_tokens, sampling):
+            times.append(time.perf_counter())
+            write(piece)
     if len(times) == 1:  # the reply was its end: the prompt was read all the same
         times.append(time.perf_counter())
         return Pace(inputs["input_ids"].shape[1], 0, times[1] - start, 0.0)
