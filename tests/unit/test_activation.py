@@ -17,6 +17,7 @@ from pico import logits, pico_inputs, pico_model, pico_tokenizer
 from slimtune.arch import bind
 from slimtune.errors import CalibrationError, FormatError, RecipeError, SlimtuneError
 from slimtune.export.native import write_model
+from slimtune.kernels.dispatch import reference
 from slimtune.lora.attach import add_lora
 from slimtune.quant.activation import Activations, Search, activations_from_dict, activations_to_dict
 from slimtune.quant.apply import all_linear, quantize_
@@ -248,7 +249,8 @@ def inputs_of(model: nn.Module, tokens: Tensor) -> list[Tensor]:
         for name, module in model.named_modules()
         if isinstance(module, QuantLinear)
     ]
-    logits(model, {"input_ids": tokens})
+    with reference():  # near a tie, products of integers may round the next input otherwise
+        logits(model, {"input_ids": tokens})
     for handle in handles:
         handle.remove()
     ports = [port.name for block in bind(model).blocks for stage in block.stages for port in stage]

@@ -15,6 +15,11 @@ EXAMPLES = {
     "alpaca": {"instruction": "q", "input": "", "output": "a"},
     "prompt-completion": {"prompt": "q", "completion": "a"},
     "text": {"text": "t"},
+    "cola": {"sentence": "s", "label": "0", "star": "*"},
+    "mrpc": {"#1 String": "s", "#2 String": "t", "Quality": "1"},
+    "qnli": {"question": "q", "sentence": "s", "label": "entailment"},
+    "mnli": {"premise": "p", "hypothesis": "h", "label": "neutral"},
+    "sst2": {"sentence": "s", "label": "1"},
 }
 
 

@@ -6,6 +6,7 @@ That llama.cpp computes the same is in `benchmarks/results/gguf.json`.
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -309,6 +310,19 @@ def test_scaled_rotary_embeddings_survive_the_way_out_and_in(rope: dict[str, Any
     torch.testing.assert_close(logits(loaded, inputs), logits(model, inputs), rtol=0, atol=1e-5)
     torch.testing.assert_close(loaded.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
     assert {key: loaded.config.rope_parameters[key] for key in rope} == pytest.approx(rope)
+
+
+def test_files_of_one_name_size_and_second_are_told_apart(tmp_path: Path) -> None:
+    loaded = []
+    for seed in (0, 1):
+        model = model_of("llama", seed=seed)
+        export(of(model), "gguf", tmp_path / str(seed), "f32")
+        file = tmp_path / str(seed) / "model.gguf"
+        os.utime(file, (1e9, 1e9))
+        loaded.append((load(str(file)).model, model))
+    for found, model in loaded:
+        inputs = pico_inputs(model)
+        torch.testing.assert_close(logits(found, inputs), logits(model, inputs), rtol=0, atol=1e-5)
 
 
 # --- the tokenizer ---

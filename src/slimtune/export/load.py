@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -328,10 +329,15 @@ def _packaged(model: str) -> Path:
     return Path(found.origin).with_name(file)
 
 
+CONVERSION = 2
+"""Raised where GGUF files are read otherwise than before: twins that were made before are not used again."""
+
+
 def _converted(gguf: Path, name: str) -> Path:
     """The safetensors twin of a GGUF file, dequantized once and kept in the cache."""
     stat = gguf.stat()
-    folder = cache_folder() / f"{Path(name).stem}-{stat.st_size:x}-{int(stat.st_mtime):x}"
+    version = f"{CONVERSION} {gguf.resolve()} {stat.st_size} {stat.st_mtime_ns}"  # another file, another twin
+    folder = cache_folder() / f"{Path(name).stem}-{hashlib.sha256(version.encode()).hexdigest()[:16]}"
     if not (folder / "config.json").is_file():
         config = gguf_config(gguf)
         try:
