@@ -29,7 +29,7 @@ def arms(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     options = {
         "max_steps": arguments.steps,
         "learning_rate": arguments.learning_rate,
-        "max_length": 256,
+        "max_length": arguments.length,
         "per_device_train_batch_size": 4,
         "completion_only_loss": False,
     }
@@ -60,10 +60,13 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--samples", type=int, default=32)
     arguments = parser.parse_args()
-    settings = {key: getattr(arguments, key) for key in ("ratio", "steps", "learning_rate", "tokens", "samples")}
+    settings = {
+        key: getattr(arguments, key) for key in ("ratio", "steps", "learning_rate", "length", "tokens", "samples")
+    }
     rows = []
     for name in arguments.arms:
         folder = arguments.work / name
@@ -83,7 +86,7 @@ def main() -> None:
         rows.append({"arm": name, "parameters": parameters, "seconds": seconds, **values})
         print(f"{name:10} {parameters:,} parameters, perplexity {values['wikitext2_perplexity']:,.2f}", flush=True)
         RESULTS.mkdir(exist_ok=True)
-        head = {"environment": environment(), "model": Path(arguments.model).name, "seed": 0, "length": 512}
+        head = {"environment": environment(), "model": Path(arguments.model).name, "seed": 0, "window": 512}
         (RESULTS / "prune_gradual_smollm2.json").write_text(
             json.dumps({**head, **settings, "rows": rows}, indent=1) + "\n"
         )
