@@ -240,7 +240,7 @@ def test_plan_of_a_packed_65b_needs_its_configuration_alone_and_adds_up(layout: 
     lora, step = (step.memory_bytes / 2**30 for step in made.steps)
     packed = linears * (2 + (0.375 if layout == "affine" else 0)) / 8 / 2**30  # 15.1 GiB at 2.00 bits
     doors, block = 80 * 2048 * 8192 * 2 / 2**30, 2048 * 2 * (19 * 8192 + 5 * 22016) / 2**30
-    decoding = {"affine": 4, "trellis": 20}[layout] * 8192 * 22016 / 2**30
+    decoding = {"affine": 4, "trellis": 7}[layout] * 8192 * 22016 / 2**30
     factors = 8 * 80 * (4 * 2 * 8192 + 3 * (8192 + 22016)) / 2**30
     assert packed + 0.98 + 4 * factors < lora < packed + 0.98 + 4 * factors + 3  # and the process itself
     logits = 3 * 256 * 32000 * 4 / 2**30  # of a chunk, not of the text
