@@ -30,6 +30,7 @@ from slimtune.export.gguf_file import read_header
 from slimtune.export.gguf_vocab import vocabulary
 from slimtune.export.load import load, model_config
 from slimtune.lora.attach import add_lora
+from slimtune.quant.activation import Activations
 from slimtune.quant.apply import all_linear, quantize_
 from slimtune.quant.linear import QuantLinear
 from slimtune.quant.rtn import Rtn
@@ -310,6 +311,14 @@ def test_scaled_rotary_embeddings_survive_the_way_out_and_in(rope: dict[str, Any
     torch.testing.assert_close(logits(loaded, inputs), logits(model, inputs), rtol=0, atol=1e-5)
     torch.testing.assert_close(loaded.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
     assert {key: loaded.config.rope_parameters[key] for key in rope} == pytest.approx(rope)
+
+
+def test_rounded_inputs_are_refused(tmp_path: Path) -> None:
+    model = model_of("llama")
+    rounds = Activations(bits=8)
+    quantize_(model, bind(model), all_linear(Rtn(bits=8, group_size=32)), activations=lambda _: rounds)
+    with pytest.raises(FormatError, match="gguf cannot say that inputs are rounded"):
+        export(of(model), "gguf", tmp_path / "out")
 
 
 def test_files_of_one_name_size_and_second_are_told_apart(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from slimtune.errors import FormatError, RecipeError
-from slimtune.export.base import Source, Written, own_state
+from slimtune.export.base import Source, Written, own_state, refuse_rounding
 from slimtune.export.ggml import BLOCK, Array, decode, encode, packed, slack
 from slimtune.export.gguf_facts import ROPE_FREQUENCIES, Naming, add_facts, rope_frequencies
 from slimtune.export.gguf_file import read_header
@@ -55,6 +55,7 @@ class GgufExporter:
 
     def write(self, source: Source, folder: Path) -> Written:
         """Write one tensor after the other; `source.model` is not changed."""
+        refuse_rounding(source.model, "gguf")
         naming = Naming(source.model)
         kinds: Counter[str] = Counter()
         with _writer(folder / MODEL_FILE, naming, source, "model") as writer:
