@@ -49,8 +49,8 @@ class Int4Weight:
     """A weight as PyTorch's int4 product for CPUs wants it: 4-bit codes, bfloat16 scales and offsets of each group.
 
     For a few rows of `x` the product reads a quarter of the bytes that a bfloat16 weight has. Measured on one core, one
-    row: 45 µs for 1536 x 576 (116 in bfloat16, 1,060 when decoding first), 0.9 ms for 8192 x 2048 (2.4; 61). From about
-    40 rows on decoding first is faster.
+    row: 56 µs for 1536 x 576 (115 in bfloat16, 1,040 when decoding first), 0.9 ms for 8192 x 2048 (2.1; 56). From about
+    40 rows on decoding first is faster (`benchmarks/small_products.py`).
     """
 
     packed: Tensor
