@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -197,3 +197,16 @@ def logits(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
     with torch.no_grad():
         scores: Tensor = model(**inputs).logits
     return scores
+
+
+def two_steps(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[float]:
+    """The loss before each of two steps of AdamW on the same batch, over what is trainable in `model`."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    losses = []
+    for _ in range(2):
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pico import VOCAB_SIZE, logits, pico_inputs, pico_model, pico_tokenizer
+from pico import VOCAB_SIZE, logits, pico_inputs, pico_model, pico_tokenizer, two_steps
 from slimtune.arch import bind
 from slimtune.errors import FormatError
 from slimtune.export import export
@@ -59,14 +59,7 @@ def test_it_is_trained_and_exported(name: str, tmp_path: Path) -> None:
     wrapped = add_lora(model, r=3)
     inputs = pico_inputs(model)
     before = [p.detach().clone() for layer in layers_of(wrapped) for p in layer.parameters()]
-    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=0.01)
-    losses = []
-    for _ in range(2):
-        loss = wrapped(**inputs, labels=inputs["input_ids"]).loss
-        losses.append(float(loss.detach()))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    losses = two_steps(wrapped, inputs)
     assert losses[1] < losses[0]
     after = [p for layer in layers_of(wrapped) for p in layer.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

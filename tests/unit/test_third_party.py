@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pico import VOCAB_SIZE, logits, pico_inputs, pico_model, pico_tokenizer, save_pico
+from pico import VOCAB_SIZE, logits, pico_inputs, pico_model, pico_tokenizer, save_pico, two_steps
 from slimtune.arch import bind
 from slimtune.errors import FormatError, RecipeError
 from slimtune.export import export
@@ -115,14 +115,7 @@ def test_it_is_trained_written_read_and_exported(name: str, tmp_path: Path) -> N
     wrapped = add_lora(model, r=3)
     inputs = pico_inputs(model)
     before = [p.detach().clone() for layer in quant_linears(wrapped) for p in layer.parameters()]
-    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=0.01)
-    losses = []
-    for _ in range(2):
-        loss = wrapped(**inputs, labels=inputs["input_ids"]).loss
-        losses.append(float(loss.detach()))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    losses = two_steps(wrapped, inputs)
     assert losses[1] < losses[0]
     after = [p for layer in quant_linears(wrapped) for p in layer.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
