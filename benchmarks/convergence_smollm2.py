@@ -2,7 +2,7 @@
 
 An arm is a start, and a learning rate, and a seed. Each is trained for the same steps on the same batches in the same
 order, and kept in a file of its own, so that the whole can be run in parts and continued. The table gives, for each
-start, at its own best rate and at one shared by all:
+start, at its own best rate and at every rate that plain LoRA was run at too:
 
 - `steps_to_plain`: the first step at which its smoothed training loss is where plain LoRA's ends, and the same for the
   held-out loss, which is measured every few steps;
@@ -194,8 +194,8 @@ def train(arm: Arm, setting: Setting, data: str, load: Callable[[], tuple[Any, A
     }  # fmt: skip
 
 
-def table(cache: Path, setting: Setting, shared: float) -> list[dict[str, Any]]:
-    """One row a start and a seed, at its best rate (by the mean smoothed loss) and at the shared one."""
+def table(cache: Path, setting: Setting) -> list[dict[str, Any]]:
+    """One row a start and seed: at its best rate (by the mean smoothed loss), and at every rate shared with plain."""
     runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for path in sorted(cache.glob("*.json")):
         run = json.loads(path.read_text())
@@ -206,12 +206,11 @@ def table(cache: Path, setting: Setting, shared: float) -> list[dict[str, Any]]:
     rows = []
     for (start, seed), found in runs.items():
         plain = runs.get((PLAIN, seed))
+        shared = sorted(run["arm"]["rate"] for run in found if _at(plain, run["arm"]["rate"]))
         for kind, mine, theirs in (
             ("best rate", _best(found), _best(plain)),
-            ("shared rate", _at(found, shared), _at(plain, shared)),
+            *(("shared rate", _at(found, rate), _at(plain, rate)) for rate in shared),
         ):
-            if mine is None:
-                continue
             row = {"start": start, "seed": seed, "kind": kind, "rate": mine["arm"]["rate"], "auc": _auc(mine)}
             row["last_loss"] = list(mine["smooth"].values())[-1]
             row["least_held_out"] = min(mine["held_out"].values())
@@ -222,7 +221,9 @@ def table(cache: Path, setting: Setting, shared: float) -> list[dict[str, Any]]:
                 row["plain_steps"] = len(theirs["smooth"])
             row["rates_tried"] = sorted(run["arm"]["rate"] for run in found)
             rows.append(row)
-    return sorted(rows, key=lambda row: (row["kind"], row["seed"], row["auc"]))
+    return sorted(
+        rows, key=lambda row: (row["kind"], row["kind"] == "shared rate" and row["rate"], row["seed"], row["auc"])
+    )
 
 
 def _smooth(losses: dict[str, float]) -> dict[int, float]:
@@ -260,7 +261,6 @@ def main() -> None:
     parser.add_argument("--arms", default=",".join(USUAL))
     parser.add_argument("--rates", default=",".join(f"{rate:g}" for rate in RATES))
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--shared-rate", type=float, default=2e-4)
     parser.add_argument("--base", default="dense", help="dense, or a quantizer and its bits: nf4, rtn-2, ...")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--r", type=int, default=8)
@@ -290,9 +290,9 @@ def main() -> None:
             if not place.exists():
                 kept = json.dumps(train(arm, setting, a.data, load))
                 place.write_text(kept + "\n")
-    rows = table(cache, setting, a.shared_rate)
+    rows = table(cache, setting)
     before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    before[key] = {"environment": environment(), "setting": asdict(setting), "shared_rate": a.shared_rate, "rows": rows}
+    before[key] = {"environment": environment(), "setting": asdict(setting), "rows": rows}
     RESULT.write_text(json.dumps(before, indent=1) + "\n")
     for row in rows:
         print(row)
