@@ -70,16 +70,14 @@ def main() -> None:
     rows = []
     for name in arguments.arms:
         folder = arguments.work / name
-        if not (folder / "report.json").is_file():
-            data = {
-                "train": {"path": arguments.train},
-                "calibration": {"path": arguments.train, "samples": arguments.samples, "length": 512},
-            }
-            recipe = {
-                "model": arguments.model, "seed": 0, "dtype": "float32", "data": data, "steps": arms(arguments)[name]
-            }  # fmt: skip
-            slimtune.run(recipe, folder)
-        report = json.loads((folder / "report.json").read_text())
+        data = {
+            "train": {"path": arguments.train},
+            "calibration": {"path": arguments.train, "samples": arguments.samples, "length": 512},
+        }
+        recipe = {
+            "model": arguments.model, "seed": 0, "dtype": "float32", "data": data, "steps": arms(arguments)[name]
+        }  # fmt: skip
+        report = slimtune.run(recipe, folder, resume=folder.is_dir())
         values = {m["name"]: m["value"] for m in report["metrics"]}
         parameters = report["model"]["parameters"]
         seconds = sum(step["seconds"] for step in report["steps"])

@@ -84,14 +84,12 @@ def main() -> None:
     for letter in arguments.arms:
         model, steps = arms(arguments, arguments.work)[letter]
         folder = arguments.work / letter
-        if not (folder / "report.json").is_file():
-            data = {
-                "train": {"path": arguments.train, "samples": 2000},
-                "calibration": {"path": arguments.calibration, "samples": arguments.samples, "length": 512},
-            }
-            recipe = {"model": model, "seed": 0, "dtype": "float32", "data": data, "steps": steps}
-            slimtune.run(recipe, folder)
-        report = json.loads((folder / "report.json").read_text())
+        data = {
+            "train": {"path": arguments.train, "samples": 2000},
+            "calibration": {"path": arguments.calibration, "samples": arguments.samples, "length": 512},
+        }
+        recipe = {"model": model, "seed": 0, "dtype": "float32", "data": data, "steps": steps}
+        report = slimtune.run(recipe, folder, resume=folder.is_dir())
         values = [m["value"] for m in report["metrics"] if m["name"] == "wikitext2_perplexity"]
         steps_taken = [step["step"] for step in report["steps"]]
         rows.append({"arm": letter, "steps": steps_taken, "perplexity": values[-1]})
