@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import types
+from dataclasses import replace
 
 import pyarrow
 import pyarrow.parquet
@@ -258,3 +259,17 @@ def test_import_loads_no_backend():
     command = [sys.executable, "-W", "error", "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert result.stdout.strip() == "set()"
+
+
+def test_columns_are_made_of_others(tmp_path):
+    file = tmp_path / "talks.jsonl"
+    file.write_text('{"id": 7, "dialogue": "A: hi {x}", "summary": "A greets."}\n')
+    source = DataSource(
+        path=str(file), columns={"prompt": "Sum up {{it}}:\n{dialogue}", "completion": "{id}: {summary}"}
+    )
+    assert read_rows(source) == [{"prompt": "Sum up {it}:\nA: hi {x}", "completion": "7: A greets."}]
+    with pytest.raises(CalibrationError, match=r"(?s)row 1.*summari.*did you mean 'summary'"):
+        read_rows(replace(source, columns={"completion": "{summari}"}))
+    for text in ("summary", "{", "{}", "{0}", "{a.b}", "{a!r}", "{a:3}", "{a} {b"):
+        with pytest.raises(RecipeError, match="braces"):
+            replace(source, columns={"completion": text})

@@ -14,10 +14,11 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from string import Formatter
 from types import ModuleType
 from typing import Any
 
@@ -34,6 +35,9 @@ class DataSource:
     `split` chooses a part of a hub or built-in data set; a local file has no parts. `samples` and `length` are the
     windows of a calibration set (`slimtune.calib.data.calibration_tokens`); `read_rows` reads every row.
 
+    `columns` makes the columns of a known format out of others: each is a text with the row's own columns in braces,
+    as in `{"prompt": "Summarize:\\n{dialogue}", "completion": "{summary}"}`. A row then has these columns alone.
+
     >>> str(DataSource(path="alpaca.jsonl.gz")), str(DataSource(builtin="pydocs", split="test"))
     ('alpaca.jsonl.gz', 'pydocs[test]')
     """
@@ -43,8 +47,11 @@ class DataSource:
     split: str = "train"
     samples: int | None = None
     length: int = 512
+    columns: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for column, text in self.columns.items():
+            _require_template(text, f"columns.{column}")
         if bool(self.path) == bool(self.builtin):
             raise RecipeError(
                 "a data source is either a path or a built-in data set",
@@ -70,8 +77,16 @@ def read_rows(source: DataSource) -> list[Row]:
     """Every row of `source`, in order, as plain dicts.
 
     A folder gives the rows of all its data files, sorted by name. Raises `CalibrationError` for a source that is
-    missing, empty or malformed and `BackendMissing` where its format needs a package that is not installed.
+    missing, empty or malformed, or lacks a column that `source.columns` reads, and `BackendMissing` where its format
+    needs a package that is not installed.
     """
+    rows = _source_rows(source)
+    if not source.columns:
+        return rows
+    return [_renamed(row, source.columns, f"{source}, row {number}") for number, row in enumerate(rows, 1)]
+
+
+def _source_rows(source: DataSource) -> list[Row]:
     if source.builtin:
         return BUILTINS[source.builtin](source.split)
     path = Path(source.path).expanduser()
@@ -85,6 +100,32 @@ def read_rows(source: DataSource) -> list[Row]:
             remedy="give the path of the split's file",
         )
     return [row for file in _data_files(path) for row in _file_rows(file)]
+
+
+def _renamed(row: Row, columns: Mapping[str, str], where: str) -> Row:
+    try:
+        return {name: text.format_map(row) for name, text in columns.items()}
+    except KeyError as error:
+        raise CalibrationError(
+            "a row lacks a column that `columns` reads",
+            where=where,
+            got=f"columns {', '.join(map(str, row))}",
+            wanted=str(error.args[0]),
+            remedy=nearest(str(error.args[0]), [str(name) for name in row]),
+        ) from error
+
+
+def _require_template(text: str, where: str) -> None:
+    """Raise `RecipeError` unless `text` has plain `{names}` and no other braces than doubled ones."""
+    try:
+        names = [name for _, name, form, as_ in Formatter().parse(text) if name is not None and not (form or as_)]
+        whole = len(names) == sum(name is not None for _, name, _, _ in Formatter().parse(text))
+    except ValueError:
+        names, whole = [], False
+    if not whole or not names or not all(name.isidentifier() for name in names):
+        raise RecipeError(
+            "a column is a text with the names of others in braces", where=where, got=text, wanted="such as {question}"
+        )
 
 
 def read_text(path: str) -> str:

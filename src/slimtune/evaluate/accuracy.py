@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from slimtune.calib.formats import Conversation, render_messages, uses_template
+from slimtune.calib.formats import Conversation
 from slimtune.errors import CalibrationError
 from slimtune.evaluate.inference import inference
+from slimtune.evaluate.rows import prompt_and_reply
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +49,7 @@ def accuracy(
 
     Raises `CalibrationError` where there is no row, a row has no reply, or the replies are too many to be classes.
     """
-    pairs = [_pair(conversation, tokenizer, where) for conversation in conversations]
+    pairs = [prompt_and_reply(conversation, tokenizer, where) for conversation in conversations]
     counts = Counter(reply for _, reply in pairs)
     if not 2 <= len(counts) <= MOST:
         raise CalibrationError(
@@ -67,16 +68,6 @@ def accuracy(
                 replies[best] == reply for best, (_, reply) in zip(scores.argmax(1).tolist(), chunk, strict=True)
             )
     return Accuracy(right / len(pairs), max(counts.values()) / len(pairs), len(pairs), tuple(replies))
-
-
-def _pair(conversation: Conversation, tokenizer: Any, where: str) -> tuple[str, str]:
-    """The prompt and the reply of a row, as the model reads them."""
-    if conversation.is_text or conversation.messages[-1]["role"] != "assistant":
-        raise CalibrationError("a row has no prompt with a reply", where=where, remedy="give prompt and completion")
-    reply = conversation.messages[-1]["content"]
-    if uses_template(conversation, tokenizer):
-        return render_messages(conversation.messages[:-1], tokenizer, open_reply=True, where=where), reply
-    return "".join(segment.text for segment in conversation.plain[:-1]), reply
 
 
 def _likelihood(model: Any, tokenizer: Any, prompts: list[str], reply: str) -> Tensor:

@@ -71,7 +71,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for step in _steps(facts):
         evaluate = _mapping(step.get("evaluate"))
         tasks = evaluate.get("tasks")
-        for texts in (_mapping(evaluate.get("perplexity")), _mapping(evaluate.get("accuracy"))):
+        for texts in (_mapping(evaluate.get(key)) for key in ("perplexity", "accuracy", "rouge")):
             for key in texts:
                 _anchor(texts, key, path.parent)
         for number in range(len(tasks) if isinstance(tasks, list) else 0):

@@ -88,8 +88,8 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
                 "this format cannot say that inputs are rounded",
                 "export compressed-tensors, or use the model folder",
             )
-        case Evaluate() if not (step.perplexity or step.accuracy or step.tasks or step.speed):
-            return "evaluate has nothing to measure", "give it perplexity, accuracy, tasks or speed: true"
+        case Evaluate() if not (step.sources or step.tasks or step.speed):
+            return "evaluate has nothing to measure", "give it perplexity, accuracy, rouge, tasks or speed: true"
     return None
 
 

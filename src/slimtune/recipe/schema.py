@@ -116,12 +116,16 @@ class Evaluate:
     accuracy: dict[str, DataSource] = field(
         default_factory=dict, metadata={"help": "a name for each file of prompts with one of a few replies"}
     )
+    rouge: dict[str, DataSource] = field(
+        default_factory=dict, metadata={"help": "a name for each file of prompts with replies to compare with"}
+    )
+    max_new_tokens: int = field(default=128, metadata={"help": "tokens of a reply that is compared"})
     length: int = field(default=512, metadata={"help": "tokens of a perplexity window"})
     max_tokens: int = field(default=-1, metadata={"help": "tokens of a text to use; -1: all of it"})
     tasks: tuple[str, ...] = field(
         default=(), metadata={"help": "lm-eval task names, or files of multiple-choice rows"}
     )
-    limit: int = field(default=-1, metadata={"help": "items of a task; -1: all"})
+    limit: int = field(default=-1, metadata={"help": "items of a task or file; -1: all"})
     speed: bool = field(default=False, metadata={"help": "measure prefill and decode tokens per second"})
 
     def __post_init__(self) -> None:
@@ -131,11 +135,13 @@ class Evaluate:
             raise RecipeError("max_tokens out of range", got=self.max_tokens, wanted="at least 2, or -1")
         if self.limit != -1 and self.limit < 1:
             raise RecipeError("limit out of range", got=self.limit, wanted="at least 1, or -1")
+        if self.max_new_tokens < 1:
+            raise RecipeError("max_new_tokens out of range", got=self.max_new_tokens, wanted="at least 1")
 
     @property
     def sources(self) -> tuple[DataSource, ...]:
         """What is read to measure."""
-        return *self.perplexity.values(), *self.accuracy.values()
+        return *self.perplexity.values(), *self.accuracy.values(), *self.rouge.values()
 
 
 @dataclass(frozen=True)
@@ -193,7 +199,7 @@ def step_from(name: str, facts: Mapping[str, Any], where: str) -> Step:
     if name not in STEPS:
         raise RecipeError("unknown step", where=where, got=name, remedy=nearest(name, STEPS))
     where = f"{where}.{name}" if where else name
-    for key in ("perplexity", "accuracy") if name == Evaluate.name else ():
+    for key in ("perplexity", "accuracy", "rouge") if name == Evaluate.name else ():
         if isinstance(texts := facts.get(key), Mapping):
             facts = {**facts, key: {k: _source(v, f"{where}.{key}.{k}") for k, v in texts.items()}}
     if name == Train.name and facts.get("fake_quant") is not None:
@@ -238,7 +244,7 @@ def to_dict(value: Any) -> Any:
         return {cast(Step, value).name: {f.name: to_dict(getattr(value, f.name)) for f in fields(cast(Step, value))}}
     if is_dataclass(value) and not isinstance(value, type):
         pairs = {f.name: to_dict(getattr(value, f.name)) for f in fields(value)}
-        return {k: v for k, v in pairs.items() if v not in (None, "")}
+        return {k: v for k, v in pairs.items() if v not in (None, "", {})}
     if isinstance(value, Mapping):
         return {k: to_dict(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

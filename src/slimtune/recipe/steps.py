@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from slimtune.arch import bind
 from slimtune.calib.data import calibration_tokens, text_tokens
-from slimtune.calib.formats import normalise, render
+from slimtune.calib.formats import Conversation, normalise, render
 from slimtune.calib.gradients import GradientSketch
 from slimtune.calib.outliers import Outliers, outliers
 from slimtune.calib.rows import DataSource, is_text, read_rows, read_text
 from slimtune.evaluate.accuracy import accuracy
 from slimtune.evaluate.perplexity import perplexity
+from slimtune.evaluate.rouge import rouge
 from slimtune.evaluate.speed import speed
 from slimtune.evaluate.tasks import tasks
 from slimtune.export import Source, export
@@ -387,10 +388,13 @@ def _evaluate(session: Session, step: Evaluate, number: int) -> Facts:
             {"name": f"{name}_perplexity", "value": result.value, "tokens": result.tokens, "length": result.length}
         )
     for name, source in step.accuracy.items():
-        rows = read_rows(source)[: source.samples][: step.limit if step.limit > 0 else None]
-        scored = accuracy(model, session.loaded.tokenizer, normalise(rows, where=str(source)), where=str(source))
+        scored = accuracy(model, session.loaded.tokenizer, _some_rows(source, step.limit), where=str(source))
         found.append({"name": f"{name}_accuracy", "value": scored.value, "samples": scored.samples})
         found.append({"name": f"{name}_majority", "value": scored.majority, "samples": scored.samples})
+    for name, source in step.rouge.items():
+        pairs = _some_rows(source, step.limit)
+        f1 = rouge(model, session.loaded.tokenizer, pairs, max_new_tokens=step.max_new_tokens, where=str(source))
+        found += [{"name": f"{name}_{kind}", "value": value, "samples": len(pairs)} for kind, value in f1.items()]
     if step.tasks:
         limit = step.limit if step.limit > 0 else None
         for item in tasks(model, session.loaded.tokenizer, step.tasks, limit=limit):
@@ -415,6 +419,11 @@ def _evaluate(session: Session, step: Evaluate, number: int) -> Facts:
         session.metrics.append({"after_step": number, **fact})
         session.say(f"  {fact['name'].replace('_', ' ')}: {fact['value']:,.4g}")
     return {}
+
+
+def _some_rows(source: DataSource, limit: int) -> list[Conversation]:
+    rows = read_rows(source)[: source.samples][: limit if limit > 0 else None]
+    return normalise(rows, where=str(source))
 
 
 def _text(session: Session, source: DataSource) -> str:
