@@ -1,11 +1,14 @@
-"""What low bits cost after fine-tuning: the same LoRA run on the base that every quantizer left behind.
+r"""What low bits cost after fine-tuning: the same LoRA run on the base that every quantizer left behind.
 
 Takes the folders of weights that `quantize_smollm2.py --work DIR` wrote (each quantizer's result, decoded), trains the
-same adapter on each with the same rows, and scores held-out rows before and after. Training on decoded weights and on
+same adapter on each with the same rows, and scores held-out rows before and after: their loss, and with `--rouge N`
+the ROUGE of greedy replies to the first N of them. Training on decoded weights and on
 packed ones is the same arithmetic (tests/unit/test_fused.py); only speed and memory differ, which `train_step.py`
 measures. `nf4` stands for QLoRA's base: its weights are those of bitsandbytes (docs/LOG.md).
 
     python benchmarks/finetune_smollm2.py --rows alpaca.jsonl.gz --name alpaca --work DIR [--arms NAME ...]
+    python benchmarks/finetune_smollm2.py --rows samsum.jsonl.gz --name samsum --work DIR --rouge 64 \\
+        --columns 'prompt=Summarize this conversation:\n{dialogue}' 'completion={summary}'
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import torch
 
 from slimtune.calib.formats import normalise
 from slimtune.calib.rows import DataSource, read_rows
+from slimtune.evaluate.rouge import rouge
 from slimtune.export.load import load
 from slimtune.lora.attach import add_lora
 from slimtune.recipe.run import environment
@@ -49,7 +53,11 @@ def arm(folder: str, rows: list[Any], arguments: argparse.Namespace, seed: int) 
     )
     result = finetune(model, examples, Collator(padding_id(loaded.tokenizer)), options, held_out=held_out, seed=seed)
     facts = result.to_dict()
-    return {key: facts[key] for key in ("eval_loss_before", "eval_loss_after", "steps", "tokens")}
+    kept = {key: facts[key] for key in ("eval_loss_before", "eval_loss_after", "steps", "tokens")}
+    if arguments.rouge:
+        scored = conversations[: arguments.rouge]  # of those held out
+        kept |= rouge(model, loaded.tokenizer, scored, max_new_tokens=64)  # type: ignore[arg-type]
+    return kept
 
 
 def main() -> None:
@@ -65,9 +73,12 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--held-out", type=int, default=96)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--rouge", type=int, default=0, help="held-out rows to reply to")
+    parser.add_argument("--columns", nargs="*", default=[], metavar="NAME=TEXT", help="as `columns` of a data source")
     arguments = parser.parse_args()
-    rows = list(read_rows(DataSource(path=arguments.rows))[: arguments.held_out + 4 * arguments.steps])
-    settings = {key: getattr(arguments, key) for key in ("steps", "length", "learning_rate", "held_out")}
+    columns = dict(pair.replace("\\n", "\n").split("=", 1) for pair in arguments.columns)
+    rows = list(read_rows(DataSource(path=arguments.rows, columns=columns))[: arguments.held_out + 4 * arguments.steps])
+    settings = {key: getattr(arguments, key) for key in ("steps", "length", "learning_rate", "held_out", "rouge")}
     found = []
     for name in arguments.arms:
         folder = arguments.model if name == "16bit" else str(arguments.work / name)
@@ -75,7 +86,7 @@ def main() -> None:
             print(f"left out: {name} (no folder)")
             continue
         for seed in range(arguments.seeds):
-            kept = arguments.work / f"{name}.{arguments.name}.{arguments.steps}.{seed}.json"
+            kept = arguments.work / f"{name}.{arguments.name}.{arguments.steps}.{arguments.rouge}.{seed}.json"
             if not kept.is_file():
                 kept.write_text(json.dumps(arm(folder, rows, arguments, seed)))
             facts = json.loads(kept.read_text())
