@@ -35,8 +35,8 @@ from transformers import AutoModelForCausalLM
 
 TRANSFORMS: dict[str, Any] = {
     "none": list,
-    "spinquant R1 R2": lambda: [SpinQuantModifier(rotations=["R1", "R2"], transform_type="hadamard")],
-    "spinquant R1 R2 R4": lambda: [SpinQuantModifier(rotations=["R1", "R2", "R4"], transform_type="hadamard")],
+    "spinquant R1 R2": lambda: [SpinQuantModifier(rotations=["R1", "R2"], transform_type="random-hadamard")],
+    "spinquant R1 R2 R4": lambda: [SpinQuantModifier(rotations=["R1", "R2", "R4"], transform_type="random-hadamard")],
     "quip": lambda: [QuIPModifier(rotations=["v", "u"], transform_type="random-hadamard")],
 }
 
