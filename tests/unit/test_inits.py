@@ -25,6 +25,7 @@ from slimtune.lora.ranks import allocate
 from slimtune.lora.start import StartFact
 from slimtune.quant.apply import all_linear, quantize_
 from slimtune.quant.rtn import Rtn
+from slimtune.recipe.starts import starts_section
 
 OFFSET = [name for name, init in INITS.items() if init.offset]
 STARTED = [name for name, init in INITS.items() if init.factors]
@@ -428,9 +429,23 @@ def test_an_adapter_of_many_ranks_is_a_stock_one(init: str, tmp_path: Path) -> N
 
 
 def test_options_refuse_what_makes_no_sense() -> None:
-    for wrong in ({"init_tokens": 0}, {"init_passes": 0}, {"init_target": -1.0}, {"init_gamma": -2.0}):
+    for wrong in ({"init_tokens": 0}, {"init_passes": 0}, {"init_target": -1.0}, {"init_gamma": -2.0}, {"init_tolerance": -0.1}):
         with pytest.raises(RecipeError, match="out of range"):
             LoraOptions(**wrong)
+    with pytest.raises(RecipeError, match="sees no overlap"):
+        LoraOptions(init_tolerance=0.1, init_passes=2)
+
+
+@pytest.mark.parametrize(("tolerance", "batches"), [(0.0, 10), (1.0, 8)])
+def test_looking_at_gradients_ends_when_the_overlap_is_stable(tolerance: float, batches: int) -> None:
+    found: dict[str, Any] = {}
+    tokens = pico_inputs(pico_model("llama"), batch=40, length=20)["input_ids"]
+    model = pico_model("llama")
+    slimtune.add_lora(model, init="lora-ga", r=2, tokens=tokens, init_tolerance=tolerance, facts=found.update)
+    assert found["gradients"]["batches"] == batches  # of four rows each; the first look is after 4, the next after 8
+    assert found["gradients"]["stable"] == (tolerance > 0)
+    section = starts_section(0, found)
+    assert ("the overlap was stable" in str(section)) == (tolerance > 0)
 
 
 def test_less_data_than_asked_is_refused_and_the_model_left_alone() -> None:

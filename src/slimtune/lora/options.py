@@ -41,6 +41,10 @@ class LoraOptions:
         metadata={"help": "learnt tokens whose gradients are looked at; -1: 16,384, or all where there are fewer"},
     )
     init_passes: int = field(default=1, metadata={"help": "passes over them; more are more exact"})
+    init_tolerance: float = field(
+        default=0.0,
+        metadata={"help": "stop before that when the overlap of two halves moves by less as they double; 0: do not"},
+    )
     pooled: bool = field(
         default=False, metadata={"help": "A sees the mean of each quantization group: merges exactly into zero points"}
     )
@@ -64,8 +68,13 @@ class LoraOptions:
         for name in ("init_target", "init_passes"):
             if not 0 < getattr(self, name) < math.inf:
                 raise RecipeError(f"{name} out of range", where="lora", got=getattr(self, name), wanted="above 0")
-        if not 0 <= self.init_gamma < math.inf:
-            raise RecipeError("init_gamma out of range", where="lora", got=self.init_gamma, wanted="0 or above")
+        for name in ("init_gamma", "init_tolerance"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise RecipeError(f"{name} out of range", where="lora", got=getattr(self, name), wanted="0 or above")
+        if self.init_tolerance and self.init_passes > 1:
+            raise RecipeError(
+                "the first of several passes sees no overlap", where="lora.init_tolerance", remedy="set init_passes: 1"
+            )
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,6 @@ def gradients_of(
     *,
     seed: int = 0,
     checkpointing: bool = False,
-    tolerance: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> GradientSketch:
     """The sketch that `options` need, of the mean loss over `batches`.
@@ -117,7 +116,7 @@ def gradients_of(
             keep_residual=options.init_residual,
             passes=options.init_passes,
             seed=seed,
-            tolerance=tolerance,
+            tolerance=options.init_tolerance,
             progress=progress,
         )
 
@@ -147,6 +146,7 @@ def sketch_facts(gradients: GradientSketch) -> dict[str, Any]:
         "loss": gradients.loss,
         "mean_energy": sum(energies) / len(energies),
         "mean_overlap": sum(known) / len(known) if known else None,
+        "stable": gradients.stable,
         "held_bytes": gradients.held_bytes,
         "unreached": list(gradients.unreached),
     }

@@ -45,6 +45,7 @@ def _note(facts: dict[str, Any], drawn: bool) -> str:
     if not seen:
         return "The size beside the weight is that of the start, which is subtracted again where it is not zero."
     note = f"Gradients of {number(seen['tokens'])} learnt tokens"
+    note += ", after which the overlap was stable" if seen.get("stable") else ""
     note += ". Captured is the part of the squared gradient in the directions the init was given"
     if drawn:
         note += "; the overlap (0 to 1) is what the leading input directions of two halves of the data have in common"
