@@ -6,7 +6,6 @@ file: `PeftModel.from_pretrained` loads it on the original 16-bit model without 
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import warnings
@@ -16,17 +15,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slimtune.arch import ModelMap, bind
 from slimtune.calib.gradients import Batch, GradientSketch, sketch_gradients
 from slimtune.errors import FormatError, RecipeError, nearest
 from slimtune.files import write_json
-from slimtune.linalg.lowrank import Factors, low_rank
+from slimtune.linalg.lowrank import Factors
 from slimtune.lora.fused import fused_lora
 from slimtune.lora.inits import INITS, PLAIN, Knobs
 from slimtune.lora.pooled import pool_
@@ -266,35 +264,6 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     basis = rotation_of(model)
     if basis is not None:
         write_hash(basis, folder)
-
-
-def save_truncated(model: PeftModel, folder: Path) -> float:
-    """Write the adapter as a stock PEFT folder of the rank that trains, frozen parts and all, as well as that allows.
-
-    Each layer's whole update, `[B | -B₀] [A ; A₀]`, becomes its truncated SVD. Returns the error: the norm of what is
-    lost beside that of the updates, over all layers.
-    """
-    ranks = live_ranks(adapted(model))
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    lost = whole = 0.0
-    for name, layer in adapted(model).items():
-        a, b = (factors["default"].weight.detach().double() for factors in (layer.lora_A, layer.lora_B))
-        best = low_rank(b @ a, ranks.get(name, len(a)))
-        update = layer.scaling["default"]
-        lost += float((update * (b @ a - best.b @ best.a)).square().sum())
-        whole += float((update * (b @ a)).square().sum())
-        if name in ranks:
-            keys = [f"base_model.model.{name}.lora_{side}.weight" for side in "AB"]
-            for key, factor in zip(keys, best, strict=True):
-                state[key] = factor.to(torch.float32).contiguous()
-    config = cast(LoraConfig, copy.deepcopy(model.peft_config["default"]))
-    times = next((len(adapted(model)[name].lora_A["default"].weight) // rank for name, rank in ranks.items()), 1)
-    config.r //= times
-    config.lora_alpha = cast(int, config.lora_alpha / (times**0.5 if config.use_rslora else times))
-    config.rank_pattern = {name: rank // times for name, rank in (config.rank_pattern or {}).items()}
-    config.save_pretrained(str(folder))
-    save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
-    return (lost / whole) ** 0.5 if whole else 0.0
 
 
 def _split_again_(model: nn.Module, note: Path) -> None:

@@ -236,10 +236,12 @@ def export(
     name: str = "",
     dtype: str = "float32",
     quantization: str = "",
+    rank: int = 0,
 ) -> Manifest:
-    """Write `model` as `format` into the folder `output`, read it back and compare; `quantization` is for `gguf`."""
+    """Write `model` as `format` into the folder `output`, read it back and compare; `quantization` is for `gguf`, and
+    an adapter (`peft`, `gguf-lora`) is cut to `rank` where there is one, the loss among the manifest's facts."""
     public = name or str(cast(Any, base_of(model)).name_or_path)
-    return write_export(Source(model, tokenizer, public, DTYPES[dtype]), format, Path(output), quantization)
+    return write_export(Source(model, tokenizer, public, DTYPES[dtype]), format, Path(output), quantization, rank)
 
 
 def plan(recipe: Recipe | dict[str, Any] | str | Path, *, memory: int | None = None) -> Plan:

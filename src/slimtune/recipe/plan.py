@@ -134,7 +134,7 @@ def resolve(recipe: Recipe) -> Recipe:
                 remedy=nearest(step.format, EXPORTERS),
             )
         if isinstance(step, Export):
-            exporter_of(step.format, step.quantization)
+            exporter_of(step.format, step.quantization, step.rank)
         steps.append(step)
     return replace(recipe, steps=tuple(steps))
 

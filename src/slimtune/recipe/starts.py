@@ -40,6 +40,19 @@ def starts_section(i: int, facts: dict[str, Any]) -> Section:
     return Section(f"Where the adapter starts (step {i + 1})", _note(facts, bool(overlaps)), figure, grids)
 
 
+def cut_section(i: int, facts: dict[str, Any]) -> Section:
+    """What the `export` step `i` lost of each layer's update when it cut the adapter to a lower rank."""
+    errors = {layer["name"]: layer["error"] for layer in facts["cut"]}
+    worst = sorted(errors.items(), key=lambda pair: -pair[1])[:5]
+    rows = [[Cell(name), Cell(four_digits(error))] for name, error in worst]
+    note = (
+        f"Cut to rank {number(facts['rank'])}: {four_digits(facts['error'])} of the whole update is lost (the norm"
+        " of what is missing beside that of the update). Below, the layers that lost most."
+    )
+    figure = layer_plot(f"cut-{i}", errors, "share of the update that is lost", "loss by block")
+    return Section(f"The adapter, cut (step {i + 1})", note, figure, [Grid(rows, ["layer", "lost"], numbers=True)])
+
+
 def _note(facts: dict[str, Any], drawn: bool) -> str:
     seen = facts.get("gradients")
     if not seen:

@@ -437,7 +437,10 @@ def _export(session: Session, step: Export) -> Facts:
     dtype = cast(Any, base_of(model)).dtype  # the recipe's, or the last merge's
     note = belongs(session.recipe) if has_adapter(model) else ""
     source = Source(model, session.loaded.tokenizer, session.loaded.name, dtype, note)
-    place = f"export/{'-'.join(filter(None, (step.format, step.quantization)))}"
-    manifest = export(source, step.format, session.folder / place, step.quantization)
+    rank = f"rank-{step.rank}" if step.rank else ""
+    place = f"export/{'-'.join(filter(None, (step.format, step.quantization, rank)))}"
+    manifest = export(source, step.format, session.folder / place, step.quantization, step.rank)
+    if "error" in manifest.facts:
+        session.say(f"  cut to rank {step.rank}: {manifest.facts['error']:.2g} of the update is lost")
     session.say(f"  {manifest.path}: {manifest.bytes / 1e6:,.1f} MB, read back and compared")
     return manifest.to_dict() | {"path": place}
