@@ -8,7 +8,9 @@ from typing import Literal
 
 from slimtune.errors import RecipeError
 
-InitName = Literal["default", "gaussian", "residual", "lora-ga", "lora-one", "gradient-a", "pissa", "olora"]
+InitName = Literal[
+    "default", "gaussian", "residual", "lora-ga", "lora-one", "gradient-a", "eva", "pissa", "olora", "corda"
+]
 ALL_OR_DEFAULT, DEFAULT_TOKENS = -1, 16_384
 
 
@@ -38,7 +40,7 @@ class LoraOptions:
     init_gamma: float = field(default=0.0, metadata={"help": "divides the start (stable, lora-one); 0: the paper's"})
     init_tokens: int = field(
         default=ALL_OR_DEFAULT,
-        metadata={"help": "learnt tokens whose gradients are looked at; -1: 16,384, or all where there are fewer"},
+        metadata={"help": "learnt tokens that are looked at; -1: 16,384, or all where there are fewer"},
     )
     init_passes: int = field(default=1, metadata={"help": "passes over them; more are more exact"})
     init_tolerance: float = field(
@@ -59,6 +61,10 @@ class LoraOptions:
             raise RecipeError("lora_dropout out of range", where="lora", got=self.lora_dropout, wanted="0 to 1")
         if self.lora_alpha <= 0:
             raise RecipeError("lora_alpha out of range", where="lora", got=self.lora_alpha, wanted="above 0")
+        if self.ranks == "gradient" and self.init in ("eva", "corda"):
+            raise RecipeError(
+                "this init does not look at gradients", where="lora.ranks", got=self.init, remedy="use ranks: uniform"
+            )
         if self.init_tokens != ALL_OR_DEFAULT and self.init_tokens < 1:
             raise RecipeError("init_tokens out of range", where="lora", got=self.init_tokens, wanted="above 0, or -1")
         if self.pooled and (self.init not in ("default", "gaussian") or self.init_residual):

@@ -21,7 +21,7 @@ from slimtune.export.load import DTYPES, Loaded
 from slimtune.export.load import load as load_model
 from slimtune.hub import round_cache_
 from slimtune.lora.attach import base_of
-from slimtune.lora.inits import residual
+from slimtune.lora.inits import INITS, WORDS, residual
 from slimtune.lora.merge import merge as merge_adapter
 from slimtune.lora.options import LoraOptions
 from slimtune.prune.options import PruneOptions
@@ -145,8 +145,9 @@ def add_lora(
 ) -> nn.Module:
     """`model` in a `PeftModel` with fresh factors; `options` are the fields of the recipe's `lora` step.
 
-    Where factors start from gradients, those are of `train` (rows, for which `tokenizer` is needed), of `tokens`
-    `[samples, length]`, or of a sketch that was saved. `facts` is called with how each layer started.
+    Where factors start from gradients (or inputs, or outputs), those are of `train` (rows, for which `tokenizer` is
+    needed), of `tokens` `[samples, length]`, or of a sketch that was saved. `facts` is called with how each layer
+    started.
     """
     chosen = build(LoraOptions, options, "lora")
     if wants_gradients(chosen) and gradients is None:
@@ -170,7 +171,9 @@ def _batches(
         return gradient_batches(examples, Collator(0), chosen, usual.per_device_train_batch_size, seed)
     if train is None or tokenizer is None:
         raise RecipeError(
-            "the adapter starts from gradients", got=chosen.init, remedy="pass train= and tokenizer=, or tokens="
+            f"the adapter starts from {WORDS[INITS[chosen.init].of]}",
+            got=chosen.init,
+            remedy="pass train= and tokenizer=, or tokens=",
         )
     source = _source(train)
     examples = examples_of(model, tokenizer, source, usual)[0]

@@ -21,8 +21,8 @@ from slimtune.train.loss import chunked_loss
 
 
 def wants_gradients(options: LoraOptions) -> bool:
-    """Whether an adapter with these options starts from gradients, or is shaped by them."""
-    return bool(INITS[options.init].gradient) or options.ranks == "gradient"
+    """Whether an adapter with these options starts from gradients or moments, or is shaped by them."""
+    return bool(INITS[options.init].directions) or options.ranks == "gradient"
 
 
 def wants_residual(options: LoraOptions) -> bool:
@@ -111,7 +111,8 @@ def gradients_of(
         return sketch_targets(
             model,
             batches,
-            directions=max(1, INITS[options.init].gradient) * rank,
+            directions=max(1, INITS[options.init].directions) * rank,
+            of=INITS[options.init].of,
             target_modules=options.target_modules,
             keep_residual=options.init_residual,
             passes=options.init_passes,
@@ -139,6 +140,7 @@ def sketch_facts(gradients: GradientSketch) -> dict[str, Any]:
     known = [layer.overlap for layer in gradients.layers.values() if layer.overlap is not None]
     energies = [layer.energy for layer in gradients.layers.values()]
     return {
+        "of": gradients.of,
         "tokens": gradients.tokens,
         "batches": gradients.batches,
         "passes": gradients.passes,

@@ -9,11 +9,18 @@ from slimtune.recipe.page import Cell, Grid, Section, four_digits, number, words
 from slimtune.recipe.plots import layer_plot, place
 
 _COLUMNS = {
-    "energy": "gradient captured",
+    "energy": "captured",
     "overlap": "overlap of halves",
     "gradient_norm": "norm of the gradient",
     "ratio": "size beside the weight",
     "rank": "rank",
+}
+
+
+_SEEN = {
+    "gradient": ("Gradients", "gradient"),
+    "inputs": ("Inputs", "covariance of the inputs"),
+    "outputs": ("Inputs and outputs", "product of the weight and the second moment of its inputs"),
 }
 
 
@@ -57,9 +64,10 @@ def _note(facts: dict[str, Any], drawn: bool) -> str:
     seen = facts.get("gradients")
     if not seen:
         return "The size beside the weight is that of the start, which is subtracted again where it is not zero."
-    note = f"Gradients of {number(seen['tokens'])} learnt tokens"
+    of = str(seen.get("of", "gradient"))
+    note = f"{_SEEN[of][0]} of {number(seen['tokens'])} learnt tokens"
     note += ", after which the overlap was stable" if seen.get("stable") else ""
-    note += ". Captured is the part of the squared gradient in the directions the init was given"
+    note += ". Captured is the part of the squared " + _SEEN[of][1] + " in the directions the init was given"
     if drawn:
         note += "; the overlap (0 to 1) is what the leading input directions of two halves of the data have in common"
     return note + "."
