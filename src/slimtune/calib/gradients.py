@@ -172,8 +172,8 @@ def sketch_gradients(
                     if abs(mean - before) < tolerance:
                         done = number + 1
                         break
-        with torch.no_grad():
-            work.end(layers)
+            with torch.no_grad():
+                work.end(layers)
     return _result(work, done or len(batches), stable=done > 0, seconds=time.perf_counter() - start)
 
 
