@@ -6,6 +6,7 @@ Both see a layer as `ΔW = s B A`, with `A` `[r, in]` and `B` `[out, r]`, and it
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ class Pair(NamedTuple):
     b: Tensor
 
 
-class _Pairs(Optimizer):
+class _Pairs(ABC, Optimizer):
     """One group of parameters for each pair of factors, with the scaling of their product."""
 
     def __init__(self, pairs: Sequence[tuple[Tensor, Tensor, float]], lr: float, weight_decay: float) -> None:
@@ -46,9 +47,9 @@ class _Pairs(Optimizer):
             for factor, way in zip((a, b), down, strict=True):
                 factor.mul_(1 - group["lr"] * group["weight_decay"]).sub_(way.to(factor.dtype), alpha=group["lr"])
 
+    @abstractmethod
     def direction(self, factors: Pair, grads: Pair, group: dict[str, Any]) -> Pair:
         """What to subtract from the factors, times the rate; keeps its own state."""
-        raise NotImplementedError
 
 
 # LoRA-Pro
