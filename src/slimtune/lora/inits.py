@@ -65,7 +65,7 @@ class Init:
     `(weight [out, in], base [out, in], rank, stats) -> Factors` whose `b @ a` is the update, scaling included; `base`
     is the weight as quantized, and `stats` what its quantizer needed. `factors` gives A and B themselves. `directions`
     is how many singular triples that wants, in multiples of the rank, and `of` what they are of; `offset` says that the
-    start is subtracted again.
+    start is subtracted again, `searched` that its size is found by a line search where none is given.
     """
 
     what: str
@@ -73,6 +73,7 @@ class Init:
     start: Callable[[Tensor, Tensor, int, Stats], Factors] | None = None
     factors: Callable[[Place, Knobs], Factors] | None = None
     directions: int = 0
+    searched: bool = False
     of: Kind = "gradient"
     offset: bool = False
 
@@ -118,7 +119,8 @@ def lora_ga(place: Place, knobs: Knobs) -> Factors:
 def lora_one(place: Place, knobs: Knobs) -> Factors:
     """One normalised step down the gradient: `B A = -G_r / (γ σ₁)`, balanced (LoRA-One, arXiv 2502.01235).
 
-    The function of the model changes, by that step; nothing is subtracted.
+    The function of the model changes, by that step; nothing is subtracted. The paper's γ of 128 can be far too long a
+    step (measured: docs/LOG.md), so without one B is made as large as serves the loss best.
     """
     assert place.triples is not None, "the init says what it looks at"
     u, s, v = place.triples.first(place.rank)
@@ -219,7 +221,7 @@ INITS: dict[str, Init] = {
     "gaussian": Init("A Gaussian, B zero", "gaussian"),
     "residual": Init("what quantization lost, by truncated SVD, weighted by the calibration data", start=residual),
     "lora-ga": Init("singular vectors of the gradient in A and B", factors=lora_ga, directions=2, offset=True),
-    "lora-one": Init("one normalised step down the gradient", factors=lora_one, directions=1),
+    "lora-one": Init("one normalised step down the gradient", factors=lora_one, directions=1, searched=True),
     "gradient-a": Init("A reads the gradient's leading directions, B zero", factors=leading_a, directions=1),
     "eva": Init("A reads what the inputs vary along, B zero", factors=leading_a, directions=1, of="inputs"),
     "pissa": Init("the principal part of the weight", factors=pissa, offset=True),

@@ -37,7 +37,9 @@ class LoraOptions:
         default="auto", metadata={"help": "lora-ga: size of the start; auto: init_target, stable: the paper's"}
     )
     init_target: float = field(default=0.2, metadata={"help": "size of the start beside the weight, with auto"})
-    init_gamma: float = field(default=0.0, metadata={"help": "divides the start (stable, lora-one); 0: the paper's"})
+    init_gamma: float = field(
+        default=0.0, metadata={"help": "divides the start; 0: the paper's (stable), searched (lora-one)"}
+    )
     init_tokens: int = field(
         default=ALL_OR_DEFAULT,
         metadata={"help": "learnt tokens that are looked at; -1: 16,384, or all where there are fewer"},

@@ -150,9 +150,12 @@ def add_lora(
     started.
     """
     chosen = build(LoraOptions, options, "lora")
+    batches: list[Batch] = []
+    if wants_gradients(chosen) and (gradients is None or tokens is not None or train is not None):
+        batches = _batches(model, chosen, tokenizer, train, tokens, seed)
     if wants_gradients(chosen) and gradients is None:
-        gradients = gradients_of(model, _batches(model, chosen, tokenizer, train, tokens, seed), chosen, seed=seed)
-    wrapped, found = attach_adapter(model, chosen, gradients, base_name=base_name, seed=seed)
+        gradients = gradients_of(model, batches, chosen, seed=seed)
+    wrapped, found = attach_adapter(model, chosen, gradients, batches, base_name=base_name, seed=seed)
     facts(found)
     return wrapped
 

@@ -70,6 +70,9 @@ def _note(facts: dict[str, Any], drawn: bool) -> str:
     note += ". Captured is the part of the squared " + _SEEN[of][1] + " in the directions the init was given"
     if drawn:
         note += "; the overlap (0 to 1) is what the leading input directions of two halves of the data have in common"
+    if search := facts.get("search"):
+        note += f". Of {search['tried']} sizes tried, {search['size']:g} of the paper's step was the best: on those"
+        note += f" batches it took the loss from {four_digits(search['before'])} to {four_digits(search['after'])}"
     return note + "."
 
 
