@@ -137,7 +137,7 @@ def alignment_part(model: Any, batches: list[Batch]) -> dict[str, Any]:
             "pissa": ("pissa", Knobs()),
         }
         for arm, (init, knobs) in arms.items():
-            for source in ("exact", "sketch") if INITS[init].gradient else ("",):
+            for source in ("exact", "sketch") if INITS[init].directions else ("",):
                 found = []
                 for name, g in gradients.items():
                     known = triples[name] if source == "exact" else sketched.layers[name].triples

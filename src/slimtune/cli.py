@@ -190,12 +190,17 @@ def export(
     output: Output,
     dtype: Annotated[str, typer.Option("--dtype", help="Of dense weights. Default: the run's, or float32.")] = "",
     quantization: Annotated[str, typer.Option("--quantization", help="gguf: f16 (default), q8_0, q4_0, ...")] = "",
+    rank: Annotated[int, typer.Option("--rank", help="peft, gguf-lora: cut the adapter to this rank.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
 ) -> None:
     """Write a model in a format other engines load."""
     from slimtune.recipe.shell import export_model
 
-    manifest = export_model(source, format, output, dtype=dtype, quantization=quantization, overwrite=overwrite)
+    manifest = export_model(
+        source, format, output, dtype=dtype, quantization=quantization, rank=rank, overwrite=overwrite
+    )
+    if "error" in manifest.facts:
+        say(f"cut to rank {rank}: {manifest.facts['error']:.2g} of the update is lost")
     say(f"{manifest.path}: {manifest.bytes / 1e6:,.1f} MB, read back and compared")
 
 

@@ -91,6 +91,58 @@ def test_a_pass_more_is_nearer_to_the_svd(passes: int) -> None:
     assert sum(shares) / len(shares) > {1: 0.7, 2: 0.93, 3: 0.98, 4: 0.995}[passes]
 
 
+def moments(model: Any, data: list[Batch], of: str) -> dict[str, Tensor]:
+    """The covariance of what each linear reads, or its weight times the damped second moment, in float64, by hooks."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in linears(model)}
+    encoders = {name for name in seen if name.startswith("encoder") or ".EncDecAttention.k" in name}
+    encoders |= {name for name in seen if ".EncDecAttention.v" in name}
+    for batch in data:
+        learnt = batch["labels"] >= 0
+
+        def keep(name: str, mask: Tensor) -> Any:
+            return lambda _, args: seen[name].append(args[0].detach().double().view(*mask.shape, -1)[mask])
+
+        everything = torch.ones_like(batch["input_ids"], dtype=torch.bool)
+        handles = [
+            module.register_forward_pre_hook(keep(name, everything if name in encoders else learnt))
+            for name, module in linears(model).items()
+        ]
+        with torch.no_grad():
+            model(**batch)
+        for handle in handles:
+            handle.remove()
+    found = {}
+    total = sum(learnt_tokens(model, batch) for batch in data)
+    for name, module in linears(model).items():
+        x = torch.cat(seen[name])
+        if of == "inputs":
+            found[name] = (x - x.mean(0)).T @ (x - x.mean(0)) / total
+        else:
+            c = x.T @ x / total
+            found[name] = module.weight.detach().double() @ (c + 0.01 * c.diagonal().mean() * torch.eye(len(c)))
+    return found
+
+
+@pytest.mark.parametrize("of", ["inputs", "outputs"])
+@pytest.mark.parametrize("family", ["llama-biased", "opt", "t5"])
+def test_moments_are_those_of_learnt_tokens(family: str, of: Any) -> None:
+    model = pico_model(family)
+    data = batches(model)
+    for batch in data:  # so that the two sides of an encoder-decoder differ in length
+        if "decoder_input_ids" in batch:
+            batch["decoder_input_ids"], batch["labels"] = (
+                batch[k][:, :6].contiguous() for k in ("decoder_input_ids", "labels")
+            )
+    for directions, passes, bound in ((64, 1, 1e-2), (6, 4, 1.0)):  # float32, and means far from zero
+        found = sketch_targets(model, data, directions=directions, of=of, passes=passes)
+        wanted = {name: g.float() for name, g in moments(model, data, of).items()}
+        assert (found.of, found.layers.keys()) == (of, wanted.keys())
+        assert max(errors(found, wanted)) < bound
+        for name, layer in found.layers.items():
+            best = exact(wanted[name].double(), 6).s.float()
+            torch.testing.assert_close(layer.triples.s[:6], best, rtol=2e-2, atol=1e-4 * float(best[0]))
+
+
 def test_no_weight_gets_a_gradient_and_the_model_is_as_it_was() -> None:
     model = pico_model("opt", attention_dropout=0.3, dropout=0.3).train()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -94,10 +94,23 @@ def test_training_without_data_is_refused() -> None:
         check_order(recipe("lora", "train", data={}))
 
 
-@pytest.mark.parametrize("step", [GA, {"lora": {"ranks": "gradient"}}, {"lora": {"init": "gradient-a"}}])
-def test_gradients_of_nothing_are_refused(step: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match="nothing to take gradients of"):
+@pytest.mark.parametrize(
+    ("step", "of"),
+    [
+        (GA, "gradients"),
+        ({"lora": {"ranks": "gradient"}}, "gradients"),
+        ({"lora": {"init": "gradient-a"}}, "gradients"),
+        ({"lora": {"init": "eva"}}, "inputs"),
+        ({"lora": {"init": "corda"}}, "outputs"),
+    ],
+)
+def test_gradients_of_nothing_are_refused(step: dict[str, Any], of: str) -> None:
+    with pytest.raises(RecipeError, match=f"nothing to take {of} of"):
         check_order(recipe(step, data={}))
+
+
+def test_an_adapter_leaves_online_transforms_on_its_way_out() -> None:
+    check_order(recipe(R4, "lora", PEFT, {"export": {"format": "gguf-lora", "rank": 4}}))
 
 
 def test_the_state_is_the_one_before_each_step() -> None:

@@ -101,6 +101,14 @@ def test_the_riemannian_step_does_not_see_how_the_product_is_shared() -> None:
     torch.testing.assert_close(moved[0], moved[1], rtol=0.05, atol=1e-3 * float(moved[0].abs().max()))
 
 
+@pytest.mark.parametrize("optim", ["lora-rite", "lora-pro"])
+def test_optimizers_of_pairs_refuse_what_is_no_pair(optim: str) -> None:
+    model = adapted()
+    next(p for p in model.parameters() if not p.requires_grad).requires_grad_(True)
+    with pytest.raises(RecipeError, match="factors alone"):
+        own_optimizer(model, options(optim))
+
+
 def test_unknown_names_and_models_without_an_adapter_are_refused() -> None:
     with pytest.raises(RecipeError, match="lora-plus"):
         own_optimizer(adapted(), options("lora-pluss"))

@@ -132,7 +132,7 @@ def test_a_lower_rank_than_asked_leaves_the_rest_as_a_fresh_adapter() -> None:
 
 
 def test_what_was_kept_is_let_go() -> None:
-    for init in (name for name, how in INITS.items() if not how.gradient):
+    for init in (name for name, how in INITS.items() if not how.directions):
         model = add_lora(quantized(Rtn(), 2), r=2, init=init)
         assert all(m.start is None for m in model.modules() if isinstance(m, QuantLinear))
 

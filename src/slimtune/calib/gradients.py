@@ -2,10 +2,10 @@
 
 Of a linear `y = x Wᵀ` with output gradient `d`, the weight's gradient is `dᵀ x`, summed over tokens. Its products with
 thin matrices need `x` and `d` alone: `Y += dᵀ (x P)` and `Z += (d Q)ᵀ x`. So it does not matter how the weight is
-stored, no weight requires a gradient, and what is held is `O(k (in + out))` numbers a layer. Sums of sketches are
-sketches of sums: batches and processes add up exactly.
+stored, no weight requires a gradient, and what is held is `O(k (in + out))` numbers a layer.
 
-Every sum lies in one float32 allocation, which one all-reduce adds over the processes of a `torch.distributed` group.
+With the input or the output in the place of `d`, forward passes alone sketch the moments that other inits start from
+(`slimtune.calib.sums`).
 """
 
 from __future__ import annotations
@@ -20,25 +20,23 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from slimtune.calib.sums import Kind, LayerSums, Sums
 from slimtune.errors import CalibrationError, FormatError
 from slimtune.files import whole_file
-from slimtune.linalg.sketch import Triples, from_left, from_right, gaussian, one_pass, orthonormal, overlap
+from slimtune.linalg.sketch import Triples
 
 Batch = Mapping[str, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
 
-OVERSAMPLE = 8
-"""Columns of a sketch beyond the directions that are asked for."""
-
 
 @dataclass(frozen=True)
 class LayerSketch:
-    """What is known of the gradient `G` `[out, in]` of one weight (of the mean loss of a learnt token).
+    """What is known of the matrix `G` `[out, in]` of one layer: its gradient, of the mean loss of a learnt token, or
+    one of its moments, summed over the tokens that were seen and divided by those learnt.
 
     `norm` estimates `‖G‖` (Frobenius), `energy` the fraction of `‖G‖²` in `triples`. `overlap` says how much the
     leading input directions of two halves of the batches have in common (0 to 1). `exact`: the whole of `G` was kept,
@@ -70,6 +68,7 @@ class GradientSketch:
     seconds: float = 0.0
     stable: bool = False
     unreached: tuple[str, ...] = field(default=())
+    of: Kind = "gradient"
 
     @property
     def directions(self) -> int:
@@ -120,6 +119,7 @@ def sketch_gradients(
     batches: Sequence[Batch],
     *,
     directions: int,
+    of: Kind = "gradient",
     passes: int = 1,
     seed: int = 0,
     tolerance: float = 0.0,
@@ -133,6 +133,9 @@ def sketch_gradients(
         layers: the linears inside it, by the names they are to have in the result. Of an adapted linear, its base.
         batches: keyword arguments of `model`, `labels` among them. Each process of a distributed group gives its own.
         directions: singular triples wanted; LoRA-GA wants twice the rank.
+        of: what `G` is: the gradient; `inputs`, their covariance, `[in, in]`; or `outputs`, the weight times the
+            (damped) second moment of its inputs. The latter two look at learnt tokens, and at all that an encoder or
+            an expert reads.
         passes: 1 takes both sketches at once (`linalg.sketch.one_pass`); 2 project the gradient onto the range that the
             first pass found; each further one is half a power iteration on the same data.
         seed: of the random directions.
@@ -150,15 +153,18 @@ def sketch_gradients(
         raise CalibrationError("there is no batch to take gradients of")
     start, done = time.perf_counter(), 0
     device = next(p.device for p in model.parameters())
-    work = _Work({name: _shape(module) for name, module in layers.items()}, directions, passes, seed, device)
-    with _frozen(model), _tapped(layers, work):
+    shapes = {name: _shape(module, of) for name, module in layers.items()}
+    work = Sums(shapes, of, directions, passes, seed, device)
+    watched = _tapped(layers, work) if of == "gradient" else _watched(layers, work)
+    with _frozen(model), watched:
         for turn in range(passes):
             work.begin(turn)
             mean = math.nan
             for number, batch in enumerate(batches[: done or None]):
                 work.weight, work.odd = learnt_tokens(model, batch), number % 2 == 1
                 batch = {key: value.to(device) for key, value in batch.items()}
-                work.add_loss(_backward(model, batch, loss, number, layers, work))
+                work.masks = {} if of == "gradient" else _masks(model, batch)
+                work.add_loss(_run(model, batch, loss, number, layers, work))
                 if progress is not None:
                     progress(turn * len(batches) + number + 1, passes * len(batches))
                 if turn == 0 and tolerance > 0 and number + 1 >= 4 and (number + 1) & number == 0:
@@ -166,21 +172,22 @@ def sketch_gradients(
                     if abs(mean - before) < tolerance:
                         done = number + 1
                         break
-            work.end()
-    return work.result(done or len(batches), stable=done > 0, seconds=time.perf_counter() - start)
+            with torch.no_grad():
+                work.end(layers)
+    return _result(work, done or len(batches), stable=done > 0, seconds=time.perf_counter() - start)
 
 
-def _backward(
-    model: nn.Module, batch: Batch, loss: Loss, number: int, layers: Mapping[str, nn.Module], work: _Work
-) -> float:
-    with torch.enable_grad():
+def _run(model: nn.Module, batch: Batch, loss: Loss, number: int, layers: Mapping[str, nn.Module], work: Sums) -> float:
+    """Forward, and where gradients are looked at backward; returns the loss."""
+    with torch.set_grad_enabled(work.of == "gradient"):
         value = loss(model, batch)
-        value.backward()
+        if work.of == "gradient":
+            value.backward()
     found = float(value.detach())
     if not (math.isfinite(found) and work.finite()):
         name = _first_not_finite(model, layers, batch, loss) or work.not_finite()
         raise CalibrationError(
-            "a gradient is not a finite number",
+            "a gradient is not a finite number" if work.of == "gradient" else "an activation is not a finite number",
             where=f"batch {number + 1}, layer {name}",
             got=f"loss {found}",
             remedy="look at this layer's weights and this batch's rows, or use dtype: float32",
@@ -209,7 +216,7 @@ class _Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, layer: _Layer) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, layer: LayerSums) -> Tensor:
         ctx.save_for_backward(x)
         ctx.layer = layer
         return y.view_as(y)
@@ -217,204 +224,74 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        ctx.layer.add(x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1]))
+        layer: LayerSums = ctx.layer
+        layer.add(x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1]), layer.work.weight)
         return grads[0], None, None, None
 
 
-class _Layer:
-    """The sums of one weight: `y = G P` if there is a `right` basis, `z = Q G` if there is a `left` one, else all of
-    `G`. `half` is `z` of every other batch, its first rows."""
-
-    def __init__(self, work: _Work, out: int, width: int) -> None:
-        self.work, self.out, self.width = work, out, width
-        k = min(work.directions + OVERSAMPLE, out, width)
-        wide = min(3 * k // 2, out)  # of the sketch that is solved for; 2k captures hardly more (docs/LOG.md)
-        self.k, self.l = k, (wide if work.passes == 1 else k)
-        self.whole = out * width <= (out * k if work.passes == 1 else 0) + width * self.l
-        self.right: Tensor | None = None
-        self.left: Tensor | None = None
-        self.y: Tensor | None = None
-        self.z: Tensor | None = None
-        self.half: Tensor | None = None
-        self.mix: Tensor | None = None  # of a whole `G`, the rows that `half` has
-        self.triples: Triples | None = None
-        self.norm_square = 0.0
-        self.overlap: float | None = None
-
-    def prepare(self, turn: int) -> None:
-        """Choose what to multiply with in this pass."""
-        work = self.work
-        if self.whole:
-            self.mix = work.random(self.out, min(self.out, work.directions // 2 + OVERSAMPLE), 1)
-        elif work.passes == 1:
-            self.right, self.left = work.random(self.width, self.k, 0), work.random(self.out, self.l, 1)
-        elif turn == 0:
-            self.right = work.random(self.width, self.k, 0)
-        elif turn % 2:
-            assert self.y is not None
-            self.left, self.right = orthonormal(self.y), None
-        else:
-            assert self.z is not None
-            self.left, self.right = None, orthonormal(self.z.T)
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """Of `y`, `z` and `half` in this pass."""
-        if self.mix is not None:
-            return [(0, 0), (self.out, self.width), (self.mix.shape[1], self.width)]
-        y = (self.out, self.k) if self.right is not None else (0, 0)
-        rows = 0 if self.left is None else self.left.shape[1]
-        half = min(rows, self.work.directions // 2 + OVERSAMPLE)
-        return [y, (rows, self.width) if rows else (0, 0), (half, self.width) if rows else (0, 0)]
-
-    def add(self, x: Tensor, d: Tensor) -> None:
-        """Add what these tokens contribute: `x` `[tokens, in]`, `d` `[tokens, out]`."""
-        x, d, weight = x.to(torch.float32), d.to(torch.float32), self.work.weight
-        if self.right is not None and self.y is not None:
-            self.y.addmm_(d.T, x @ self.right, alpha=weight)
-        if self.whole or self.left is not None:
-            assert self.z is not None and self.half is not None
-            part = (d if self.left is None else d @ self.left).T @ x
-            self.z.add_(part, alpha=weight)
-            if self.work.odd:
-                self.half.add_(part[: len(self.half)] if self.mix is None else self.mix.T @ part, alpha=weight)
-
-    def halves(self) -> float | None:
-        """The overlap of the leading input directions of even and odd batches, half of those asked for."""
-        if self.z is None or self.half is None or not bool(self.half.any()):
-            return None
-        rest = (self.z[: len(self.half)] if self.mix is None else self.mix.T @ self.z) - self.half
-        if not bool(rest.any()):
-            return None
-        count = max(1, min(self.work.directions // 2, len(self.half)))
-        eye = torch.eye(len(rest), device=rest.device)
-        return overlap(from_left(eye, self.half, count).v, from_left(eye, rest, count).v)
-
-    def factorise(self, turn: int) -> None:
-        """After the sums of pass `turn` are complete: the triples after the last one, and the overlap."""
-        if self.half is not None and self.half.numel():
-            self.overlap = self.halves()
-        last, count = turn == self.work.passes - 1, self.work.directions
-        if self.whole:
-            if last:
-                assert self.z is not None
-                self.norm_square = float(self.z.square().sum())
-                self.triples = _of_whole(self.z, count)
-            return
-        if turn == 0:
-            products = [t for t in (self.y, self.z) if t is not None and t.numel()]
-            rows = (self.k if self.y is not None else 0) + (self.l if self.z is not None and self.z.numel() else 0)
-            self.norm_square = sum(float(t.square().sum()) for t in products) / rows
-        if last:
-            if self.left is not None and self.right is not None:
-                assert self.y is not None and self.z is not None
-                self.triples = one_pass(self.y, self.z, self.left.T, count)
-            elif self.left is not None:
-                assert self.z is not None
-                self.triples = from_left(self.left, self.z, count)
-            else:
-                assert self.y is not None and self.right is not None
-                self.triples = from_right(self.y, self.right, count)
+def _result(work: Sums, batches: int, *, stable: bool, seconds: float) -> GradientSketch:
+    """The sketch, without the sums it was made of."""
+    layers: dict[str, LayerSketch] = {}
+    for name, layer in work.layers.items():
+        assert layer.triples is not None, "a last pass has made them"
+        captured = float(layer.triples.s.double().square().sum())
+        total = max(layer.norm_square, captured)  # the former is an estimate
+        energy = captured / total if total else 0.0
+        layers[name] = LayerSketch(layer.triples, math.sqrt(total), energy, layer.overlap, layer.whole)
+    return GradientSketch(
+        layers,
+        int(work.tokens),
+        batches,
+        work.passes,
+        work.seed,
+        work.loss,
+        work.held_bytes,
+        seconds,
+        stable,
+        unreached=tuple(name for name, layer in layers.items() if not layer.norm),
+        of=work.of,
+    )
 
 
-def _of_whole(g: Tensor, count: int) -> Triples:
-    if g.shape[0] <= g.shape[1]:
-        return from_left(torch.eye(g.shape[0], device=g.device), g, count)
-    return from_right(g, torch.eye(g.shape[1], device=g.device), count)
-
-
-class _Work:
-    """All sums of a pass in one allocation, and the random matrices, which layers of one width share."""
-
-    def __init__(
-        self, shapes: Mapping[str, tuple[int, int]], directions: int, passes: int, seed: int, device: torch.device
-    ) -> None:
-        self.directions, self.passes, self.seed, self.device = directions, passes, seed, device
-        self.layers = {name: _Layer(self, *shape) for name, shape in shapes.items()}
-        self.weight, self.odd = 0, False
-        self.flat = torch.empty(0)
-        self.held_bytes = 0
-        self._random: dict[tuple[int, int, int], Tensor] = {}
-
-    def random(self, rows: int, columns: int, side: int) -> Tensor:
-        """Gaussian `[rows, columns]`; equal for equal arguments, so that layers and processes agree."""
-        key = rows, columns, side
-        if key not in self._random:
-            self._random[key] = gaussian(rows, columns, 2 * self.seed + side, self.device)
-        return self._random[key]
-
-    def begin(self, turn: int) -> None:
-        """Allocate the sums of pass `turn`."""
-        for layer in self.layers.values():
-            layer.prepare(turn)
-        shapes = [shape for layer in self.layers.values() for shape in layer.shapes]
-        sizes = [rows * columns for rows, columns in shapes]
-        self.turn = turn
-        self.flat = torch.zeros(sum(sizes) + 2, device=self.device)  # at its end: learnt tokens, and their losses
-        views = iter([part.view(shape) for part, shape in zip(self.flat[:-2].split(sizes), shapes, strict=True)])
-        for layer in self.layers.values():
-            layer.y, layer.z, layer.half = next(views), next(views), next(views)
-        bases = {id(b): b.numel() for layer in self.layers.values() for b in (layer.left, layer.right) if b is not None}
-        self.held_bytes = max(self.held_bytes, 4 * (len(self.flat) + sum(bases.values())))
-
-    def add_loss(self, value: float) -> None:
-        """Count a batch."""
-        self.flat[-2:] += torch.tensor([self.weight, self.weight * value], device=self.device)
-
-    def finite(self) -> bool:
-        """Whether every sum is finite, found without an allocation."""
-        return math.isfinite(float(self.flat.sum()))
-
-    def not_finite(self) -> str:
-        """The layer nearest the loss whose sums are not finite."""
-        sums = {name: (layer.y, layer.z) for name, layer in self.layers.items()}
-        bad = [n for n, ts in sums.items() if not all(bool(t.isfinite().all()) for t in ts if t is not None)]
-        return bad[-1] if bad else "none of the adapted ones"
-
-    def mean_overlap(self) -> float:
-        """Of the layers where it is known."""
-        known = [value for layer in self.layers.values() if (value := layer.halves()) is not None]
-        return sum(known) / len(known) if known else math.nan
-
-    def end(self) -> None:
-        """Add up the processes, divide by the tokens, and factorise."""
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.flat)
-        self.tokens, total = (float(value) for value in self.flat[-2:])
-        if not self.tokens:
-            raise CalibrationError("no token of the batches is learnt", remedy="give rows with an assistant's reply")
-        self.loss = total / self.tokens
-        self.flat[:-2] /= self.tokens
-        for layer in self.layers.values():
-            layer.factorise(self.turn)
-
-    def result(self, batches: int, *, stable: bool, seconds: float) -> GradientSketch:
-        """The sketch, without the sums it was made of."""
-        layers: dict[str, LayerSketch] = {}
-        for name, layer in self.layers.items():
-            assert layer.triples is not None, "a last pass has made them"
-            captured = float(layer.triples.s.double().square().sum())
-            total = max(layer.norm_square, captured)  # the former is an estimate
-            energy = captured / total if total else 0.0
-            layers[name] = LayerSketch(layer.triples, math.sqrt(total), energy, layer.overlap, layer.whole)
-        unreached = tuple(name for name, layer in layers.items() if not layer.norm)
-        return GradientSketch(
-            layers, int(self.tokens), batches, self.passes, self.seed, self.loss, self.held_bytes, seconds, stable,
-            unreached,
-        )  # fmt: skip
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
+def _shape(module: nn.Module, of: Kind) -> tuple[int, int]:
     linear = cast(nn.Linear, module)
-    return linear.out_features, linear.in_features
+    return linear.in_features if of == "inputs" else linear.out_features, linear.in_features
+
+
+def _masks(model: nn.Module, batch: Batch) -> dict[int, Tensor]:
+    """Which tokens are looked at, by how many there are: of a decoder those learnt, of an encoder all."""
+    masks = [batch["labels"] >= 0]
+    if cast(Any, model).config.is_encoder_decoder:
+        masks.append(batch.get("attention_mask", torch.ones_like(batch["input_ids"])) > 0)
+    if len({mask.shape for mask in masks}) == 1:  # nothing tells the two sides apart
+        masks = [torch.stack(masks).any(0)]
+    return {mask.numel(): mask.flatten() for mask in masks}
 
 
 @contextmanager
-def _tapped(layers: Mapping[str, nn.Module], work: _Work) -> Iterator[None]:
+def _watched(layers: Mapping[str, nn.Module], work: Sums) -> Iterator[None]:
+    """Every layer's sums see its inputs and outputs in the block."""
+
+    def look(layer: LayerSums) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def see(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            x, y = args[0].reshape(-1, args[0].shape[-1]), output.reshape(-1, output.shape[-1])
+            mask = work.masks.get(len(x))
+            layer.see(*((x, y) if mask is None else (x[mask], y[mask])), cast(Any, module).bias)
+
+        return see
+
+    with ExitStack() as stack:
+        for name, module in layers.items():
+            stack.callback(module.register_forward_hook(look(work.layers[name])).remove)
+        yield
+
+
+@contextmanager
+def _tapped(layers: Mapping[str, nn.Module], work: Sums) -> Iterator[None]:
     """Every layer's output passes a `_Tap` on its way, in the block."""
     anchor = torch.zeros((), device=work.device, requires_grad=True)
 
-    def tap(layer: _Layer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def tap(layer: LayerSums) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         return lambda _, args, output: cast(Tensor, _Tap.apply(output, args[0].detach(), anchor, layer))
 
     with ExitStack() as stack:

@@ -31,34 +31,39 @@ EXPORTERS: Table[type[Exporter]] = Table(
 """Every export format by its recipe name."""
 
 
-def exporter_of(format: str, quantization: str = "") -> Exporter:
-    """The exporter called `format`, with the type of number it writes where it has a choice.
+ADAPTERS = ("peft", "gguf-lora")
+"""Formats of the adapter alone, which leaves the basis of a rotated model on its way."""
 
-    Raises `RecipeError` for an unknown format, a type that it does not write, or one where there is no choice.
+
+def exporter_of(format: str, quantization: str = "", rank: int = 0) -> Exporter:
+    """The exporter called `format`, with the type of number it writes and the rank it cuts to, where it has a choice.
+
+    Raises `RecipeError` for an unknown format, a type that it does not write, or a choice that it does not have.
     """
     kind: Any = EXPORTERS[format]
-    if not quantization:
-        return cast(Exporter, kind())
-    choices = get_args(get_type_hints(kind).get("quantization")) if is_dataclass(kind) else ()
-    if not choices:
-        raise RecipeError(f"{format} takes no quantization", where="quantization", got=quantization)
-    if quantization not in choices:
+    hints = get_type_hints(kind) if is_dataclass(kind) else {}
+    chosen = {key: value for key, value in (("quantization", quantization), ("rank", rank)) if value}
+    for key, value in chosen.items():
+        if key not in hints:
+            raise RecipeError(f"{format} takes no {key}", where=key, got=value)
+    choices = get_args(hints.get("quantization"))
+    if quantization and quantization not in choices:
         raise RecipeError(
             f"{format} has no such type", where="quantization", got=quantization, remedy=nearest(quantization, choices)
         )
-    return cast(Exporter, kind(quantization=quantization))
+    return cast(Exporter, kind(**chosen))
 
 
-def export(source: Source, format: str, folder: Path, quantization: str = "") -> Manifest:
+def export(source: Source, format: str, folder: Path, quantization: str = "", rank: int = 0) -> Manifest:
     """Write `source` as `format` into `folder` (replaced whole, or not at all), read it back and compare.
 
     Raises `RecipeError` for an unknown format or one that does not fit the model (with online transforms, all but the
     adapter's: no other engine runs them), `FormatError` when what was read back
     computes something else.
     """
-    exporter = exporter_of(format, quantization)
+    exporter = exporter_of(format, quantization, rank)
     basis = rotation_of(source.model)
-    if format != "peft" and basis is not None and basis.rotation.online:
+    if format not in ADAPTERS and basis is not None and basis.rotation.online:
         raise RecipeError(
             "no other engine runs the model's online transforms: it would load another model",
             where=format,
@@ -68,7 +73,8 @@ def export(source: Source, format: str, folder: Path, quantization: str = "") ->
     wanted = probe_logits(source.model)
     with whole_folder(folder) as partial:
         written = exporter.write(source, partial) or Written(dtype=source.dtype)
-        (partial / "README.md").write_text(exporter.loads_in.format(name=source.name) + source.note, encoding="utf-8")
+        readme = exporter.loads_in.format(name=source.name) + source.note + written.note
+        (partial / "README.md").write_text(readme, encoding="utf-8")
         try:
             got = probe_logits(exporter.read_back(source, partial))
         finally:

@@ -56,11 +56,13 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Written:
-    """What an exporter may say of what it wrote: `facts` for the report, and the `dtype` whose rounding explains how
-    far logits may move. None: it quantized, and compares the weights itself when it reads them back."""
+    """What an exporter may say of what it wrote: `facts` for the report, the `dtype` whose rounding explains how far
+    logits may move, and a `note` for the README. No dtype: it quantized or cut, and compares the weights itself when it
+    reads them back."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype | None = None
+    note: str = ""
 
 
 class Exporter(Protocol):

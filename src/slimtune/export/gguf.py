@@ -28,10 +28,16 @@ from slimtune.export.gguf_vocab import add_vocabulary
 from slimtune.export.load import empty_model
 from slimtune.export.safetensors import merged_weight
 from slimtune.lora.attach import base_of, has_adapter, plain
+from slimtune.lora.cut import Cut, Update, cut_all, updates
 from slimtune.quant.blackbox import FROZEN
 from slimtune.quant.linear import QuantLinear
+from slimtune.rotate.record import rotation_of
 
 MODEL_FILE, ADAPTER_FILE = "model.gguf", "adapter.gguf"
+ROTATED = (
+    "\nThe run rotated its model. This adapter is in the basis of the original one: use it with a GGUF file of that,"
+    " and not with one of the run's own model.\n"
+)
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "BF16": 32}
 """How GGUF counts the commonest type of a file."""
 
@@ -124,6 +130,7 @@ class GgufExporter:
         return "Q8_0" if embeds and kind.startswith("Q4") else kind  # as llama.cpp does: they suffer most
 
 
+@dataclass(frozen=True)
 class GgufLoraExporter:
     """`adapter.gguf`: the adapter alone, for a GGUF file of its base."""
 
@@ -135,11 +142,14 @@ class GgufLoraExporter:
         "- Ollama: the lines `FROM ./model.gguf` and `ADAPTER ./adapter.gguf` in `Modelfile`\n"
     )
 
+    rank: int = field(default=0, metadata={"help": "cut every update to this rank; 0: do not"})
+
     def write(self, source: Source, folder: Path) -> Written:
-        """Write the factors in float32, with the scale that PEFT gives them."""
+        """Write the factors in float32, with the scale that PEFT gives them; those of a rotated model in the basis of
+        the original one."""
         naming = Naming(source.model)
-        factors = _factors(source.model)
-        alphas = {scale * len(a) for _, a, _, scale in factors}
+        factors, lost = self._factors(source.model)
+        alphas = {update.scaling * len(update.a) for update in factors}
         alpha = alphas.pop() if len(alphas) == 1 else 0.0  # 0: llama.cpp leaves the scale to the factors
         with _writer(folder / ADAPTER_FILE, naming, source, "adapter") as writer:
             writer.add_string("adapter.type", "lora")
@@ -149,14 +159,16 @@ class GgufLoraExporter:
                 b = naming.stored(f"{name}.weight", b if alpha else scale * b)
                 writer.add_tensor(f"{tensor}.lora_a", a.numpy())
                 writer.add_tensor(f"{tensor}.lora_b", b.numpy())
-        return Written({"alpha": alpha, "layers": len(factors)}, source.dtype)
+        facts = {"alpha": alpha, "layers": len(factors)} | (lost.to_dict() if lost is not None else {})
+        note = ROTATED if rotation_of(source.model) is not None else ""
+        return Written(facts, source.dtype, note + (lost.note if lost is not None else ""))
 
     def read_back(self, source: Source, folder: Path) -> nn.Module:
-        """`source`'s model, whose factors those in the file must be."""
+        """`source`'s model, whose factors (in the original basis, and cut) those in the file must be."""
         naming = Naming(source.model)
         read = {name: decode(data, kind) for name, (kind, data) in _tensors(folder / ADAPTER_FILE).items()}
         alpha = float(read_header(folder / ADAPTER_FILE).values["adapter.lora.alpha"])
-        for name, a, b, scale in _factors(source.model):
+        for name, a, b, scale in self._factors(source.model)[0]:
             tensor = naming.name(f"{name}.weight")
             found = naming.restored(f"{name}.weight", read[f"{tensor}.lora_b"])
             if not torch.equal(read[f"{tensor}.lora_a"], a) or not torch.equal(found, b if alpha else scale * b):
@@ -165,6 +177,12 @@ class GgufLoraExporter:
 
     def restore_(self, source: Source) -> None:
         """Nothing was done to the source."""
+
+    def _factors(self, model: nn.Module) -> tuple[list[Update], Cut | None]:
+        if not has_adapter(model):
+            raise RecipeError("there is no adapter to export", remedy="export gguf instead, or add a lora step")
+        found = updates(model)
+        return cut_all(found, self.rank) if self.rank else (found, None)
 
 
 @contextmanager
@@ -213,20 +231,3 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, QuantLinear | None
             if (full := f"{name}.{leaf}") not in tied:
                 own = leaf == "weight" and isinstance(layer, QuantLinear) and not adapted
                 yield full, tensor.float(), cast(QuantLinear, layer) if own else None
-
-
-def _factors(model: nn.Module) -> list[tuple[str, Tensor, Tensor, float]]:
-    """The active adapter: the name of each layer, A `[r, in]`, B `[out, r]`, and the scale of their product."""
-    if not has_adapter(model):
-        raise RecipeError("there is no adapter to export", remedy="export gguf instead, or add a lora step")
-    found = []
-    for name, layer in base_of(model).named_modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
-        module = cast(Any, layer)
-        for adapter in module.active_adapters:
-            if module.lora_variant.get(adapter) or adapter not in module.lora_A or module.lora_bias[adapter]:
-                raise FormatError("GGUF holds plain LoRA factors only", where=name)
-            a, b = (factors[adapter].weight.detach().float() for factors in (module.lora_A, module.lora_B))
-            found.append((name, a, b, float(module.scaling[adapter])))
-    return found

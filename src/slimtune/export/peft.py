@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import ClassVar, cast
@@ -13,15 +17,18 @@ from torch import nn
 
 from slimtune.arch import bind
 from slimtune.errors import FormatError, RecipeError
-from slimtune.export.base import Source
-from slimtune.lora.attach import save_adapter
-from slimtune.lora.basis import converted
+from slimtune.export.base import Source, Written
+from slimtune.files import write_json
+from slimtune.lora.attach import LIVE, save_adapter
+from slimtune.lora.basis import FACTOR_A, FACTOR_B, PREFIX, converted
+from slimtune.lora.cut import Update, cut_all, updates
 from slimtune.rotate.record import JSON, rotation_of
 
 REREAD = "read-back"
-TENSORS = "adapter_model.safetensors"
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
+@dataclass(frozen=True)
 class PeftExporter:
     """`adapter_config.json` and `adapter_model.safetensors`, for the original 16-bit model."""
 
@@ -32,7 +39,9 @@ class PeftExporter:
         "- it was trained on the base as quantized by the run it comes from; on the 16-bit base too\n"
     )
 
-    def write(self, source: Source, folder: Path) -> None:
+    rank: int = field(default=0, metadata={"help": "cut every update to this rank; 0: do not"})
+
+    def write(self, source: Source, folder: Path) -> Written:
         """Write the active adapter; that of a rotated model in the basis of the original one."""
         if not isinstance(source.model, PeftModel):
             raise RecipeError("there is no adapter to export", remedy="export safetensors instead, or add a lora step")
@@ -40,9 +49,15 @@ class PeftExporter:
         if rotation_of(source.model) is not None:
             (folder / JSON).unlink()
             _convert_(folder, source, inverse=True)
+        if not self.rank:
+            return Written(dtype=source.dtype)
+        kept, lost = cut_all(updates(source.model), self.rank)
+        _replace(folder, kept, self.rank)
+        return Written(lost.to_dict(), note=lost.note)
 
     def read_back(self, source: Source, folder: Path) -> nn.Module:
-        """`source`'s model with the written adapter in place of its own. Every tensor must be finite."""
+        """`source`'s model with the written adapter in place of its own. Every tensor must be finite, and one that was
+        cut be what it was cut to."""
         for name, tensor in load_file(folder / TENSORS).items():
             if not bool(tensor.isfinite().all()):
                 raise FormatError("the adapter has values that are not finite", where=name)
@@ -51,8 +66,12 @@ class PeftExporter:
             shutil.copytree(folder, copy, dirs_exist_ok=True)
             if rotation_of(model) is not None:
                 _convert_(Path(copy), source, inverse=False)
+            exact = cut_all(updates(model), self.rank)[0] if self.rank else []
             model.load_adapter(copy, REREAD, low_cpu_mem_usage=False)
         model.set_adapter(REREAD)
+        for wanted, found in zip(exact, updates(model) if exact else [], strict=True):
+            if wanted.minus(found).size > 1e-4 * wanted.size:
+                raise FormatError("an adapter that was cut does not read back", where=wanted.name)
         return model
 
     def restore_(self, source: Source) -> None:
@@ -68,4 +87,20 @@ def _convert_(folder: Path, source: Source, *, inverse: bool) -> None:
     basis = rotation_of(source.model)
     assert basis is not None, "the caller has asked"
     tensors = converted(load_file(folder / TENSORS), bind(source.model), basis, inverse=inverse)
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+
+
+def _replace(folder: Path, kept: Sequence[Update], rank: int) -> None:
+    """Put the updates `kept`, of at most `rank`, in place of the factors in `folder`, under the scaling of the most."""
+    tensors, config = load_file(folder / TENSORS), json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    root = 0.5 if config["use_rslora"] else 1.0
+    alpha = Counter(update.scaling for update in kept).most_common(1)[0][0] * rank**root
+    for update in kept:
+        share = abs(update.scaling * len(update.a) ** root / alpha) ** 0.5
+        tensors[PREFIX + update.name + FACTOR_A] = share * update.a
+        tensors[PREFIX + update.name + FACTOR_B] = share * update.b
+    ranks = {update.name: len(update.a) for update in kept if len(update.a) != rank}
+    config |= {"r": rank, "lora_alpha": alpha, "rank_pattern": ranks, "alpha_pattern": {}}
+    (folder / LIVE).unlink(missing_ok=True)
+    write_json(folder / CONFIG, config)
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})

@@ -42,10 +42,10 @@ def low_rank(matrix: Tensor, rank: int, hessian: Tensor | None = None, damp: flo
         (torch.Size([2, 5]), torch.Size([3, 2]), True)
     """
     if hessian is None:
-        return _balanced(*_projected(matrix, rank))
+        return balanced(*_projected(matrix, rank))
     upper = inverse_cholesky(hessian, damp)[0].to(matrix.dtype)  # L is its inverse
     a, b = _projected(torch.linalg.solve_triangular(upper, matrix, upper=True, left=False), rank)
-    return _balanced(a @ upper, b)
+    return balanced(a @ upper, b)
 
 
 def _projected(m: Tensor, rank: int) -> Factors:
@@ -68,9 +68,9 @@ def _projected(m: Tensor, rank: int) -> Factors:
     return Factors(v.T, m @ v)
 
 
-def _balanced(a: Tensor, b: Tensor) -> Factors:
+def balanced(a: Tensor, b: Tensor) -> Factors:
     """The same product by factors of one size: its singular vectors, each with the root of its singular value."""
     (qa, ra), (qb, rb) = torch.linalg.qr(a.T), torch.linalg.qr(b)
-    u, s, vh = torch.linalg.svd(rb @ ra.T)
+    u, s, vh = torch.linalg.svd(rb @ ra.T, full_matrices=False)
     root = s.sqrt()
     return Factors(root[:, None] * (vh @ qa.T), (qb @ u) * root)

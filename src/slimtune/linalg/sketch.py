@@ -85,6 +85,26 @@ def overlap(first: Tensor, second: Tensor) -> float:
     return float((first.T @ second).square().sum()) / min(first.shape[1], second.shape[1])
 
 
+def row_overlap(first: Tensor, second: Tensor, rank: int) -> float:
+    """The overlap of the `rank` leading right singular vectors of two wide matrices `[k, n]`, by their products alone.
+
+    Directions whose singular value is below a millionth of the largest are noise, and left out.
+
+    >>> a, b = gaussian(4, 50, seed=0), gaussian(4, 50, seed=1)
+    >>> exact_one = overlap(exact(a, 2).v, exact(b, 2).v)
+    >>> abs(row_overlap(a, b, 2) - exact_one) < 1e-6
+    True
+    """
+    a, b = first.to(torch.float64), second.to(torch.float64)
+    sides: list[Tensor] = []
+    for rows in (a, b):
+        values, vectors = torch.linalg.eigh(rows @ rows.T)
+        kept = values[-rank:] > 1e-12 * values[-1]
+        sides.append(vectors[:, -rank:][:, kept] / values[-rank:][kept].sqrt())
+    shared = sides[0].T @ (a @ b.T) @ sides[1]
+    return float(shared.square().sum()) / max(1, min(shared.shape))
+
+
 def completed(basis: Tensor, count: int, seed: int) -> Tensor:
     """`basis` (orthonormal columns, `[n, k]`) with random ones beyond it until there are `count`, all orthonormal.
 

@@ -6,29 +6,29 @@ file: `PeftModel.from_pretrained` loads it on the original 16-bit model without 
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slimtune.arch import ModelMap, bind
 from slimtune.calib.gradients import Batch, GradientSketch, sketch_gradients
+from slimtune.calib.sums import Kind
 from slimtune.errors import FormatError, RecipeError, nearest
 from slimtune.files import write_json
-from slimtune.linalg.lowrank import Factors, low_rank
+from slimtune.linalg.lowrank import Factors
 from slimtune.lora.fused import fused_lora
-from slimtune.lora.inits import INITS, PLAIN, Knobs
+from slimtune.lora.inits import INITS, PLAIN, WORDS, Knobs
 from slimtune.lora.pooled import pool_
 from slimtune.lora.start import StartFact, live_ranks, parts, split_layer_, start_, total_alpha
 from slimtune.quant.blackbox import FROZEN, BlackBox, adopt_
@@ -111,7 +111,7 @@ def add_lora(
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
         init: how the factors start: a name in `slimtune.lora.inits.INITS`.
         knobs: what can be chosen of it.
-        gradients: of the targets (`sketch_targets`), for an init that starts from them.
+        gradients: of the targets, or their moments (`sketch_targets`), for an init that starts from them.
         ranks: other ranks than `r` for layers by name; the scaling of a layer follows its rank, as in PEFT.
         keep_residual: give back what quantization lost, as a frozen part of the adapter.
         pooled: one number of A for each quantization group (`slimtune.lora.pooled`).
@@ -175,9 +175,13 @@ def _check(model: nn.Module, r: int, init: str, gradients: GradientSketch | None
         raise RecipeError("r out of range", got=r, wanted="a positive number")
     if init not in INITS:
         raise RecipeError("unknown init", where="init", got=init, remedy=nearest(init, INITS))
-    if INITS[init].gradient and gradients is None:
+    way = INITS[init]
+    if way.directions and (gradients is None or gradients.of != way.of):
         raise RecipeError(
-            "this init starts from gradients", where="init", got=init, remedy="pass batches of tokens and labels"
+            f"this init starts from {WORDS[way.of]}",
+            where="init",
+            got=init if gradients is None else f"{init}, and a sketch of {WORDS[gradients.of]}",
+            remedy="pass batches of tokens and labels",
         )
 
 
@@ -186,11 +190,13 @@ def sketch_targets(
     batches: Sequence[Batch],
     *,
     directions: int,
+    of: Kind = "gradient",
     target_modules: str | Sequence[str] = "all-linear",
     keep_residual: bool = False,
     **options: Any,
 ) -> GradientSketch:
-    """The sketched gradients (`calib.gradients`, whose `options` these are) of the linears an adapter would go to.
+    """The sketched gradients, or moments (`calib.gradients`, whose `options` these are), of the linears an adapter
+    would go to. Those of one stage share their inputs.
 
     With `keep_residual`, at the weights as the adapter will make them: with what quantization lost. Raises
     `RecipeError` when a target matches no linear, or an adapter is merged into the base.
@@ -201,14 +207,24 @@ def sketch_targets(
             "an adapter is merged into the base", where=merged[0], remedy="unmerge it, or unload it: merge_and_unload()"
         )
     adopt_(base_of(model))
-    chosen = targets_of(bind(model), target_modules)
-    modules = plain(model)
-    layers = {name: modules[name] for name in chosen}
+    modelmap, modules = bind(model), plain(model)
+    chosen = targets_of(modelmap, target_modules)
+    first = _first_readers(modelmap, chosen) if of == "inputs" else {name: name for name in chosen}
+    layers = {name: modules[name] for name in dict.fromkeys(first.values())}
     with ExitStack() as stack:
         for layer in layers.values():
             if keep_residual and isinstance(layer, QuantLinear) and layer.start is not None:
                 stack.callback(layer.register_forward_hook(_adding(layer.start)).remove)
-        return sketch_gradients(base_of(model), layers, batches, directions=directions, **options)
+        found = sketch_gradients(base_of(model), layers, batches, directions=directions, of=of, **options)
+    return replace(found, layers={name: found.layers[first[name]] for name in chosen})
+
+
+def _first_readers(modelmap: ModelMap, chosen: Sequence[str]) -> dict[str, str]:
+    """For each of `chosen` the first of them that reads the same input."""
+    stages = [[port.name for port in ports] for block in modelmap.blocks for ports in block.stages]
+    stage_of = {name: number for number, names in enumerate(stages) for name in names}
+    first: dict[object, str] = {}
+    return {name: first.setdefault(stage_of.get(name, name), name) for name in chosen}
 
 
 def _adding(factors: Factors) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
@@ -266,35 +282,6 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     basis = rotation_of(model)
     if basis is not None:
         write_hash(basis, folder)
-
-
-def save_truncated(model: PeftModel, folder: Path) -> float:
-    """Write the adapter as a stock PEFT folder of the rank that trains, frozen parts and all, as well as that allows.
-
-    Each layer's whole update, `[B | -B₀] [A ; A₀]`, becomes its truncated SVD. Returns the error: the norm of what is
-    lost beside that of the updates, over all layers.
-    """
-    ranks = live_ranks(adapted(model))
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    lost = whole = 0.0
-    for name, layer in adapted(model).items():
-        a, b = (factors["default"].weight.detach().double() for factors in (layer.lora_A, layer.lora_B))
-        best = low_rank(b @ a, ranks.get(name, len(a)))
-        update = layer.scaling["default"]
-        lost += float((update * (b @ a - best.b @ best.a)).square().sum())
-        whole += float((update * (b @ a)).square().sum())
-        if name in ranks:
-            keys = [f"base_model.model.{name}.lora_{side}.weight" for side in "AB"]
-            for key, factor in zip(keys, best, strict=True):
-                state[key] = factor.to(torch.float32).contiguous()
-    config = cast(LoraConfig, copy.deepcopy(model.peft_config["default"]))
-    times = next((len(adapted(model)[name].lora_A["default"].weight) // rank for name, rank in ranks.items()), 1)
-    config.r //= times
-    config.lora_alpha = cast(int, config.lora_alpha / (times**0.5 if config.use_rslora else times))
-    config.rank_pattern = {name: rank // times for name, rank in (config.rank_pattern or {}).items()}
-    config.save_pretrained(str(folder))
-    save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
-    return (lost / whole) ** 0.5 if whole else 0.0
 
 
 def _split_again_(model: nn.Module, note: Path) -> None:

@@ -8,7 +8,9 @@ from typing import Literal
 
 from slimtune.errors import RecipeError
 
-InitName = Literal["default", "gaussian", "residual", "lora-ga", "lora-one", "gradient-a", "pissa", "olora"]
+InitName = Literal[
+    "default", "gaussian", "residual", "lora-ga", "lora-one", "gradient-a", "eva", "pissa", "olora", "corda"
+]
 ALL_OR_DEFAULT, DEFAULT_TOKENS = -1, 16_384
 
 
@@ -35,12 +37,18 @@ class LoraOptions:
         default="auto", metadata={"help": "lora-ga: size of the start; auto: init_target, stable: the paper's"}
     )
     init_target: float = field(default=0.2, metadata={"help": "size of the start beside the weight, with auto"})
-    init_gamma: float = field(default=0.0, metadata={"help": "divides the start (stable, lora-one); 0: the paper's"})
+    init_gamma: float = field(
+        default=0.0, metadata={"help": "divides the start; 0: the paper's (stable), searched (lora-one)"}
+    )
     init_tokens: int = field(
         default=ALL_OR_DEFAULT,
-        metadata={"help": "learnt tokens whose gradients are looked at; -1: 16,384, or all where there are fewer"},
+        metadata={"help": "learnt tokens that are looked at; -1: 16,384, or all where there are fewer"},
     )
     init_passes: int = field(default=1, metadata={"help": "passes over them; more are more exact"})
+    init_tolerance: float = field(
+        default=0.0,
+        metadata={"help": "stop before that when the overlap of two halves moves by less as they double; 0: do not"},
+    )
     pooled: bool = field(
         default=False, metadata={"help": "A sees the mean of each quantization group: merges exactly into zero points"}
     )
@@ -55,6 +63,10 @@ class LoraOptions:
             raise RecipeError("lora_dropout out of range", where="lora", got=self.lora_dropout, wanted="0 to 1")
         if self.lora_alpha <= 0:
             raise RecipeError("lora_alpha out of range", where="lora", got=self.lora_alpha, wanted="above 0")
+        if self.ranks == "gradient" and self.init in ("eva", "corda"):
+            raise RecipeError(
+                "this init does not look at gradients", where="lora.ranks", got=self.init, remedy="use ranks: uniform"
+            )
         if self.init_tokens != ALL_OR_DEFAULT and self.init_tokens < 1:
             raise RecipeError("init_tokens out of range", where="lora", got=self.init_tokens, wanted="above 0, or -1")
         if self.pooled and (self.init not in ("default", "gaussian") or self.init_residual):
@@ -64,8 +76,13 @@ class LoraOptions:
         for name in ("init_target", "init_passes"):
             if not 0 < getattr(self, name) < math.inf:
                 raise RecipeError(f"{name} out of range", where="lora", got=getattr(self, name), wanted="above 0")
-        if not 0 <= self.init_gamma < math.inf:
-            raise RecipeError("init_gamma out of range", where="lora", got=self.init_gamma, wanted="0 or above")
+        for name in ("init_gamma", "init_tolerance"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise RecipeError(f"{name} out of range", where="lora", got=getattr(self, name), wanted="0 or above")
+        if self.init_tolerance and self.init_passes > 1:
+            raise RecipeError(
+                "the first of several passes sees no overlap", where="lora.init_tolerance", remedy="set init_passes: 1"
+            )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from slimtune.calib.gradients import GradientSketch
 from slimtune.linalg.lowrank import Factors
-from slimtune.lora.inits import INITS, Knobs, Place
+from slimtune.lora.inits import INITS, Knobs, Place, product_norm
 from slimtune.lora.split import PartlyFrozen, split
 from slimtune.quant.blackbox import FROZEN
 from slimtune.quant.linear import QuantLinear
@@ -22,9 +22,9 @@ from slimtune.quant.linear import QuantLinear
 class StartFact:
     """How one layer started.
 
-    `ratio` is `‖s B A‖ / ‖W‖`, subtracted again or not; `energy` the fraction of the squared gradient in the directions
-    the init was given; `overlap` how much those of two halves of the data have in common. `note` says what was done
-    otherwise than asked.
+    `ratio` is `‖s B A‖ / ‖W‖`, subtracted again or not; `energy` the fraction of the squared gradient (or moment) in
+    the directions the init was given; `overlap` how much those of two halves of the data have in common. `note` says
+    what was done otherwise than asked.
     """
 
     name: str
@@ -87,13 +87,13 @@ def _start_layer_(
     live = Factors(whole_a[:rank].clone(), whole_b[:, :rank].clone())
     note = ""
     if way.factors is not None:
-        if way.gradient and (known is None or not known.norm):
-            note = "no gradient reached it: starts as default"
+        if way.directions and (known is None or not known.norm):
+            note = f"no {'gradient' if way.of == 'gradient' else 'token'} reached it: starts as default"
         else:
             triples = None if known is None else known.triples
             found = way.factors(Place(weight, triples, rank, scaling, seed), knobs)
             live = Factors(*(t.to(whole_a) for t in found))
-            wanted = way.gradient * rank
+            wanted = way.directions * rank
             if triples is not None and wanted > len(triples.s):
                 note = f"{len(triples.s)} directions of {wanted}: completed with random ones"
     frozen: list[Factors] = []
@@ -106,10 +106,11 @@ def _start_layer_(
     whole_b.copy_(b)
     if frozen:
         split_layer_(layer, rank)
-    size = scaling * float((live.b @ live.a).norm()) / max(float(weight.norm()), 1e-30)
+    product = product_norm(live.a, live.b)
+    size = scaling * product / max(float(weight.norm()), 1e-30) if product else 0.0
     if known is None:
         return StartFact(name, rank, size, note=note)
-    return StartFact(name, rank, size, known.energy, known.overlap, known.norm, note)
+    return StartFact(name, rank, size, known.energy, known.overlap, known.norm if way.of == "gradient" else None, note)
 
 
 def _residual(base: nn.Module, live: Factors, scaling: float) -> Factors:

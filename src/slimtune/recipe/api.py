@@ -21,7 +21,7 @@ from slimtune.export.load import DTYPES, Loaded
 from slimtune.export.load import load as load_model
 from slimtune.hub import round_cache_
 from slimtune.lora.attach import base_of
-from slimtune.lora.inits import residual
+from slimtune.lora.inits import INITS, WORDS, residual
 from slimtune.lora.merge import merge as merge_adapter
 from slimtune.lora.options import LoraOptions
 from slimtune.prune.options import PruneOptions
@@ -145,13 +145,17 @@ def add_lora(
 ) -> nn.Module:
     """`model` in a `PeftModel` with fresh factors; `options` are the fields of the recipe's `lora` step.
 
-    Where factors start from gradients, those are of `train` (rows, for which `tokenizer` is needed), of `tokens`
-    `[samples, length]`, or of a sketch that was saved. `facts` is called with how each layer started.
+    Where factors start from gradients (or inputs, or outputs), those are of `train` (rows, for which `tokenizer` is
+    needed), of `tokens` `[samples, length]`, or of a sketch that was saved. `facts` is called with how each layer
+    started.
     """
     chosen = build(LoraOptions, options, "lora")
+    batches: list[Batch] = []
+    if wants_gradients(chosen) and (gradients is None or tokens is not None or train is not None):
+        batches = _batches(model, chosen, tokenizer, train, tokens, seed)
     if wants_gradients(chosen) and gradients is None:
-        gradients = gradients_of(model, _batches(model, chosen, tokenizer, train, tokens, seed), chosen, seed=seed)
-    wrapped, found = attach_adapter(model, chosen, gradients, base_name=base_name, seed=seed)
+        gradients = gradients_of(model, batches, chosen, seed=seed)
+    wrapped, found = attach_adapter(model, chosen, gradients, batches, base_name=base_name, seed=seed)
     facts(found)
     return wrapped
 
@@ -170,7 +174,9 @@ def _batches(
         return gradient_batches(examples, Collator(0), chosen, usual.per_device_train_batch_size, seed)
     if train is None or tokenizer is None:
         raise RecipeError(
-            "the adapter starts from gradients", got=chosen.init, remedy="pass train= and tokenizer=, or tokens="
+            f"the adapter starts from {WORDS[INITS[chosen.init].of]}",
+            got=chosen.init,
+            remedy="pass train= and tokenizer=, or tokens=",
         )
     source = _source(train)
     examples = examples_of(model, tokenizer, source, usual)[0]
@@ -236,10 +242,12 @@ def export(
     name: str = "",
     dtype: str = "float32",
     quantization: str = "",
+    rank: int = 0,
 ) -> Manifest:
-    """Write `model` as `format` into the folder `output`, read it back and compare; `quantization` is for `gguf`."""
+    """Write `model` as `format` into the folder `output`, read it back and compare; `quantization` is for `gguf`, and
+    an adapter (`peft`, `gguf-lora`) is cut to `rank` where there is one, the loss among the manifest's facts."""
     public = name or str(cast(Any, base_of(model)).name_or_path)
-    return write_export(Source(model, tokenizer, public, DTYPES[dtype]), format, Path(output), quantization)
+    return write_export(Source(model, tokenizer, public, DTYPES[dtype]), format, Path(output), quantization, rank)
 
 
 def plan(recipe: Recipe | dict[str, Any] | str | Path, *, memory: int | None = None) -> Plan:

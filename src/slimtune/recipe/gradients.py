@@ -4,25 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from slimtune.calib.gradients import Batch, GradientSketch
+from slimtune.calib.gradients import Batch, GradientSketch, learnt_tokens, model_loss
 from slimtune.errors import CalibrationError
+from slimtune.evaluate.inference import inference
 from slimtune.lora.attach import add_lora, base_of, sketch_targets
 from slimtune.lora.inits import INITS, Knobs
 from slimtune.lora.options import ALL_OR_DEFAULT, DEFAULT_TOKENS, LoraOptions
 from slimtune.lora.ranks import allocate
+from slimtune.lora.search import Search, line_search
 from slimtune.lora.start import StartFact
 from slimtune.train.data import Collator, Example
 from slimtune.train.loss import chunked_loss
 
+SEARCHED = 2048
+"""Learnt tokens on which the size of a start is searched."""
+
 
 def wants_gradients(options: LoraOptions) -> bool:
-    """Whether an adapter with these options starts from gradients, or is shaped by them."""
-    return bool(INITS[options.init].gradient) or options.ranks == "gradient"
+    """Whether an adapter with these options starts from gradients or moments, or is shaped by them."""
+    return bool(INITS[options.init].directions) or options.ranks == "gradient"
 
 
 def wants_residual(options: LoraOptions) -> bool:
@@ -31,9 +37,19 @@ def wants_residual(options: LoraOptions) -> bool:
 
 
 def attach_adapter(
-    model: nn.Module, options: LoraOptions, gradients: GradientSketch | None, *, base_name: str = "", seed: int = 0
+    model: nn.Module,
+    options: LoraOptions,
+    gradients: GradientSketch | None,
+    batches: Sequence[Batch] = (),
+    *,
+    base_name: str = "",
+    seed: int = 0,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """`model` with the adapter that `options` describe, and facts for the report: each layer's start, and the ranks."""
+    """`model` with the adapter that `options` describe, and facts for the report: each layer's start, and the ranks.
+
+    A start that changes the model and has no size given is as large as serves the loss on the first of `batches` best,
+    where there are any.
+    """
     starts: list[StartFact] = []
     ranks = allocate(gradients, options.r) if gradients is not None and options.ranks == "gradient" else None
     wrapped = add_lora(
@@ -54,6 +70,10 @@ def attach_adapter(
         facts=starts.extend,
     )
     facts: dict[str, Any] = {}
+    if INITS[options.init].searched and not options.init_gamma and batches:
+        found = search_start_(wrapped, batches)
+        starts = [replace(fact, ratio=fact.ratio * found.size) for fact in starts]
+        facts["search"] = found.to_dict()
     if ranks is not None:
         facts["ranks"] = ranks
     if gradients is not None:
@@ -61,6 +81,35 @@ def attach_adapter(
     if starts:
         facts["layers"] = [fact.to_dict() for fact in starts]
     return wrapped, facts
+
+
+@torch.no_grad()
+def search_start_(model: nn.Module, batches: Sequence[Batch]) -> Search:
+    """Multiply every B by the one number that is best for the mean loss on the first of `batches`, and say which.
+
+    Looks at `SEARCHED` learnt tokens, or all there are. Where no step helps it is 0, and the model is as it was.
+    """
+    factors = [p for name, p in model.named_parameters() if p.requires_grad and ".lora_B." in name]
+    whole, hf = [factor.detach().clone() for factor in factors], cast(Any, base_of(model))
+    chosen: list[tuple[Batch, int]] = []
+    for batch in batches:
+        if sum(count for _, count in chosen) >= SEARCHED:
+            break
+        chosen.append(({key: value.to(hf.device) for key, value in batch.items()}, learnt_tokens(hf, batch)))
+
+    def set_(size: float) -> None:
+        for factor, start in zip(factors, whole, strict=True):
+            factor.copy_(start * size)
+
+    def loss(size: float) -> float:
+        set_(size)
+        total = sum(float(model_loss(hf, batch)) * count for batch, count in chosen)
+        return total / max(sum(count for _, count in chosen), 1)
+
+    with inference(hf), chunked_loss(base_of(model)):
+        found = line_search(loss)
+    set_(found.size)
+    return found
 
 
 def gradient_batches(
@@ -100,7 +149,6 @@ def gradients_of(
     *,
     seed: int = 0,
     checkpointing: bool = False,
-    tolerance: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> GradientSketch:
     """The sketch that `options` need, of the mean loss over `batches`.
@@ -112,12 +160,13 @@ def gradients_of(
         return sketch_targets(
             model,
             batches,
-            directions=max(1, INITS[options.init].gradient) * rank,
+            directions=max(1, INITS[options.init].directions) * rank,
+            of=INITS[options.init].of,
             target_modules=options.target_modules,
             keep_residual=options.init_residual,
             passes=options.init_passes,
             seed=seed,
-            tolerance=tolerance,
+            tolerance=options.init_tolerance,
             progress=progress,
         )
 
@@ -140,6 +189,7 @@ def sketch_facts(gradients: GradientSketch) -> dict[str, Any]:
     known = [layer.overlap for layer in gradients.layers.values() if layer.overlap is not None]
     energies = [layer.energy for layer in gradients.layers.values()]
     return {
+        "of": gradients.of,
         "tokens": gradients.tokens,
         "batches": gradients.batches,
         "passes": gradients.passes,
@@ -147,6 +197,7 @@ def sketch_facts(gradients: GradientSketch) -> dict[str, Any]:
         "loss": gradients.loss,
         "mean_energy": sum(energies) / len(energies),
         "mean_overlap": sum(known) / len(known) if known else None,
+        "stable": gradients.stable,
         "held_bytes": gradients.held_bytes,
         "unreached": list(gradients.unreached),
     }

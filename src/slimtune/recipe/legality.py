@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from slimtune.errors import RecipeError
-from slimtune.lora.inits import INITS
+from slimtune.lora.inits import INITS, WORDS
 from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train
 
 
@@ -56,8 +56,8 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
             return "nothing is known of what quantization lost", "put a quantize step before it, in this recipe"
         case Lora() if INITS[step.init].start is not None and step.init_residual:
             return "this init gives back what quantization lost already", "leave out init_residual: true"
-        case Lora() if (INITS[step.init].gradient or step.ranks == "gradient") and recipe.data.train is None:
-            return "there is nothing to take gradients of", "add data: {train: {path: FILE}}"
+        case Lora() if (INITS[step.init].directions or step.ranks == "gradient") and recipe.data.train is None:
+            return f"there is nothing to take {WORDS[INITS[step.init].of]} of", "add data: {train: {path: FILE}}"
         case Train() if recipe.data.train is None:
             return "there is nothing to train on", "add data: {train: {path: FILE}}"
         case Train(scales=True) if not state.quantized:
@@ -76,7 +76,7 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
             return "there is no adapter to export", "put export: {format: gguf-lora} after lora, before merge"
         case Export(format="compressed-tensors" | "gptq") if not state.quantized:
             return "there are no packed weights to export", "put a quantize step before, or export safetensors"
-        case Export(format="safetensors" | "compressed-tensors" | "gptq" | "gguf" | "gguf-lora") if state.online:
+        case Export(format="safetensors" | "compressed-tensors" | "gptq" | "gguf") if state.online:
             return (
                 f"no other engine runs the online transform {', '.join(state.online)}: it would load another model",
                 "rotate with online: [], or keep the run's own model folder",

@@ -134,7 +134,7 @@ def resolve(recipe: Recipe) -> Recipe:
                 remedy=nearest(step.format, EXPORTERS),
             )
         if isinstance(step, Export):
-            exporter_of(step.format, step.quantization)
+            exporter_of(step.format, step.quantization, step.rank)
         steps.append(step)
     return replace(recipe, steps=tuple(steps))
 
@@ -436,6 +436,8 @@ class _Shape:
         rows = tokens if self.whole_logits else min(tokens, CHUNK)
         logits = 3 * rows * self.vocabulary * 4
         optimizer = trained * (4 + 8)
+        if step.optim == "lora-pro":  # moments of whole weights, and a step of the largest
+            optimizer += 8 * self.weights + 16 * self.largest
         passes = (6 if step.gradient_checkpointing else 4) + 2 * step.distill
         workspace = max(2 * width, self.decoding) * self.largest if state.quantized else 0
         if step.scales:  # a weight's gradient, and for each scale a factor, its gradient and moments

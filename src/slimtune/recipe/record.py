@@ -54,6 +54,7 @@ _FACTS: dict[str, Any] = {
         ],
         "gradients?": {"tokens": int},
     },
+    "export": {"cut?": [{"name": str, "rank": float, "error": float}], "error?": float},
 }
 _WORDS = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
 

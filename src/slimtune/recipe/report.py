@@ -25,11 +25,11 @@ from rich.text import Text
 from slimtune.recipe.page import Cell, Grid, Page, Section, four_digits, label, number, versus_first, words, write_page
 from slimtune.recipe.plots import Series, error_plot, layer_plot, loss_plot, magnitude_plot, place, width_plot
 from slimtune.recipe.record import Curve, Metric, Report, metrics, read_curves, read_report, report_path
-from slimtune.recipe.starts import starts_section
+from slimtune.recipe.starts import cut_section, starts_section
 
 __all__ = ["Comparison", "compare", "print_comparison", "read_report", "write_comparison_html", "write_html"]
 
-_DRAWN_ELSEWHERE = ("layers", "skipped", "sample", "axes", "requantized", "lost", "prune", "channels", "ranks")
+_DRAWN_ELSEWHERE = ("layers", "skipped", "sample", "axes", "requantized", "lost", "prune", "channels", "ranks", "cut")
 
 # How the summary says what a step did: the verb, then what follows it for each setting or fact that is known.
 _DEEDS: dict[str, tuple[str, dict[str, str]]] = {
@@ -66,6 +66,7 @@ def write_html(run: Path) -> Path:
     sections = [
         _measured(report),
         *(starts_section(i, facts) for step, facts, i in named if step == "lora"),
+        *(cut_section(i, facts) for step, facts, i in named if step == "export" and facts.get("cut")),
         *(_training(i, facts, curves.get(i, curves.get(None))) for step, facts, i in named if step == "train"),
         *(_rotation(i, facts) for step, facts, i in named if step == "rotate"),
         *(_widths(i, pruned) for _, facts, i in named if (pruned := _pruned(facts))),

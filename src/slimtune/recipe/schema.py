@@ -152,6 +152,11 @@ class Export:
 
     format: str = field(default="safetensors", metadata={"help": "a name from `slimtune list exporters`"})
     quantization: str = field(default="", metadata={"help": "gguf: f32, f16 (default), bf16, q8_0, q4_0 or q4_1"})
+    rank: int = field(default=0, metadata={"help": "peft, gguf-lora: cut to this rank, the loss stated; 0: whole"})
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise RecipeError("rank out of range", got=self.rank, wanted="1 or more, or 0 for the whole adapter")
 
 
 Step = Prune | Rotate | Quantize | Lora | Train | Merge | Evaluate | Export

@@ -99,13 +99,20 @@ def evaluate_model(
 
 
 def export_model(
-    source: str, format: str, output: Path, *, dtype: str = "", quantization: str = "", overwrite: bool = False
+    source: str,
+    format: str,
+    output: Path,
+    *,
+    dtype: str = "",
+    quantization: str = "",
+    rank: int = 0,
+    overwrite: bool = False,
 ) -> Manifest:
     """Export a model or a run's model and adapter."""
-    exporter_of(format, quantization)  # what is unknown is refused before anything is loaded
+    exporter_of(format, quantization, rank)  # what is unknown is refused before anything is loaded
     _check_export_folder(source, output, overwrite)
     loaded, model = open_model(source, dtype=dtype)
-    return export(Source(model, loaded.tokenizer, loaded.name, loaded.model.dtype), format, output, quantization)
+    return export(Source(model, loaded.tokenizer, loaded.name, loaded.model.dtype), format, output, quantization, rank)
 
 
 def _check_export_folder(source: str, output: Path, overwrite: bool) -> None:

@@ -9,11 +9,18 @@ from slimtune.recipe.page import Cell, Grid, Section, four_digits, number, words
 from slimtune.recipe.plots import layer_plot, place
 
 _COLUMNS = {
-    "energy": "gradient captured",
+    "energy": "captured",
     "overlap": "overlap of halves",
     "gradient_norm": "norm of the gradient",
     "ratio": "size beside the weight",
     "rank": "rank",
+}
+
+
+_SEEN = {
+    "gradient": ("Gradients", "gradient"),
+    "inputs": ("Inputs", "covariance of the inputs"),
+    "outputs": ("Inputs and outputs", "product of the weight and the second moment of its inputs"),
 }
 
 
@@ -40,14 +47,32 @@ def starts_section(i: int, facts: dict[str, Any]) -> Section:
     return Section(f"Where the adapter starts (step {i + 1})", _note(facts, bool(overlaps)), figure, grids)
 
 
+def cut_section(i: int, facts: dict[str, Any]) -> Section:
+    """What the `export` step `i` lost of each layer's update when it cut the adapter to a lower rank."""
+    errors = {layer["name"]: layer["error"] for layer in facts["cut"]}
+    worst = sorted(errors.items(), key=lambda pair: -pair[1])[:5]
+    rows = [[Cell(name), Cell(four_digits(error))] for name, error in worst]
+    note = (
+        f"Cut to rank {number(facts['rank'])}: {four_digits(facts['error'])} of the whole update is lost (the norm"
+        " of what is missing beside that of the update). Below, the layers that lost most."
+    )
+    figure = layer_plot(f"cut-{i}", errors, "share of the update that is lost", "loss by block")
+    return Section(f"The adapter, cut (step {i + 1})", note, figure, [Grid(rows, ["layer", "lost"], numbers=True)])
+
+
 def _note(facts: dict[str, Any], drawn: bool) -> str:
     seen = facts.get("gradients")
     if not seen:
         return "The size beside the weight is that of the start, which is subtracted again where it is not zero."
-    note = f"Gradients of {number(seen['tokens'])} learnt tokens"
-    note += ". Captured is the part of the squared gradient in the directions the init was given"
+    of = str(seen.get("of", "gradient"))
+    note = f"{_SEEN[of][0]} of {number(seen['tokens'])} learnt tokens"
+    note += ", after which the overlap was stable" if seen.get("stable") else ""
+    note += ". Captured is the part of the squared " + _SEEN[of][1] + " in the directions the init was given"
     if drawn:
         note += "; the overlap (0 to 1) is what the leading input directions of two halves of the data have in common"
+    if search := facts.get("search"):
+        note += f". Of {search['tried']} sizes tried, {search['size']:g} of the paper's step was the best: on those"
+        note += f" batches it took the loss from {four_digits(search['before'])} to {four_digits(search['after'])}"
     return note + "."
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from slimtune.arch import bind
 from slimtune.calib.data import calibration_tokens, text_tokens
 from slimtune.calib.formats import Conversation, normalise, render
-from slimtune.calib.gradients import GradientSketch
+from slimtune.calib.gradients import Batch
 from slimtune.calib.outliers import Outliers, outliers
 from slimtune.calib.rows import DataSource, is_text, read_rows, read_text
 from slimtune.evaluate.accuracy import accuracy
@@ -275,10 +275,14 @@ def _recall_starts_(session: Session, number: int) -> None:
 def _lora(session: Session, step: Lora, number: int) -> Facts:
     if wants_residual(step) and session.resume:
         _recall_starts_(session, number)
-    gradients = _gradients(session, step, number) if wants_gradients(step) else None
-    model, facts = attach_adapter(
-        session.whole(), step, gradients, base_name=session.loaded.name, seed=session.recipe.seed
-    )
+    seed, gradients = session.recipe.seed, None
+    batches: list[Batch] = []
+    if wants_gradients(step):
+        batches, checkpointing = _gradient_batches(session, step, number)
+        gradients = gradients_of(session.whole(), batches, step, seed=seed, checkpointing=checkpointing)
+    model, facts = attach_adapter(session.whole(), step, gradients, batches, base_name=session.loaded.name, seed=seed)
+    if found := facts.get("search"):
+        session.say(f"  a step of {found['size']:g}: loss {found['before']:.4f} before, {found['after']:.4f} after")
     session.model = model
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     targets = sorted(cast(Any, model).peft_config["default"].target_modules)
@@ -293,8 +297,8 @@ def _lora(session: Session, step: Lora, number: int) -> Facts:
     }
 
 
-def _gradients(session: Session, step: Lora, number: int) -> GradientSketch:
-    """Of the training data, as the train step that comes next will see it."""
+def _gradient_batches(session: Session, step: Lora, number: int) -> tuple[list[Batch], bool]:
+    """Of the training data, as the train step that comes next will see it; and whether that recomputes activations."""
     data, model = session.recipe.data, session.whole()
     assert data.train is not None, "the plan has checked it"
     later = session.recipe.steps[number + 1 :]
@@ -310,8 +314,7 @@ def _gradients(session: Session, step: Lora, number: int) -> GradientSketch:
         str(data.train),
     )
     session.say(f"  gradients of {len(batches)} batches of {data.train}")
-    seed, checkpointing = session.recipe.seed, options.gradient_checkpointing
-    return gradients_of(model, batches, step, seed=seed, checkpointing=checkpointing)
+    return batches, options.gradient_checkpointing
 
 
 def _train(session: Session, step: Train, number: int) -> Facts:
@@ -446,7 +449,10 @@ def _export(session: Session, step: Export) -> Facts:
     dtype = cast(Any, base_of(model)).dtype  # the recipe's, or the last merge's
     note = belongs(session.recipe) if has_adapter(model) else ""
     source = Source(model, session.loaded.tokenizer, session.loaded.name, dtype, note)
-    place = f"export/{'-'.join(filter(None, (step.format, step.quantization)))}"
-    manifest = export(source, step.format, session.folder / place, step.quantization)
+    rank = f"rank-{step.rank}" if step.rank else ""
+    place = f"export/{'-'.join(filter(None, (step.format, step.quantization, rank)))}"
+    manifest = export(source, step.format, session.folder / place, step.quantization, step.rank)
+    if "error" in manifest.facts:
+        session.say(f"  cut to rank {step.rank}: {manifest.facts['error']:.2g} of the update is lost")
     session.say(f"  {manifest.path}: {manifest.bytes / 1e6:,.1f} MB, read back and compared")
     return manifest.to_dict() | {"path": place}

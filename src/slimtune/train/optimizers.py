@@ -1,7 +1,8 @@
 """Optimizers that know what an adapter is. All others are transformers' own, by its names.
 
 LoRA-GA starts with factors of one size on both sides; the usual start has B = 0 and a fixed size of A. What a step of a
-given rate does depends on that, except under the Riemannian preconditioner, for which only the product counts.
+given rate does depends on that, except under the Riemannian preconditioner, LoRA-RITE and LoRA-Pro, for which only the
+product counts.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import torch
 from peft import PeftModel
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.optimizers.riemannian import create_riemannian_optimizer
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers.training_args import OptimizerNames
 
 from slimtune.errors import RecipeError, nearest
+from slimtune.lora.attach import adapted
 from slimtune.train.options import TrainOptions
+from slimtune.train.pairs import LoraPro, LoraRite
 
 RATIO = 16.0
 """LoRA+: how much faster B learns than A (arXiv 2402.12354 finds 16 for language models)."""
@@ -49,10 +52,37 @@ def riemannian(model: Any, options: TrainOptions) -> Optimizer:
     return create_riemannian_optimizer(model, AdamW, lr=rate, reg=DAMPING, weight_decay=decay)
 
 
+def lora_rite(model: Any, options: TrainOptions) -> Optimizer:
+    """Adaptive steps that do not depend on how the product is shared (LoRA-RITE, arXiv 2410.20625)."""
+    return LoraRite(_pairs(model), options.learning_rate, options.weight_decay)
+
+
+def lora_pro(model: Any, options: TrainOptions) -> Optimizer:
+    """AdamW on an equivalent gradient of the whole weight (LoRA-Pro, arXiv 2407.18242): rates of full fine-tuning."""
+    return LoraPro(_pairs(model), options.learning_rate, options.weight_decay)
+
+
+def _pairs(model: PeftModel) -> list[tuple[Tensor, Tensor, float]]:
+    """What trains of A and of B in each layer, and the scaling of their product."""
+    found = []
+    for layer in adapted(model).values():
+        (name,) = layer.active_adapters
+        (a,), (b,) = (list(factors[name].parameters()) for factors in (layer.lora_A, layer.lora_B))
+        found.append((a, b, float(layer.scaling[name])))
+    others = {id(p) for p in model.parameters() if p.requires_grad} - {id(p) for pair in found for p in pair[:2]}
+    if others:
+        raise RecipeError(
+            "this optimizer trains factors alone", where="optim", remedy="use optim: lora-plus, or leave out scales"
+        )
+    return found
+
+
 OPTIMIZERS: dict[str, Callable[[Any, TrainOptions], Optimizer]] = {
     "lora-plus": lora_plus,
     "lora-fa": lora_fa,
     "riemannian": riemannian,
+    "lora-rite": lora_rite,
+    "lora-pro": lora_pro,
 }
 """Those that need an adapter, by their recipe names."""
 

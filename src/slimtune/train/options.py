@@ -27,7 +27,8 @@ class TrainOptions:
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW weight decay"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradient clipping; 0: none"})
     optim: str = field(
-        default="adamw_torch", metadata={"help": "lora-plus, lora-fa, riemannian, or a transformers name"}
+        default="adamw_torch",
+        metadata={"help": "lora-plus, lora-fa, riemannian, lora-rite, lora-pro, or a transformers name"},
     )
     max_length: int = field(default=512, metadata={"help": "tokens of an example at most"})
     packing: bool = field(default=False, metadata={"help": "several examples in a row, kept apart in attention"})
