@@ -24,7 +24,7 @@ from slimtune.export import Source, export
 from slimtune.export.load import DTYPES, Loaded, locate
 from slimtune.hub import round_cache_
 from slimtune.lora.attach import base_of, has_adapter, plain
-from slimtune.lora.inits import INITS, residual
+from slimtune.lora.inits import INITS, WORDS, residual
 from slimtune.lora.merge import merge
 from slimtune.prune.options import PruneOptions
 from slimtune.quant.apply import Start, quantize_
@@ -308,7 +308,7 @@ def _gradients(session: Session, step: Lora, number: int) -> GradientSketch:
         session.recipe.seed,
         str(data.train),
     )
-    session.say(f"  gradients of {len(batches)} batches of {data.train}")
+    session.say(f"  {WORDS[INITS[step.init].of]} of {len(batches)} batches of {data.train}")
     seed, checkpointing = session.recipe.seed, options.gradient_checkpointing
     return gradients_of(model, batches, step, seed=seed, checkpointing=checkpointing)
 
