@@ -89,6 +89,7 @@ def test_a_cut_file_is_a_stock_one_and_states_its_error(options: dict[str, Any],
     assert config["r"] == rank and max(config["rank_pattern"].values(), default=rank) <= rank
     assert not (tmp_path / "out" / LIVE).exists()
     readme = (tmp_path / "out" / "README.md").read_text()
+    assert f"up to {manifest.max_logit_difference:.3g} away" in readme
     assert f"cut to rank {rank}" in readme and all(name in readme for name in errors)
     page = str(cut_section(3, manifest.facts))
     assert f"rank {rank}" in page and (max(errors, key=lambda name: errors[name]) in page)

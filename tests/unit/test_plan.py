@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -245,3 +246,17 @@ def test_plan_of_a_packed_65b_needs_its_configuration_alone_and_adds_up(layout: 
     assert packed + 0.98 + 4 * factors < lora < packed + 0.98 + 4 * factors + 3  # and the process itself
     logits = 3 * 256 * 32000 * 4 / 2**30  # of a chunk, not of the text
     assert step - lora == pytest.approx(doors + block + decoding + logits + 12 * factors, abs=0.05)
+
+
+def test_lora_pro_holds_moments_of_whole_weights(config_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))  # the process itself grows between two plans
+    monkeypatch.setattr("slimtune.recipe.plan.psutil.Process", lambda: nothing)
+    usual, pro = (planned(config_only, "lora", {"train": {"optim": name}}) for name in ("adamw_torch", "lora-pro"))
+    weights = 2 * (32 * 48 * 2 + 32 * 24 * 2 + 3 * 32 * 40)  # of the linears in two blocks
+    largest = 32 * 48
+    assert pro.steps[1].memory_bytes - usual.steps[1].memory_bytes == 8 * weights + 16 * largest
+
+
+def test_a_rank_that_a_format_lacks_is_refused_by_the_plan(config_only: Path) -> None:
+    with pytest.raises(RecipeError, match="takes no rank"):
+        planned(config_only, "lora", {"export": {"format": "gguf", "rank": 4}})

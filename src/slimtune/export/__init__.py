@@ -73,13 +73,13 @@ def export(source: Source, format: str, folder: Path, quantization: str = "", ra
     wanted = probe_logits(source.model)
     with whole_folder(folder) as partial:
         written = exporter.write(source, partial) or Written(dtype=source.dtype)
-        readme = exporter.loads_in.format(name=source.name) + source.note + written.note
-        (partial / "README.md").write_text(readme, encoding="utf-8")
         try:
             got = probe_logits(exporter.read_back(source, partial))
         finally:
             exporter.restore_(source)
         difference = largest_difference(got, wanted, written.dtype, str(folder))
+        readme = exporter.loads_in.format(name=source.name) + source.note + written.note.format(difference=difference)
+        (partial / "README.md").write_text(readme, encoding="utf-8")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return Manifest(
         format=format,

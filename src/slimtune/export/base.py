@@ -57,8 +57,8 @@ class Manifest:
 @dataclass(frozen=True)
 class Written:
     """What an exporter may say of what it wrote: `facts` for the report, the `dtype` whose rounding explains how far
-    logits may move, and a `note` for the README. No dtype: it quantized or cut, and compares the weights itself when it
-    reads them back."""
+    logits may move, and a `note` for the README, which may name the `{difference}` that was found. No dtype: it
+    quantized or cut, and compares the weights itself when it reads them back."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype | None = None

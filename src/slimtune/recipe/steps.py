@@ -25,7 +25,7 @@ from slimtune.export import Source, export
 from slimtune.export.load import DTYPES, Loaded, locate
 from slimtune.hub import round_cache_
 from slimtune.lora.attach import base_of, has_adapter, plain
-from slimtune.lora.inits import INITS, residual
+from slimtune.lora.inits import INITS, WORDS, residual
 from slimtune.lora.merge import merge
 from slimtune.prune.options import PruneOptions
 from slimtune.quant.apply import Start, quantize_
@@ -313,7 +313,7 @@ def _gradient_batches(session: Session, step: Lora, number: int) -> tuple[list[B
         session.recipe.seed,
         str(data.train),
     )
-    session.say(f"  gradients of {len(batches)} batches of {data.train}")
+    session.say(f"  {WORDS[INITS[step.init].of]} of {len(batches)} batches of {data.train}")
     return batches, options.gradient_checkpointing
 
 
