@@ -60,6 +60,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "lora-ga-residual": {**RS, "init": "lora-ga", "init_residual": True},
     "gradient-a": {**RS, "init": "gradient-a"},
     "lora-one": {**RS, "init": "lora-one"},
+    "lora-one-paper": {**RS, "init": "lora-one", "init_gamma": 128.0},
     "pissa": {**RS, "init": "pissa"},
     "residual": {**RS, "init": "residual"},
     PEFT: RS,
@@ -129,12 +130,13 @@ def build(arm: Arm, setting: Setting, model: Any, learn: Sequence[Example], coll
         model = get_peft_model(model, config)
     else:
         gradients = gradients_of(model, batches, options, seed=arm.seed) if wants_gradients(options) else None
-        model, facts = attach_adapter(model, options, gradients, seed=arm.seed)
+        model, facts = attach_adapter(model, options, gradients, batches, seed=arm.seed)
     ratios = [layer["ratio"] for layer in facts.get("layers", ())]
     return model, {
         "start_cpu_seconds": time.process_time() - begun,
         "ratio_median": statistics.median(ratios) if ratios else None,
         "gradients": facts.get("gradients"),
+        "search": facts.get("search"),
     }
 
 
