@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from slimtune.errors import ShapeError
+from slimtune.linalg import hadamard as hadamard_module
 from slimtune.linalg.hadamard import factors, hadamard, matrix, transform
 
 
@@ -33,3 +34,15 @@ def test_the_transform_is_orthogonal_and_equals_its_matrix(n: int) -> None:
 def test_wide_transforms_are_small_factors() -> None:
     assert max(len(f) for f in factors(1536)) <= 64 and len(factors(1536)) > 1
     torch.testing.assert_close(matrix(1536).abs().max(), torch.tensor(1536.0, dtype=torch.float64).rsqrt())
+
+
+@pytest.mark.parametrize("amx", [True, False])
+@pytest.mark.parametrize("n", [74, 100, 576, 1536, 2048])
+def test_in_bfloat16_it_is_the_same_transform(monkeypatch: pytest.MonkeyPatch, n: int, amx: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+    hadamard_module._products.cache_clear()
+    x = torch.randn(5, n).to(torch.bfloat16)
+    for inverse in (False, True):
+        wanted = transform(x.double(), inverse=inverse)
+        assert float((transform(x, inverse=inverse) - wanted).norm() / wanted.norm()) < 0.005
+    hadamard_module._products.cache_clear()

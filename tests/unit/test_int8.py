@@ -1,5 +1,7 @@
 """Integer products: the codes of the reference, sums that are exact, results within float rounding, any shape."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -40,32 +42,30 @@ def test_codes_are_the_references(rounding: Activations, dtype: torch.dtype) -> 
     codes, scale, zero = (part.squeeze(1) for part in rounding.codes(x))
     got = int8.round_tokens(x, rounding.bits, rounding.grid, symmetric=rounding.sym)
     middle = 2 ** (rounding.bits - 1)
-    assert torch.equal(got.codes.float(), codes - middle)
+    assert torch.equal(got.codes.float() - int8.MIDDLE, codes - middle)
     assert torch.equal(got.scale, scale.expand_as(got.scale))
     assert (got.zero is None) == rounding.sym
     if got.zero is not None:
         assert torch.equal(got.zero, (zero - middle).expand_as(got.zero))
 
 
-@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=needs_units)])
+@needs_units
 @pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(1, 40, 24), (3, 37, 5), (17, 1, 1), (64, 576, 192)])
-def test_sums_are_exact_in_any_shape(packed: bool, tokens: int, inputs: int, outputs: int) -> None:
-    q = torch.randint(-128, 128, (tokens, inputs), dtype=torch.int8)
+@pytest.mark.parametrize("piece", [1, 100, 1 << 21])
+def test_sums_are_exact_in_any_shape(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, inputs: int, outputs: int, piece: int
+) -> None:
+    monkeypatch.setattr(int8, "PIECE", piece)
+    q = torch.randint(256, (tokens, inputs), dtype=torch.uint8)
     c = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8)
     s, v, z = torch.rand(tokens, 1) + 0.1, torch.rand(outputs) + 0.1, torch.randint(-128, 128, (tokens, 1)).float()
     for zero in (None, z):
-        got = int8.multiply(int8.Tokens(q, s, zero), int8.weight(c, v, packed=packed), torch.float32)
-        centred = q.double() - (0 if zero is None else zero.double())
+        got = int8.multiply(int8.Tokens(q, s, zero), int8.weight(c, v), torch.float32)
+        centred = q.double() - 128 - (0 if zero is None else zero.double())
         wanted = s.double() * (centred @ c.double().T) * v.double()
         # Rounding of the scaled sum, and of the zero point's share, which may be larger than their difference.
         bound = 8 * torch.finfo(torch.float32).eps * (s * v * 128 * 128 * inputs).double()
         assert bool(((got.double() - wanted).abs() <= bound).all())
-
-
-def test_int_mm_takes_any_shape() -> None:
-    for n, k, m in ((1, 3, 2), (20, 13, 7)):
-        a, b = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((n, k), (m, k)))
-        assert torch.equal(int8.int_mm(a, b), a.int() @ b.int().T)
 
 
 @needs_units
@@ -159,3 +159,23 @@ def test_projections_of_one_input_round_it_once(monkeypatch: pytest.MonkeyPatch)
         for q in (layer(Activations(8)), layer(Activations(8)), layer(Activations(4))):
             q(x)
     assert len(calls) == 2
+
+
+ELDER = """
+import time, torch
+from slimtune.kernels import int8
+
+codes, tokens = torch.ones(576, 576, dtype=torch.int8), torch.full((512, 576), 130, dtype=torch.uint8)
+weight, rounded = int8.weight(codes, torch.ones(576)), int8.Tokens(tokens, torch.ones(512, 1), None)
+int8.multiply(rounded, weight, torch.float32)
+start = time.process_time()
+assert torch.equal(int8.multiply(rounded, weight, torch.float32), torch.full((512, 576), 2.0 * 576))
+assert time.process_time() - start < 0.1
+"""
+
+
+@needs_units
+def test_processors_without_amx_have_a_fast_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    subprocess.run([sys.executable, "-c", ELDER], check=True)

@@ -50,4 +50,4 @@ def _tokens(x: Tensor, activations: Activations) -> int8.Tokens:
 def _weight(layout: Affine, tensors: Mapping[str, Tensor]) -> int8.Weight:
     codes = unpack(tensors["codes"], layout.bits, layout.in_features).to(torch.int16)
     codes -= 2 ** (layout.bits - 1) if layout.symmetric else tensors["zero"].to(torch.int16)
-    return int8.weight(codes.to(torch.int8), tensors["scale"].squeeze(1), packed=True)
+    return int8.weight(codes.to(torch.int8), tensors["scale"].squeeze(1))

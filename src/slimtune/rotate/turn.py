@@ -4,6 +4,7 @@ possible."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -44,6 +45,11 @@ class Turn:
         """The width of one part."""
         return self.signs.shape[1]
 
+    @cached_property
+    def signed(self) -> bool:
+        """Whether any sign is not 1: online, a pass over the data is a sixth of the transform."""
+        return not bool((self.signs == 1).all())
+
     def __call__(self, x: Tensor, *, inverse: bool = False) -> Tensor:
         """`x R` (`x Rᵀ` with `inverse`) for `x` `[..., heads * width]`, in the dtype of `x`."""
         parts = x.unflatten(-1, (self.heads, self.width))
@@ -52,7 +58,7 @@ class Turn:
 
     def _forth(self, x: Tensor) -> Tensor:
         if self.matrix is None:
-            x = transform(x * self.signs.to(x))
+            x = transform(x * self.signs.to(x) if self.signed else x)
         else:
             x = torch.einsum("...hn,hnm->...hm", x, self.matrix.to(x))
         return self._reflected(x)
@@ -60,7 +66,8 @@ class Turn:
     def _back(self, x: Tensor) -> Tensor:
         x = self._reflected(x)
         if self.matrix is None:
-            return transform(x, inverse=True) * self.signs.to(x)
+            x = transform(x, inverse=True)
+            return x * self.signs.to(x) if self.signed else x
         return torch.einsum("...hn,hmn->...hm", x, self.matrix.to(x))
 
     def _reflected(self, x: Tensor) -> Tensor:
