@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from slimtune.errors import RecipeError
 from slimtune.lora.inits import INITS
 from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train
+from slimtune.rotate.options import FOLDED
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class State:
     quantized: bool = False
     adapter: bool = False
     rotated: bool = False
-    online: tuple[str, ...] = ()
+    online: tuple[str, ...] = ()  # those that other engines would have to run
     residual: bool = False  # whether it is known what quantization lost
     pruned: bool = False  # whether the adapter's base is no longer the original model
     ramp: bool = False  # whether the next train step prunes
@@ -121,7 +122,7 @@ def _pruning(step: Step, state: State, later: Sequence[Step]) -> tuple[str, str]
 def _after(step: Step, state: State) -> State:
     match step:
         case Rotate():
-            return replace(state, rotated=True, online=step.online)
+            return replace(state, rotated=True, online=tuple(name for name in step.online if name in FOLDED))
         case Prune():
             return replace(state, ramp=step.ramped, pruned=state.pruned or not step.ramped)
         case Train():

@@ -36,6 +36,7 @@ from slimtune.recipe.legality import State, check_order
 from slimtune.recipe.pruning import importance_of, needs_data, pending, rehearse
 from slimtune.recipe.schema import Evaluate, Export, Lora, Prune, Quantize, Recipe, Rotate, Step, Train, to_dict
 from slimtune.recipe.treatments import Treatment, Treatments, check_patterns
+from slimtune.rotate.options import FOLDED
 from slimtune.rotate.record import KEY
 from slimtune.train.loss import CHUNK
 
@@ -160,7 +161,8 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
     recipe = resolve(recipe)
     config = model_config(recipe.model)
     noted = config.__dict__.get(KEY, {})
-    start = State("quantization_config" in config.__dict__, rotated=bool(noted), online=tuple(noted.get("online", ())))
+    online = tuple(name for name in noted.get("online", ()) if name in FOLDED)
+    start = State("quantization_config" in config.__dict__, rotated=bool(noted), online=online)
     states = check_order(recipe, start)
     model = empty_model(config, DTYPES[recipe.dtype])
     modelmap = bind(model)
