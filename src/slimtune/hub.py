@@ -141,11 +141,12 @@ def _attend(
     """The attention called `plain` on rounded keys and values, `[batch, heads, tokens, width]`."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    from slimtune.linalg.hadamard import transform
     from slimtune.quant.activation import Activations
+    from slimtune.rotate.turn import keys_turn
 
     if turned:
-        query, key = transform(query), transform(key)
+        turn = keys_turn(key.shape[-1]).like(key)
+        query, key = turn(query), turn(key)
     rounding = Activations(bits, sym=False)
     # Eager attention has no name: each architecture has its own.
     own: Any = sys.modules[type(module).__module__]

@@ -78,9 +78,10 @@ def test_keys_with_an_outlier_lose_less_turned(monkeypatch: pytest.MonkeyPatch) 
     off: dict[tuple[str, ...], list[float]] = {}
     real = Activations.__call__
     for online in ((), ("r3",)):
-        model = pico_model(attention_bias=True, head_dim=16)
+        model = pico_model(attention_bias=True, head_dim=64)
         for layer in model.model.layers:  # type: ignore[union-attr]
-            layer.self_attn.k_proj.bias.data[7::16] += 20.0  # type: ignore[union-attr]
+            layer.self_attn.k_proj.weight.data *= 0.2  # type: ignore[union-attr]
+            layer.self_attn.k_proj.bias.data[31::64] += 20.0  # type: ignore[union-attr]
         inputs = pico_inputs(model)
         exact = logits(model, inputs)
         slimtune.rotate(model, online=online)
@@ -92,7 +93,7 @@ def test_keys_with_an_outlier_lose_less_turned(monkeypatch: pytest.MonkeyPatch) 
         round_cache_(model, 4)
         logits(model, inputs)
     for plain, turned in zip(off[()][::2], off[("r3",)][::2], strict=True):  # keys; the others are values
-        assert turned < 0.75 * plain
+        assert turned < 0.6 * plain
 
 
 @pytest.mark.parametrize("order", ["rotated", "read"])
