@@ -157,7 +157,7 @@ def less_one(bits: int) -> int:
 
 
 class Awq:
-    """AWQ in the packing called `gemm`, that of AutoAWQ: eight codes of 4 bits along the rows fill a word, the even ones
+    """AWQ in the packing called `gemm`, that of AutoAWQ: eight codes of 4 bits along the rows fill a word, even ones
     first, and zero points likewise. Activations were scaled into the weights before, so nothing else is to be known.
     """
 
@@ -168,7 +168,9 @@ class Awq:
         kind = str(facts.get("version") or facts.get("checkpoint_format") or facts.get("format") or "gemm").lower()
         found = {"version": kind, "bits": facts.get("bits", 4), "zero_point": facts.get("zero_point", True)}
         if list(found.values()) != ["gemm", 4, True] or type(facts.get("group_size", 128)) is not int:
-            got = ", ".join(f"{key}: {value}" for key, value in {**found, "group_size": facts.get("group_size")}.items())
+            got = ", ".join(
+                f"{key}: {value}" for key, value in {**found, "group_size": facts.get("group_size")}.items()
+            )
             wanted = "version: gemm, 4 bits with zero points, a whole group_size"
             raise FormatError("unknown kind of AWQ checkpoint", where=WHERE, got=got[:200], wanted=wanted)
         self.group_size = int(facts.get("group_size", 128))

@@ -43,6 +43,8 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
     match step:
         case Rotate() if state.rotated:
             return "the model is rotated already", "keep one rotate step: a second rotation adds nothing"
+        case Rotate(stream=True) if step is not recipe.steps[0]:
+            return "only a model that is in a folder streams", "put rotate first, or leave out stream"
         case Rotate() if state.quantized:
             return "packed weights cannot be rotated", "put rotate before quantize"
         case Rotate() if state.adapter:

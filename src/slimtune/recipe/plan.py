@@ -393,7 +393,10 @@ class _Shape:
             case Rotate():
                 head = self.vocabulary * self.hidden * self.dense_bytes if self.tied else 0
                 probe = 3 * 128 * self.vocabulary * 8  # logits before and after, compared in float64
-                return self.resident(False) + head + max(24 * self.largest, probe), 0
+                held = self.resident(False)
+                if step.stream:  # what stands outside the blocks, and one block
+                    held -= (self.weights - self.weights // max(self.blocks, 1)) * self.dense_bytes
+                return held + head + max(24 * self.largest, probe), 0
         return self.resident(False) + 4 * self.largest, 0
 
     def _quantize(self, recipe: Recipe, *, whole: bool) -> tuple[int, int]:
