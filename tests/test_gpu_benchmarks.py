@@ -45,11 +45,10 @@ def test_kernels_are_compared(script: ModuleType, tmp_path: Path, monkeypatch: p
     }
     assert all(row["decode"]["equal"] and row["weight"]["equal"] for row in facts["decoding"])
     assert all(row["error"] < 0.005 for row in facts["products"]) and len(facts["products"]) == 9
-    real = script.dispatch.decode_lattice
+    dispatch: Any = script.dispatch
+    real = dispatch.decode_lattice
     monkeypatch.setattr(
-        script.dispatch,
-        "decode_lattice",
-        lambda codes, dtype: real(codes, dtype) * (1 + script.dispatch.triton_runs(codes.device)),
+        dispatch, "decode_lattice", lambda c, dtype: real(c, dtype) * (1 + dispatch.triton_runs(c.device))
     )
     with pytest.raises(SystemExit, match="3 of 9 weights differ"):
         script.main(["--device", "cpu"])
