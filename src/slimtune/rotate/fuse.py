@@ -33,8 +33,8 @@ float32 by most models, whatever their dtype)."""
 PROBE = (4, 32)
 """Windows, and tokens in each, on which logits are compared."""
 
-ROWS = 8192
-"""Rows of a weight that turn at once where rows do not meet: a vocabulary in float64 would be the largest tensor."""
+PIECE = 1 << 22
+"""Numbers of a weight that turn at once where rows do not meet: a vocabulary in float64 would be the largest tensor."""
 
 
 @dataclass(frozen=True)
@@ -259,14 +259,15 @@ def _turn_(module: nn.Module, port: Port, change: Change) -> None:
     if not change:
         return
     weight = cast(nn.Parameter, module.weight)
+    pieces = weight.data.split(max(PIECE // weight.shape[1], 1))
     if port.kind == "embedding":
-        for rows in weight.data.split(ROWS):
+        for rows in pieces:
             rows.copy_(change.write(rows.double().T).T)
         return
     if change.writes:
         weight.copy_(change.write(change.read(weight.double())))
     else:
-        for rows in weight.data.split(ROWS):
+        for rows in pieces:
             rows.copy_(change.read(rows.double()))
     bias = _bias(module)
     if bias is not None:
