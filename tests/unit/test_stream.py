@@ -151,6 +151,16 @@ def test_only_a_first_step_streams(tmp_path: Path) -> None:
         plan(recipe_from({"model": str(save_pico(tmp_path / "pico")), "steps": steps}))
 
 
+def test_a_plan_knows_that_one_block_is_held(tmp_path: Path) -> None:
+    folder = save_pico(tmp_path / "pico", num_hidden_layers=6, intermediate_size=4096)
+    whole, streamed = (
+        plan(recipe_from({"model": str(folder), "steps": [{"rotate": {"stream": streams}}]})).steps[0].memory_bytes
+        for streams in (False, True)
+    )
+    ports = bind(load(str(folder)).model).linears
+    assert whole - streamed == 4 * sum(port.in_features * port.out_features for port in ports) * 5 // 6
+
+
 def test_from_python_and_the_command_line(tmp_path: Path) -> None:
     folder = save_pico(tmp_path / "pico")
     facts = slimtune.rotate_folder(str(folder), tmp_path / "out", seed=4)
