@@ -34,7 +34,7 @@ PROBE = (4, 32)
 """Windows, and tokens in each, on which logits are compared."""
 
 PIECE = 1 << 22
-"""Numbers of a weight that turn at once where rows do not meet: a vocabulary in float64 would be the largest tensor."""
+"""Numbers of a weight that turn at once: a vocabulary in float64 would be the largest tensor, and turns make copies."""
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,12 @@ def _turn_(module: nn.Module, port: Port, change: Change) -> None:
             rows.copy_(change.write(rows.double().T).T)
         return
     if change.writes:
-        weight.copy_(change.write(change.read(weight.double())))
+        wide, rows_at_once = torch.empty_like(weight, dtype=torch.float64), len(pieces[0])
+        for read, rows in zip(wide.split(rows_at_once), pieces, strict=True):
+            read.copy_(change.read(rows.double()))
+        step = max(PIECE // weight.shape[0], 1)
+        for turned, columns in zip(wide.split(step, 1), weight.data.split(step, 1), strict=True):
+            columns.copy_(change.write(turned))
     else:
         for rows in pieces:
             rows.copy_(change.read(rows.double()))
