@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         prune,
         quantize,
         rotate,
+        rotate_folder,
         run,
     )
 
@@ -44,6 +45,7 @@ __all__ = [
     "prune",
     "quantize",
     "rotate",
+    "rotate_folder",
     "run",
 ]
 

@@ -93,7 +93,8 @@ _one_step(
     "rotate",
     ("rotate",),
     "Rotate a model: the same outputs, activations without outliers. Options are the keys of the recipe's rotate step: "
-    "--kind hadamard --online r4, and --calibration FILE (whose outliers to report), --dtype, --seed.",
+    "--kind hadamard --online r4 --stream (one block in memory), and --calibration FILE (whose outliers to report), "
+    "--dtype, --seed.",
 )
 _one_step(
     "quantize",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 METHOD = "slimtune"
 FORMAT_VERSION = 1
 CACHE = "slimtune_cache_"
+TURNED = "_turned"
 
 
 class SlimtuneConfig(QuantizationConfigMixin):
@@ -98,18 +99,21 @@ def round_cache_(model: PreTrainedModel, bits: int) -> None:
 
     Each head of a token has an asymmetric grid of its own, after rotary embeddings, where caches lie. In floats, for
     every token, in prefill and decoding alike: what a cache in so few bits would cost is seen, its bytes are not saved.
-    Of a model with images the language model alone is rounded. Raises `RecipeError` where a model does not call its
+    Of a model with images the language model alone is rounded. Where the model is rotated with `r3`, queries and keys
+    are turned first, alike, by a Hadamard transform of each head (R3 of SpinQuant, arXiv 2405.16406): their products
+    stay, and the keys have no outliers when they are rounded. Raises `RecipeError` where a model does not call its
     attention by name.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     config: Any = model.config
+    turned = "r3" in (config.__dict__.get("slimtune_rotation") or {}).get("online", ())
     now = str(config.get_text_config()._attn_implementation)
     plain = now.partition(":")[2] if now.startswith(CACHE) else now
-    name = plain if bits == 16 else f"{CACHE}{bits}:{plain}"
+    name = plain if bits == 16 else f"{CACHE}{bits}{TURNED * turned}:{plain}"
     if bits < 16 and name not in ALL_ATTENTION_FUNCTIONS:
-        ALL_ATTENTION_FUNCTIONS.register(name, partial(_attend, bits, plain))
+        ALL_ATTENTION_FUNCTIONS.register(name, partial(_attend, bits, turned, plain))
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[plain])
     try:
         model.set_attn_implementation({"text_config": name} if "text_config" in config.sub_configs else name)
@@ -120,17 +124,29 @@ def round_cache_(model: PreTrainedModel, bits: int) -> None:
 def cache_bits(model: nn.Module) -> int:
     """What `round_cache_` rounds keys and values of `model` to; 16 where it does not."""
     name = str(cast(Any, model).config.get_text_config()._attn_implementation)
-    return int(name.removeprefix(CACHE).partition(":")[0]) if name.startswith(CACHE) else 16
+    return int(name.removeprefix(CACHE).partition(":")[0].removesuffix(TURNED)) if name.startswith(CACHE) else 16
 
 
 def _attend(
-    bits: int, plain: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
+    bits: int,
+    turned: bool,
+    plain: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    **options: Any,
 ) -> Any:
     """The attention called `plain` on rounded keys and values, `[batch, heads, tokens, width]`."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     from slimtune.quant.activation import Activations
+    from slimtune.rotate.turn import keys_turn
 
+    if turned:
+        turn = keys_turn(key.shape[-1]).like(key)
+        query, key = turn(query), turn(key)
     rounding = Activations(bits, sym=False)
     # Eager attention has no name: each architecture has its own.
     own: Any = sys.modules[type(module).__module__]

@@ -56,6 +56,70 @@ def test_decoding_reads_what_prefill_read() -> None:
     torch.testing.assert_close(last[:, -1], whole[:, -1])
 
 
+@pytest.mark.parametrize("family", list(PICO))
+def test_turned_queries_and_keys_have_the_same_products(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grouped keys, q/k norms, partial rotary embeddings, position biases, windows: all act before or after."""
+    model = pico_model(family, dtype=torch.float64, **({"partial_rotary_factor": 0.5} if family == "phi3" else {}))
+    inputs = pico_inputs(model)
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(Activations, "__call__", lambda self, x: (seen.append(x), x)[1])
+    round_cache_(model, 4)
+    exact = logits(model, inputs)
+    model.config.slimtune_rotation = {"online": ["r3"]}
+    round_cache_(model, 4)
+    assert cache_bits(model) == 4
+    torch.testing.assert_close(logits(model, inputs), exact, rtol=1e-11, atol=1e-11)
+    (plain_key, value), (turned_key, same_value) = seen[:2], seen[len(seen) // 2 :][:2]
+    assert torch.equal(value, same_value) and not torch.allclose(plain_key, turned_key)
+    torch.testing.assert_close(plain_key.norm(dim=-1), turned_key.norm(dim=-1))
+
+
+def test_keys_with_an_outlier_lose_less_turned(monkeypatch: pytest.MonkeyPatch) -> None:
+    off: dict[tuple[str, ...], list[float]] = {}
+    real = Activations.__call__
+    for online in ((), ("r3",)):
+        model = pico_model(attention_bias=True, head_dim=64)
+        for layer in model.model.layers:  # type: ignore[union-attr]
+            layer.self_attn.k_proj.weight.data *= 0.2  # type: ignore[union-attr]
+            layer.self_attn.k_proj.bias.data[31::64] += 20.0  # type: ignore[union-attr]
+        inputs = pico_inputs(model)
+        exact = logits(model, inputs)
+        slimtune.rotate(model, online=online)
+        torch.testing.assert_close(logits(model, inputs), exact, rtol=1e-4, atol=1e-4)  # nothing is rounded yet
+        found = off[online] = []
+        monkeypatch.setattr(
+            Activations, "__call__", lambda a, x, f=found: (f.append(float((real(a, x) - x).norm())), real(a, x))[1]
+        )
+        round_cache_(model, 4)
+        logits(model, inputs)
+    for plain, turned in zip(off[()][::2], off[("r3",)][::2], strict=True):  # keys; the others are values
+        assert turned < 0.6 * plain
+
+
+@pytest.mark.parametrize("order", ["rotated", "read"])
+def test_a_turned_cache_is_kept_in_its_folder(order: str, tmp_path: Path) -> None:
+    model = slimtune.rotate(pico_model("qwen3"), online=("r3", "heads"))
+    if order == "read":
+        write_model(model, pico_tokenizer(), tmp_path / "dense")  # type: ignore[arg-type]
+        model, _ = slimtune.load(str(tmp_path / "dense"))
+    slimtune.quantize(model, **RTN, kv_cache={"bits": 3})
+    write_model(model, pico_tokenizer(), tmp_path)  # type: ignore[arg-type]
+    inputs = pico_inputs(model)  # type: ignore[arg-type]
+    back, _ = slimtune.load(str(tmp_path))
+    assert torch.equal(logits(back, inputs), logits(model, inputs))  # type: ignore[arg-type]
+    assert back.config._attn_implementation.startswith("slimtune_cache_3_turned:")
+
+
+def test_turned_keys_alone_stop_no_export(tmp_path: Path) -> None:
+    model = slimtune.rotate(pico_model(), online=("r3",))
+    export(Source(model, pico_tokenizer(), "pico"), "safetensors", tmp_path / "out")
+    folder = save_pico(tmp_path / "pico")
+    steps = [{"rotate": {"online": ["r3"]}}, {"export": {"format": "safetensors"}}]
+    plan(recipe_from({"model": str(folder), "steps": steps}))
+    with pytest.raises(RecipeError, match="runs the online transform r4:"):
+        plan(recipe_from({"model": str(folder), "steps": [{"rotate": {"online": ["r3", "r4"]}}, steps[1]]}))
+
+
 def test_a_folder_keeps_it_and_merging_undoes_it(tmp_path: Path) -> None:
     model = slimtune.quantize(pico_model(), **RTN, kv_cache={"bits": 4})
     write_model(model, pico_tokenizer(), tmp_path)  # type: ignore[arg-type]

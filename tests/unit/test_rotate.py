@@ -15,6 +15,7 @@ from pico import PICO, VOCAB_SIZE, logits, pico_inputs, pico_model
 from slimtune.arch import bind
 from slimtune.calib.outliers import outliers
 from slimtune.errors import CalibrationError, FormatError
+from slimtune.rotate import fuse
 from slimtune.rotate.basis import Change
 from slimtune.rotate.fuse import RotateFacts, rotate_
 from slimtune.rotate.options import Rotation
@@ -117,6 +118,19 @@ def test_the_stream_and_the_values_are_really_turned() -> None:
     gram = [m.get_submodule("model.embed_tokens").weight.detach().double() for m in (plain, model)]
     torch.testing.assert_close(gram[1] @ gram[1].T, gram[0] @ gram[0].T, rtol=1e-4, atol=1e-4)
     assert all(bool((model.get_submodule(norm.name).weight == 1).all()) for norm in modelmap.norms)
+
+
+@pytest.mark.parametrize("family", ["llama-biased", "phi3", "t5"])
+def test_weights_turn_in_pieces_as_they_turn_whole(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = []
+    for piece in (1 << 22, 100, 1):
+        monkeypatch.setattr(fuse, "PIECE", piece)
+        model = pico_model(family, dtype=torch.float64)
+        rotate_(model, bind(model), Rotation(online=("r4", "heads")))
+        states.append(model.state_dict())
+    for name, tensor in states[0].items():
+        for other in states[1:]:
+            torch.testing.assert_close(other[name], tensor, rtol=1e-12, atol=1e-12)
 
 
 def test_seeds_and_kinds_give_other_rotations() -> None:

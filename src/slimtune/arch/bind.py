@@ -135,6 +135,11 @@ class ModelMap:
         return tuple(port for block in self.blocks for port in block.ports if port.kind == "linear")
 
     @property
+    def parts(self) -> tuple[int | None, ...]:
+        """What can be in memory alone: what stands outside the blocks (None), and each block by its index."""
+        return None, *(block.index for block in self.blocks)
+
+    @property
     def heads(self) -> int:
         """Query heads of a block."""
         return self.sizes[Space.HEADS]

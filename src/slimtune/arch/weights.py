@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -23,15 +23,16 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
 class Checkpoint:
-    """The tensors of a model folder, by name.
+    """The tensors of a model folder, by name: the one in the file (`stored`), or what `rename` makes of it.
 
     Raises `FormatError` when the folder has no safetensors, when a shard is missing, truncated or not safetensors at
     all, or when the index names a tensor that its shard does not hold.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, rename: Callable[[str], str] = str) -> None:
         self.folder = folder
         self.files: dict[str, Path] = {}
+        self.stored: dict[str, str] = {}
         if (folder / INDEX).is_file():
             shards = _index(folder / INDEX)
         elif (folder / SINGLE).is_file():
@@ -50,7 +51,9 @@ class Checkpoint:
             missing = sorted(set(promised or ()) - set(held))
             if missing:
                 raise FormatError("the weight index names tensors its file lacks", where=shard, got=missing[:5])
-            self.files.update(dict.fromkeys(held if promised is None else promised, folder / shard))
+            names = {rename(key): key for key in (held if promised is None else promised)}
+            self.files.update(dict.fromkeys(names, folder / shard))
+            self.stored.update(names)
 
     def read(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Copies of the named tensors; floating-point ones are converted to `dtype` where it is given."""
@@ -63,7 +66,7 @@ class Checkpoint:
         for file, wanted in by_file.items():
             with safe_open(file, framework="pt") as shard:
                 for name in wanted:
-                    tensor = shard.get_tensor(name)
+                    tensor = shard.get_tensor(self.stored[name])
                     convert = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
                     tensors[name] = tensor.to(convert, copy=True)  # a view would keep the whole file mapped
         return tensors

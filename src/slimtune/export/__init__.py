@@ -14,6 +14,7 @@ from slimtune.export.gptq import GptqExporter
 from slimtune.export.peft import PeftExporter
 from slimtune.export.safetensors import SafetensorsExporter
 from slimtune.files import whole_folder
+from slimtune.rotate.options import FOLDED
 from slimtune.rotate.record import rotation_of
 from slimtune.tables import Table
 
@@ -57,17 +58,18 @@ def exporter_of(format: str, quantization: str = "", rank: int = 0) -> Exporter:
 def export(source: Source, format: str, folder: Path, quantization: str = "", rank: int = 0) -> Manifest:
     """Write `source` as `format` into `folder` (replaced whole, or not at all), read it back and compare.
 
-    Raises `RecipeError` for an unknown format or one that does not fit the model (with online transforms, all but the
-    adapter's: no other engine runs them), `FormatError` when what was read back
+    Raises `RecipeError` for an unknown format or one that does not fit the model (with online transforms that weights
+    undo, all but the adapter's: no other engine runs them), `FormatError` when what was read back
     computes something else.
     """
     exporter = exporter_of(format, quantization, rank)
     basis = rotation_of(source.model)
-    if format not in ADAPTERS and basis is not None and basis.rotation.online:
+    folded = FOLDED.intersection(basis.rotation.online) if basis is not None else set()
+    if format not in ADAPTERS and folded:
         raise RecipeError(
             "no other engine runs the model's online transforms: it would load another model",
             where=format,
-            got=", ".join(basis.rotation.online),
+            got=", ".join(sorted(folded)),
             remedy="rotate with online: [], or export the adapter with format: peft",
         )
     wanted = probe_logits(source.model)

@@ -1,7 +1,7 @@
-"""Packed weights that others wrote, read as ours: GPTQ (v1 and v2), and compressed-tensors `pack-quantized`.
+"""Packed weights that others wrote, read as ours: GPTQ (v1 and v2), AWQ, and compressed-tensors `pack-quantized`.
 
-Both store affine codes as the bitstream that slimtune stores, transposed or not, so a layer becomes a `QTensor` without
-one code being decoded and fitted anew. What a file says that is not understood is refused by name: guessing decodes to
+All store affine codes, most as the bitstream that slimtune stores, transposed or not, so a layer becomes a `QTensor`
+without one code being fitted anew. What a file says that is not understood is refused by name: guessing decodes to
 noise.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from slimtune.arch.weights import Checkpoint
 from slimtune.errors import FormatError
-from slimtune.linalg.packing import octets, row_bytes, unpack
+from slimtune.linalg.packing import octets, pack, row_bytes, unpack
 from slimtune.quant.activation import Activations
 from slimtune.quant.base import QTensor
 from slimtune.quant.layouts import Affine, Layout
@@ -53,6 +53,8 @@ def packed_format(facts: Mapping[str, Any]) -> PackedFormat | None:
     method = facts.get("quant_method")
     if method == "gptq":
         return Gptq(facts)
+    if method == "awq":
+        return Awq(facts)
     if method == "compressed-tensors" and PackQuantized.claims(facts):
         return PackQuantized(facts)
     return None
@@ -152,6 +154,47 @@ def less_one(bits: int) -> int:
     0 comes back only so. Three-bit fields cross words, and are counted one by one there and here.
     """
     return sum(1 << shift for shift in range(0, 32, bits))
+
+
+class Awq:
+    """AWQ in the packing called `gemm`, that of AutoAWQ: eight codes of 4 bits along the rows fill a word, even ones
+    first, and zero points likewise. Activations were scaled into the weights before, so nothing else is to be known.
+    """
+
+    marker: ClassVar[str] = "qweight"
+    tensors: ClassVar[frozenset[str]] = frozenset({"qweight", "qzeros", "scales"})
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        kind = str(facts.get("version") or facts.get("checkpoint_format") or facts.get("format") or "gemm").lower()
+        found = {"version": kind, "bits": facts.get("bits", 4), "zero_point": facts.get("zero_point", True)}
+        if list(found.values()) != ["gemm", 4, True] or type(facts.get("group_size", 128)) is not int:
+            got = ", ".join(
+                f"{key}: {value}" for key, value in {**found, "group_size": facts.get("group_size")}.items()
+            )
+            wanted = "version: gemm, 4 bits with zero points, a whole group_size"
+            raise FormatError("unknown kind of AWQ checkpoint", where=WHERE, got=got[:200], wanted=wanted)
+        self.group_size = int(facts.get("group_size", 128))
+
+    def decode(self, name: str, tensors: Mapping[str, Tensor], out_features: int, in_features: int) -> QTensor:
+        """The weight of the linear called `name`; its codes are in another order, and otherwise as stored."""
+        _require(name, tensors, set(self.tensors))
+        size = _width(self.group_size, in_features)
+        groups = -(-in_features // size)
+        _check(name, tensors["qweight"], (in_features, row_bytes(out_features, 4) // 4), torch.int32)
+        _check(name, tensors["qzeros"], (groups, row_bytes(out_features, 4) // 4), torch.int32)
+        _check(name, tensors["scales"], (groups, out_features), None)
+        codes, zero = (_in_order(tensors[leaf], out_features) for leaf in ("qweight", "qzeros"))
+        group = torch.arange(in_features, dtype=torch.int32) // size
+        return _qtensor(name, pack(codes.T, 4), tensors["scales"].T, zero.T, group, 4)
+
+    def rounding(self, name: str) -> None:
+        """Inputs are left alone."""
+
+
+def _in_order(words: Tensor, length: int) -> Tensor:
+    """The codes of AWQ's words: the n-th nibble of a word is feature 0, 2, 4, 6, 1, 3, 5, 7 of eight."""
+    stored = unpack(octets(words), 4, 8 * words.shape[1]).unflatten(-1, (-1, 2, 4))
+    return stored.transpose(-1, -2).flatten(-3)[:, :length]
 
 
 class PackQuantized:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from slimtune.arch import bind
 from slimtune.arch.weights import Checkpoint
+from slimtune.calib.ondemand import on_demand
 from slimtune.errors import BackendMissing, FormatError, RecipeError, UnknownArchitecture, nearest
 from slimtune.export.foreign import PackedFormat, packed_format, read_layers
 from slimtune.export.gguf_config import gguf_config
@@ -55,14 +57,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Loaded:
     """A model ready to be worked on.
 
-    `materialise` is set when the blocks are still on the `meta` device: it loads the weights of one of them. `name` is
-    what others know the model by (an adapter's `base_model_name_or_path`).
+    `materialise` is set when the blocks are still on the `meta` device: it loads the weights of one of them, from
+    `checkpoint`. `name` is what others know the model by (an adapter's `base_model_name_or_path`).
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
     materialise: Callable[[nn.Module, str], None] | None = field(default=None)
+    checkpoint: Checkpoint | None = field(default=None)
 
     def materialise_(self) -> None:
         """Load everything that is still on `meta`."""
@@ -70,6 +73,12 @@ class Loaded:
             self.materialise(self.model, "")
             self.model.tie_weights()
             self.materialise = None
+
+    def blocks_on_demand(self) -> AbstractContextManager[None]:
+        """Within the block, what is still on `meta` is loaded when a forward pass comes to it, and given back after."""
+        if self.materialise is None:
+            return nullcontext()
+        return on_demand(self.model, [block.name for block in bind(self.model).blocks], self.materialise)
 
 
 def load(model: str, *, dtype: str = "float32", lazy: bool = False) -> Loaded:
@@ -267,8 +276,8 @@ def cache_folder() -> Path:
 def _load_lazily(
     folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, name: str, dtype: torch.dtype
 ) -> Loaded | None:
-    checkpoint = Checkpoint(folder)
     model = empty_model(config, dtype)
+    checkpoint = Checkpoint(folder, partial(_renamed, get_model_conversion_mapping(model)))
     wanted = {key for key, value in model.state_dict().items() if value.device.type == "meta"}
     if not wanted - set(model.all_tied_weights_keys) <= set(checkpoint.files):
         return None  # transformers would rename or convert its tensors: let it do so, in memory
@@ -283,7 +292,7 @@ def _load_lazily(
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config._name_or_path = str(folder)
     _rotated_(model, folder, config)
-    return Loaded(model, tokenizer, name, partial(_materialise, checkpoint, model, dtype))
+    return Loaded(model, tokenizer, name, partial(_materialise, checkpoint, model, dtype), checkpoint)
 
 
 def _ties_hold(model: PreTrainedModel, checkpoint: Checkpoint) -> bool:

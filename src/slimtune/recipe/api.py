@@ -19,6 +19,7 @@ from slimtune.export import Manifest, Source
 from slimtune.export import export as write_export
 from slimtune.export.load import DTYPES, Loaded
 from slimtune.export.load import load as load_model
+from slimtune.export.stream import rotate_folder as write_rotated
 from slimtune.hub import round_cache_
 from slimtune.lora.attach import base_of
 from slimtune.lora.inits import INITS, WORDS, residual
@@ -67,6 +68,20 @@ def rotate(
     tokens = _windows(calibration, tokenizer, LEARNED_WINDOWS, rotation.seed)
     facts(rotate_(model, bind(base_of(model)), rotation, tokens=tokens))
     return model
+
+
+def rotate_folder(
+    model: str,
+    output: str | Path,
+    *,
+    dtype: str = "float32",
+    calibration: DataSource | str | Tensor | None = None,
+    **options: Any,
+) -> RotateFacts:
+    """`rotate` from the folder `model` to the folder `output`, with one block of weights in memory."""
+    rotation, loaded = build(Rotation, options, "rotate"), load_model(model, dtype=dtype, lazy=True)
+    tokens = _windows(calibration, loaded.tokenizer, LEARNED_WINDOWS, rotation.seed)
+    return write_rotated(loaded, Path(output), rotation, tokens=tokens)
 
 
 def quantize(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from slimtune.errors import RecipeError
 from slimtune.lora.inits import INITS, WORDS
 from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train
+from slimtune.rotate.options import FOLDED
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class State:
     quantized: bool = False
     adapter: bool = False
     rotated: bool = False
-    online: tuple[str, ...] = ()
+    online: tuple[str, ...] = ()  # those that other engines would have to run
     residual: bool = False  # whether it is known what quantization lost
     pruned: bool = False  # whether the adapter's base is no longer the original model
     ramp: bool = False  # whether the next train step prunes
@@ -42,6 +43,8 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
     match step:
         case Rotate() if state.rotated:
             return "the model is rotated already", "keep one rotate step: a second rotation adds nothing"
+        case Rotate(stream=True) if step is not recipe.steps[0]:
+            return "only a model that is in a folder streams", "put rotate first, or leave out stream"
         case Rotate() if state.quantized:
             return "packed weights cannot be rotated", "put rotate before quantize"
         case Rotate() if state.adapter:
@@ -121,7 +124,7 @@ def _pruning(step: Step, state: State, later: Sequence[Step]) -> tuple[str, str]
 def _after(step: Step, state: State) -> State:
     match step:
         case Rotate():
-            return replace(state, rotated=True, online=step.online)
+            return replace(state, rotated=True, online=tuple(name for name in step.online if name in FOLDED))
         case Prune():
             return replace(state, ramp=step.ramped, pruned=state.pruned or not step.ramped)
         case Train():

@@ -36,6 +36,7 @@ from slimtune.recipe.legality import State, check_order
 from slimtune.recipe.pruning import importance_of, needs_data, pending, rehearse
 from slimtune.recipe.schema import Evaluate, Export, Lora, Prune, Quantize, Recipe, Rotate, Step, Train, to_dict
 from slimtune.recipe.treatments import Treatment, Treatments, check_patterns
+from slimtune.rotate.options import FOLDED
 from slimtune.rotate.record import KEY
 from slimtune.train.loss import CHUNK
 
@@ -160,7 +161,8 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
     recipe = resolve(recipe)
     config = model_config(recipe.model)
     noted = config.__dict__.get(KEY, {})
-    start = State("quantization_config" in config.__dict__, rotated=bool(noted), online=tuple(noted.get("online", ())))
+    online = tuple(name for name in noted.get("online", ()) if name in FOLDED)
+    start = State("quantization_config" in config.__dict__, rotated=bool(noted), online=online)
     states = check_order(recipe, start)
     model = empty_model(config, DTYPES[recipe.dtype])
     modelmap = bind(model)
@@ -391,7 +393,10 @@ class _Shape:
             case Rotate():
                 head = self.vocabulary * self.hidden * self.dense_bytes if self.tied else 0
                 probe = 3 * 128 * self.vocabulary * 8  # logits before and after, compared in float64
-                return self.resident(False) + head + max(24 * self.largest, probe), 0
+                held = self.resident(False)
+                if step.stream:  # what stands outside the blocks, and one block
+                    held -= (self.weights - self.weights // max(self.blocks, 1)) * self.dense_bytes
+                return held + head + max(24 * self.largest, probe), 0
         return self.resident(False) + 4 * self.largest, 0
 
     def _quantize(self, recipe: Recipe, *, whole: bool) -> tuple[int, int]:

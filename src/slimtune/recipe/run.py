@@ -80,9 +80,11 @@ def run(
         _keep(session, step, number, output)
         state["steps"].append(fact)
         state["metrics"] = session.metrics
-        state["model"] = size_of(session.whole()).to_dict()
+        state["model"] = size_of(session.model).to_dict()
         write_json(output / "checkpoints" / "state.json", state)
         _publish(recipe, output, number)
+        if _streams(step):  # the files that its weights are still read from have moved
+            session = _session(recipe, output, state, say, resume=False)
         session.resume = False
         _write_report(planned, output, state)
     if not (output / "model" / "config.json").is_file():
@@ -179,7 +181,7 @@ def _session(recipe: Recipe, output: Path, state: dict[str, Any], say: Say, *, r
     loaded = load(
         str(output / "model") if dense else recipe.model,
         dtype=cast(Merge, recipe.steps[merged]).dtype or recipe.dtype if merged >= 0 else recipe.dtype,
-        lazy=isinstance(first, Quantize),
+        lazy=isinstance(first, Quantize) or _streams(first),
     )
     if dense:
         loaded = replace(loaded, name=state["name"])
@@ -191,6 +193,11 @@ def _session(recipe: Recipe, output: Path, state: dict[str, Any], say: Say, *, r
     pruning = read_record(output / "model" if dense else locate(recipe.model)[0])
     metrics = list(state["metrics"])
     return Session(recipe, loaded, model, say, folder=output, resume=resume, metrics=metrics, pruning=pruning)
+
+
+def _streams(step: Step | None) -> bool:
+    """Whether a step goes from file to file: its model is never whole in memory."""
+    return isinstance(step, Rotate) and step.stream
 
 
 def _changes_base(step: Step, recipe: Recipe, number: int) -> bool:
@@ -210,7 +217,7 @@ def _changes_base(step: Step, recipe: Recipe, number: int) -> bool:
 def _keep(session: Session, step: Step, number: int, output: Path) -> None:
     """Write what a step changed under `checkpoints/`."""
     changed = _changes_base(step, session.recipe, number)
-    if changed:
+    if changed and not _streams(step):  # such a step has written its model
         _write_base(session, output / "checkpoints" / f"step-{number}-model")
     if has_adapter(session.model) and (changed or isinstance(step, Lora | Train)):
         with whole_folder(output / "checkpoints" / f"step-{number}-adapter") as partial:

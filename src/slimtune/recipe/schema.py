@@ -61,6 +61,12 @@ class Rotate(Rotation):
     least_seed: ClassVar[int] = -1
 
     seed: int = field(default=-1, metadata={"help": "of the random signs or matrix; -1: the recipe's"})
+    stream: bool = field(default=False, metadata={"help": "from file to file, with one block of weights in memory"})
+
+    @property
+    def rotation(self) -> Rotation:
+        """Which rotation."""
+        return Rotation(**{f.name: getattr(self, f.name) for f in fields(Rotation)})
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -22,7 +22,8 @@ from slimtune.evaluate.rouge import rouge
 from slimtune.evaluate.speed import speed
 from slimtune.evaluate.tasks import tasks
 from slimtune.export import Source, export
-from slimtune.export.load import DTYPES, Loaded, locate
+from slimtune.export.load import DTYPES, Loaded, load, locate
+from slimtune.export.stream import rotate_folder
 from slimtune.hub import round_cache_
 from slimtune.lora.attach import base_of, has_adapter, plain
 from slimtune.lora.inits import INITS, WORDS, residual
@@ -44,9 +45,8 @@ from slimtune.recipe.plan import CALIBRATION_BATCH, DEFAULT_SAMPLES, calibration
 from slimtune.recipe.pruning import needs_data, pending, prune_now, record
 from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train
 from slimtune.recipe.treatments import Treatments
-from slimtune.rotate.fuse import rotate_
+from slimtune.rotate.fuse import RotateFacts, rotate_
 from slimtune.rotate.online import attach_online_
-from slimtune.rotate.options import Rotation
 from slimtune.train.data import Collator, Example, pack, padding_id, tokenize, tokenize_seq2seq
 from slimtune.train.loop import finetune
 from slimtune.train.options import TrainOptions
@@ -98,7 +98,7 @@ def run_step(session: Session, step: Step, number: int) -> Facts:
     """Do one step; `session.model` is the result. Returns the facts for the report."""
     match step:
         case Rotate():
-            return _rotate(session, step)
+            return _rotate(session, step, number)
         case Prune():
             return _prune(session, step)
         case Quantize():
@@ -120,8 +120,8 @@ def size_of(model: nn.Module) -> Size:
     return model_size(plain(model), frozenset(port.name for port in bind(model).linears))
 
 
-def _rotate(session: Session, step: Rotate) -> Facts:
-    model, data = session.whole(), session.recipe.data
+def _rotate(session: Session, step: Rotate, number: int) -> Facts:
+    model, data = session.model if step.stream else session.whole(), session.recipe.data
     modelmap = bind(model)
     source = data.calibration or data.train or DataSource(builtin="pydocs")
     length = within_positions(model, min(source.length, OUTLIER_WINDOWS[1]))
@@ -130,15 +130,30 @@ def _rotate(session: Session, step: Rotate) -> Facts:
     windows = calibration_tokens(rows, tokenizer, samples, length, session.recipe.seed, str(source))
     tokens = windows[: OUTLIER_WINDOWS[0]]  # looked at, not learnt from, where there are others
     rest = windows[OUTLIER_WINDOWS[0] :]
-    before = outliers(model, modelmap, tokens)
-    result = rotate_(model, modelmap, Rotation(**vars(step)), tokens=rest if len(rest) else tokens)
-    after = outliers(model, modelmap, tokens)
+    with session.loaded.blocks_on_demand():
+        before = outliers(model, modelmap, tokens)
+    if step.stream:
+        result = _rotate_folder(session, step, number, rest)
+    else:
+        result = rotate_(model, modelmap, step.rotation, tokens=rest if len(rest) else tokens)
+    with session.loaded.blocks_on_demand():
+        after = outliers(session.model, modelmap, tokens)
     for part in ("residual", "values"):
         session.say(f"  {part}: {getattr(result, part)}")
     session.say(f"  logits differ by {result.logit_error:.1e}, relative to their size")
     facts = outlier_facts(before, after)
     session.say(f"  mean kurtosis of linear inputs {facts['kurtosis_before']:.3g} -> {facts['kurtosis_after']:.3g}")
     return {**result.to_dict(), "windows": {"source": str(source), "samples": len(tokens), "length": length}, **facts}
+
+
+def _rotate_folder(session: Session, step: Rotate, number: int, tokens: Tensor) -> RotateFacts:
+    """Rotate the session's model, which is in no adapter's way, to where `run` looks for the step's result."""
+    place, old = session.place(f"step-{number}-model"), session.loaded
+    assert place is not None, "a recipe runs in a folder"
+    result = rotate_folder(old, place, step.rotation, tokens=tokens, progress=_done(session, "part"))
+    session.loaded = replace(load(str(place), dtype=session.recipe.dtype, lazy=True), name=old.name)
+    session.model = session.loaded.model
+    return result
 
 
 def outlier_facts(before: dict[str, Outliers], after: dict[str, Outliers]) -> Facts:

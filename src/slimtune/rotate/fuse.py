@@ -10,7 +10,7 @@ Sources: SliceGPT (arXiv 2401.15024) for the invariance, QuaRot (2404.00456) and
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -33,8 +33,8 @@ float32 by most models, whatever their dtype)."""
 PROBE = (4, 32)
 """Windows, and tokens in each, on which logits are compared."""
 
-ROWS = 8192
-"""Rows of a weight that turn at once where rows do not meet: a vocabulary in float64 would be the largest tensor."""
+PIECE = 1 << 22
+"""Numbers of a weight that turn at once: a vocabulary in float64 would be the largest tensor, and turns make copies."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,62 @@ def rotate_(
         modelmap: its map, from `bind`.
         rotation: which rotation.
         tokens: windows `[samples, length]` to learn from, where the rotation is learned.
-        progress: called with (finished ports, all ports).
+        progress: called with (finished parts, all parts): the blocks, and what stands outside them.
 
     Raises `RecipeError` when the model is rotated already, when it is quantized or has an adapter, and when nothing of
     it can be rotated; `CalibrationError` when there is nothing to learn from; `FormatError` when its logits are not
     what they were (it must not be used then).
     """
     start = time.perf_counter()
-    modules = _rotatable(model, modelmap)
-    before = _probe(model, modelmap)
+    _require_plain(model, modelmap, lazy=False)
+    before = probe(model, modelmap)
+    plan = begin_(model, modelmap, rotation, tokens=tokens)
+    for number, block in enumerate(modelmap.parts, start=1):
+        turn_(model, modelmap, plan, block)
+        if progress is not None:
+            progress(number, len(modelmap.parts))
+    finish_(model, plan)
+    return plan.facts(compared(probe(model, modelmap), before, modelmap.family), time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class Rotating:
+    """A rotation on its way through a model, block by block: where it goes, and what of it stays as it is."""
+
+    basis: Basis
+    turned: Mapping[str, Change]
+    obstacle: str
+    untied: tuple[str, ...]
+
+    def facts(self, logit_error: float, seconds: float) -> RotateFacts:
+        """What was done."""
+        rotation = self.basis.rotation
+        return RotateFacts(
+            **{name: getattr(rotation, name) for name in ("kind", "seed", "online")},
+            sha256=fingerprint(self.basis),
+            residual=self.obstacle or "rotated",
+            values="rotated" if self.basis.attentions else "this model has none",
+            norms=len(self.basis.gains),
+            untied=self.untied,
+            logit_error=logit_error,
+            seconds=seconds,
+        )
+
+
+@torch.no_grad()
+def begin_(
+    model: nn.Module,
+    modelmap: ModelMap,
+    rotation: Rotation,
+    *,
+    tokens: Tensor | None = None,
+    lazy: bool = False,
+) -> Rotating:
+    """Decide everything that `rotation` will do to `model`, and untie what it must; errors are those of `rotate_`.
+
+    Norms and all that stands outside the blocks must be in memory, the rest too unless `lazy`.
+    """
+    _require_plain(model, modelmap, lazy=lazy)
     gains = {norm.name: gain for norm in modelmap.norms if (gain := _gain(model, norm)) is not None}
     obstacle = _obstacle(model, modelmap, gains)
     basis = _basis(modelmap, rotation, {} if obstacle else gains, residual=not obstacle)
@@ -92,38 +139,37 @@ def rotate_(
             raise CalibrationError("a learned rotation needs calibration data", remedy="or use kind: hadamard")
         basis = replace(basis, learned=learn(model, modelmap, basis, tokens))
     turned = changes(modelmap, basis)
-    untied = _untie_(model, modelmap, turned)
-    done = {port.name for port in modelmap.ports if port.tied_to is not None and port.name not in untied}
-    for number, port in enumerate(modelmap.ports, start=1):
-        if port.name not in done:
-            _turn_(modules[port.name], port, turned[port.name])
-        if progress is not None:
-            progress(number, len(modelmap.ports))
+    return Rotating(basis, turned, obstacle, tuple(_untie_(model, modelmap, turned)))
+
+
+@torch.no_grad()
+def turn_(model: nn.Module, modelmap: ModelMap, plan: Rotating, block: int | None) -> None:
+    """Turn the weights of one block of `model`, or of what stands outside the blocks (None), all of them in memory."""
+    for port in modelmap.ports:
+        if port.block == block and (port.tied_to is None or port.name in plan.untied):
+            _turn_(model.get_submodule(port.name), port, plan.turned[port.name])
     for norm in modelmap.norms:
-        if norm.feeds and basis.residual:
-            _plain_(model.get_submodule(norm.name), norm, basis)
-    mark_(model, basis)
+        if norm.block == block and norm.feeds and plan.basis.residual:
+            _plain_(model.get_submodule(norm.name), norm, plan.basis)
+
+
+def finish_(model: nn.Module, plan: Rotating) -> None:
+    """Mark `model`, whose weights are all turned, and put the online transforms in."""
+    mark_(model, plan.basis)
     attach_online_(model)
-    error = _difference(_probe(model, modelmap), before)
-    limit = TOLERANCE[before.dtype]
+
+
+def compared(after: Tensor, before: Tensor, where: str) -> float:
+    """How far logits moved, relative to their size. Raises `FormatError` where rounding does not explain it."""
+    error, limit = _difference(after, before), TOLERANCE[before.dtype]
     if not error <= limit:
         raise FormatError(
             "the rotated model does not compute what the model computed",
-            where=modelmap.family,
+            where=where,
             got=f"logits differ by {error:.3g}, relative to their size",
             wanted=f"at most {limit:g} in {str(before.dtype).removeprefix('torch.')}",
         )
-    values = "rotated" if basis.attentions else "this model has none"
-    return RotateFacts(
-        **{name: getattr(rotation, name) for name in ("kind", "seed", "online")},
-        sha256=fingerprint(basis),
-        residual=obstacle or "rotated",
-        values=values,
-        norms=len(basis.gains),
-        untied=tuple(untied),
-        logit_error=error,
-        seconds=time.perf_counter() - start,
-    )
+    return error
 
 
 def _basis(modelmap: ModelMap, rotation: Rotation, gains: dict[str, Tensor], *, residual: bool) -> Basis:
@@ -141,12 +187,11 @@ def _basis(modelmap: ModelMap, rotation: Rotation, gains: dict[str, Tensor], *, 
     )
 
 
-def _rotatable(model: nn.Module, modelmap: ModelMap) -> dict[str, nn.Module]:
-    """The module of each port, all of them plain and loaded."""
+def _require_plain(model: nn.Module, modelmap: ModelMap, *, lazy: bool) -> None:
+    """Raise `RecipeError` unless every port is a plain module, and `ShapeError` unless loaded (`lazy`: or not yet)."""
     if rotation_of(model) is not None:
         raise RecipeError("the model is rotated already", remedy="a second rotation adds nothing: keep the first")
     modules = dict(model.named_modules(remove_duplicate=False))
-    found: dict[str, nn.Module] = {}
     for port in modelmap.ports:
         module = modules.get(port.name)
         if not isinstance(module, nn.Linear | nn.Embedding) or not module.weight.is_floating_point():
@@ -156,10 +201,8 @@ def _rotatable(model: nn.Module, modelmap: ModelMap) -> dict[str, nn.Module]:
                 got=type(module).__name__ if module is not None else "a model with an adapter",
                 remedy="rotate before quantize and before lora, or merge: {} first",
             )
-        if module.weight.device.type == "meta":
+        if module.weight.is_meta and not lazy:
             raise ShapeError("a weight is not loaded", where=port.name)
-        found[port.name] = module
-    return found
 
 
 def _gain(model: nn.Module, norm: Norm) -> Tensor | None:
@@ -190,7 +233,7 @@ def _bias(module: nn.Module) -> nn.Parameter | None:
     return dict(module.named_parameters(recurse=False)).get("bias")
 
 
-def _untie_(model: nn.Module, modelmap: ModelMap, turned: dict[str, Change]) -> list[str]:
+def _untie_(model: nn.Module, modelmap: ModelMap, turned: Mapping[str, Change]) -> list[str]:
     """Give each tied port that changes otherwise than its owner a weight of its own; returns their names.
 
     A head behind a norm with gains takes them in, and the embedding does not. A tie that holds stays.
@@ -216,14 +259,20 @@ def _turn_(module: nn.Module, port: Port, change: Change) -> None:
     if not change:
         return
     weight = cast(nn.Parameter, module.weight)
+    pieces = weight.data.split(max(PIECE // weight.shape[1], 1))
     if port.kind == "embedding":
-        for rows in weight.data.split(ROWS):
+        for rows in pieces:
             rows.copy_(change.write(rows.double().T).T)
         return
     if change.writes:
-        weight.copy_(change.write(change.read(weight.double())))
+        wide, rows_at_once = torch.empty_like(weight, dtype=torch.float64), len(pieces[0])
+        for read, rows in zip(wide.split(rows_at_once), pieces, strict=True):
+            read.copy_(change.read(rows.double()))
+        step = max(PIECE // weight.shape[0], 1)
+        for turned, columns in zip(wide.split(step, 1), weight.data.split(step, 1), strict=True):
+            columns.copy_(change.write(turned))
     else:
-        for rows in weight.data.split(ROWS):
+        for rows in pieces:
             rows.copy_(change.read(rows.double()))
     bias = _bias(module)
     if bias is not None:
@@ -241,7 +290,8 @@ def _plain_(module: nn.Module, norm: Norm, basis: Basis) -> None:
         parameters["weight"].fill_(0 if norm.kind == "rms_plus_one" else 1)
 
 
-def _probe(model: nn.Module, modelmap: ModelMap) -> Tensor:
+@torch.no_grad()
+def probe(model: nn.Module, modelmap: ModelMap) -> Tensor:
     """Logits on random tokens, always the same ones."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(modelmap.sizes[Space.VOCAB], PROBE, generator=generator)

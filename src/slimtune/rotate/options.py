@@ -7,9 +7,13 @@ from typing import ClassVar, Literal
 
 from slimtune.errors import RecipeError
 
-ONLINE = ("r4", "heads")
-"""Transforms that can run in the model: `r4` before the last linear of a feed-forward layer, `heads` across all heads
-before the last linear of an attention (inside of each head R2 does the same at no cost)."""
+FOLDED = frozenset({"r4", "heads"})
+"""Online transforms whose inverse is in a weight: an engine that does not run them computes something else."""
+
+ONLINE = ("r3", "r4", "heads")
+"""Transforms that can run in the model: `r3` of queries and keys, where a cache of keys is rounded and nowhere else
+(`slimtune.hub`), `r4` before the last linear of a feed-forward layer, `heads` across all heads before the last linear
+of an attention (inside of each head R2 does the same at no cost)."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class Rotation:
     seed: int = field(default=0, metadata={"help": "of the random signs or matrix"})
     steps: int = field(default=100, metadata={"help": "of the descent, where the rotation is learned"})
     online: tuple[str, ...] = field(
-        default=(), metadata={"help": "transforms left in the model, which only slimtune runs: r4, heads"}
+        default=(),
+        metadata={"help": "left in the model, which only slimtune runs: r3 (for a kv_cache), r4, heads"},
     )
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ possible."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -92,6 +92,16 @@ def hadamard_turn(width: int, *, heads: int = 1, generator: torch.Generator) -> 
     """A Hadamard transform (of any width) behind random signs, other ones for each part."""
     bits = torch.randint(2, (heads, width), generator=generator, device=generator.device)
     return Turn((2 * bits - 1).to(torch.float64))
+
+
+@lru_cache(maxsize=16)
+def keys_turn(width: int) -> Turn:
+    """R3, of each head's queries and keys. Its signs are always the same, and in no file: no weight has its inverse.
+
+    Without signs, what all channels of a key have in common would add up in one.
+    """
+    with torch.inference_mode(False):  # it outlives the caller
+        return hadamard_turn(width, generator=torch.Generator().manual_seed(0))
 
 
 def orthogonal_turn(width: int, *, heads: int = 1, generator: torch.Generator) -> Turn:
