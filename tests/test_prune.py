@@ -281,6 +281,8 @@ def test_allocated_widths_are_padded_and_the_record_says_so(data: Any, tmp_path:
         (({"prune": {"ratio": 0.001}},), "steps[0].prune, ratio", "nothing would be pruned"),
         (({"prune": {"importance": "wonda"}},), "steps[0].prune.importance", "unknown importance"),
         (({"prune": {"importance": "lora"}},), "steps[0].prune", "adapter's gradients"),
+        (({"prune": {"importance": "influence"}},), "steps[0].prune.targets", "only whole layers"),
+        (("lora", {"prune": {**RAMP, "importance": "loss-change"}}, "train"), "steps[1].prune.importance", "a ramp"),
         (({"prune": RAMP}, "train"), "steps[0].prune", "along the training of an adapter"),
         (("lora", {"prune": RAMP}), "steps[1].prune", "no training to prune along"),
         (("lora", {"prune": RAMP}, "merge", "train"), "steps[2].merge", "pruned by the next train step"),
@@ -302,6 +304,42 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(
     with pytest.raises(RecipeError, match=what) as caught:
         plan(recipe(model, data, *steps))
     assert caught.value.facts["where"] == where
+
+
+def test_whole_layers_go_after_quantizing_and_the_run_goes_on(
+    data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_pico(tmp_path / "pico", "llama", num_hidden_layers=4)
+    prune = {"prune": {"ratio": 0.5, "importance": "influence", "targets": "layers"}}
+    made = recipe(model, data, {"quantize": {"method": "rtn", "group_size": 8}}, prune, "lora", {"train": TRAIN})
+    report = run(made, tmp_path / "whole")
+    assert report["steps"][1]["facts"]["removed_ratio"] == 0.5 and not report["steps"][1]["facts"]["requantized"]
+    record = read_record(tmp_path / "whole" / "model")
+    assert record is not None
+    [axis] = record["prunings"][0]["axes"]
+    assert (axis["name"], axis["kind"], axis["units"], len(axis["kept"])) == ("model.layers", "layers", 4, 2)
+    from slimtune.recipe import steps as module
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "finetune", lambda *_, **__: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            run(made, tmp_path / "cut")
+    run(made, tmp_path / "cut", resume=True)
+    a, b = (load_file(tmp_path / folder / "adapter" / "adapter_model.safetensors") for folder in ("whole", "cut"))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("schedule", ["one-shot", "cubic"])
+def test_sub_layers_that_go_are_zeros_in_an_ordinary_model(schedule: str, data: Any, tmp_path: Path) -> None:
+    model = save_pico(tmp_path / "pico", "qwen2")
+    prune = {**RAMP, "targets": "sublayers", "widths": "allocated", "schedule": schedule, "ratio": 0.3}
+    report = run(recipe(model, data, "lora", {"prune": prune}, {"train": TRAIN}, "merge"), tmp_path / "run")
+    facts = report["steps"][1 if schedule == "one-shot" else 2]["facts"]
+    facts = facts.get("prune") or facts
+    assert facts["padded"] and {axis["kept"] == axis["units"] for axis in facts["axes"]} == {True}
+    gone = [axis["name"] for axis in facts["axes"] if axis["real"] == 0]
+    saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert gone and all(float(saved[f"{name}.weight"].abs().max()) == 0 for name in gone)
 
 
 def test_a_model_without_prunable_heads_says_what_it_can_lose(data: Any, tmp_path: Path) -> None:

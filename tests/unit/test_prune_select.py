@@ -70,6 +70,24 @@ def test_allocated_widths_follow_score_per_parameter() -> None:
     assert len(kept[found[0].name]) == found[0].units > len(kept[found[1].name])
 
 
+@pytest.mark.parametrize("name", ["llama", "opt", "t5"])
+def test_sub_layers_go_as_a_whole_the_cheapest_first(name: str) -> None:
+    modelmap, found, scores = scored(pico_model(name), ("sublayers",))
+    remove = sum(axis.parameters * axis.units for axis in found[:2])
+    for number, axis in enumerate(found):
+        scores[axis.name] = torch.full((axis.units,), float(number + 1)) / axis.units * axis.parameters * axis.units
+    kept = select(modelmap, found, scores, remove, allocated=True, additive=True)
+    assert [len(kept[axis.name]) for axis in found] == [0, 0, *(axis.units for axis in found[2:])]
+
+
+@pytest.mark.parametrize(("ratio", "layers"), [(0.26, 6), (0.5, 4), (0.74, 2)])
+def test_whole_layers_meet_the_ratio_within_a_layer(ratio: float, layers: int) -> None:
+    modelmap, found, scores = scored(pico_model("llama", num_hidden_layers=8), ("layers",))
+    scores[found[0].name] = torch.tensor([5.0, 1.0, 7.0, 2.0, 8.0, 3.0, 6.0, 4.0])
+    kept = select(modelmap, found, scores, ratio * parameters(modelmap, "blocks"))[found[0].name]
+    assert len(kept) == layers and set(kept) >= {4, 2}
+
+
 def test_query_heads_go_one_of_each_group() -> None:
     modelmap, found, scores = scored(pico_model("llama"), ("heads",))
     assert [chunk.units for chunk in chunks(found[0], torch.tensor([3.0, 1.0, 2.0, 5.0]))] == [(1, 2), (0, 3)]
@@ -115,6 +133,9 @@ def test_the_ramp_is_the_cubic_of_the_paper() -> None:
         {"warmup": 0.6, "cooldown": 0.4},
         {"refit": True, "schedule": "cubic"},
         {"targets": ("layers",), "schedule": "linear"},
+        {"targets": ("sublayers",)},
+        {"targets": ("sublayers", "ffn"), "widths": "allocated"},
+        {"targets": ("sublayers",), "widths": "allocated", "refit": True},
     ],
 )
 def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:

@@ -7,7 +7,8 @@ from typing import Literal
 
 from slimtune.errors import RecipeError
 
-TARGETS = ("kv", "heads", "ffn", "layers")
+TARGETS = ("kv", "heads", "ffn", "layers", "sublayers")
+ALONE = {"layers", "sublayers"}
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,9 @@ class PruneOptions:
     normalise: Literal["none", "module", "axis"] = field(
         default="none", metadata={"help": "scores as they are, or to length one in each weight, or in each sub-layer"}
     )
-    targets: tuple[str, ...] = field(default=("kv", "ffn"), metadata={"help": "kv or heads, ffn; or layers alone"})
+    targets: tuple[str, ...] = field(
+        default=("kv", "ffn"), metadata={"help": "kv or heads, ffn; or layers, or sublayers, alone"}
+    )
     multiple_of: int = field(default=8, metadata={"help": "kept FFN channels are a multiple of this"})
     widths: Literal["uniform", "allocated"] = field(
         default="uniform", metadata={"help": "all blocks alike, or by score per parameter (padded with zeros)"}
@@ -43,15 +46,23 @@ class PruneOptions:
             got = f"warmup {self.warmup}, cooldown {self.cooldown}"
             raise RecipeError("no time is left to prune in", where="warmup", got=got, wanted="less than 1 in all")
         wrong = [target for target in self.targets if target not in TARGETS]
-        mixed = {"kv", "heads"} <= set(self.targets) or ("layers" in self.targets and len(set(self.targets)) > 1)
+        depth = ALONE & set(self.targets)
+        mixed = {"kv", "heads"} <= set(self.targets) or (depth and len(set(self.targets)) > 1)
         if wrong or mixed or not self.targets:
             raise RecipeError(
                 "targets do not go together" if mixed else "unknown targets",
                 where="targets",
                 got=", ".join(self.targets) or "nothing",
-                wanted="kv or heads, with or without ffn; or layers alone",
+                wanted="kv or heads, with or without ffn; or layers, or sublayers, alone",
             )
-        if self.refit and (self.schedule != "one-shot" or "layers" in self.targets):
+        if "sublayers" in self.targets and self.widths == "uniform":
+            raise RecipeError(
+                "no stock configuration says that a block has no attention, or no feed-forward layer",
+                where="targets",
+                got="sublayers",
+                remedy="use widths: allocated (zeros in a file as large as before), or targets: layers",
+            )
+        if self.refit and (self.schedule != "one-shot" or depth):
             raise RecipeError(
                 "refit fits what is kept of a sub-layer, at once",
                 where="refit",

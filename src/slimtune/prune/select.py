@@ -37,7 +37,7 @@ def chunks(axis: Axis, scores: Tensor, step: int = 1) -> tuple[Chunk, ...]:
     """
     order = torch.argsort(scores.view(axis.buckets, -1), dim=1, stable=True)
     order += torch.arange(axis.buckets).unsqueeze(1) * order.shape[1]
-    step = step if axis.kind == "ffn" else 1
+    step = axis.units if axis.whole else step if axis.kind == "ffn" else 1
     first = order.shape[1] % step
     ends = [*([first] if first else []), *range(first + step, order.shape[1] + 1, step)]
     runs = (order[:, a:b].flatten().tolist() for a, b in zip([0, *ends[:-1]], ends, strict=True))
@@ -73,7 +73,7 @@ def select(
     than half of what goes at once.
     """
     ladders = {axis.name: chunks(axis, _comparable(scores[axis.name], additive), step) for axis in axes}
-    most = sum(chunk.parameters for ladder in ladders.values() for chunk in ladder[:-1])
+    most = sum(chunk.parameters for axis in axes for chunk in ladders[axis.name][: _limit(axis, ladders[axis.name])])
     least = min(ladder[0].parameters for ladder in ladders.values())
     if remove > most + least / 2:
         raise RecipeError(
@@ -83,7 +83,7 @@ def select(
             wanted=f"at most {most:,}: something of every sub-layer stays",
             remedy="lower ratio, add targets, or lower multiple_of",
         )
-    gone = _allocated(ladders, remove) if allocated else _uniform(modelmap, axes, ladders, remove)
+    gone = _allocated(axes, ladders, remove) if allocated else _uniform(modelmap, axes, ladders, remove)
     if not any(gone.values()) and not none:
         raise RecipeError(
             "nothing would be pruned: the ratio is below half of the smallest step",
@@ -105,12 +105,18 @@ def _comparable(scores: Tensor, additive: bool) -> Tensor:
 Ladders = Mapping[str, Sequence[Chunk]]
 
 
-def _allocated(ladders: Ladders, remove: float) -> dict[str, int]:
+def _limit(axis: Axis, ladder: Sequence[Chunk]) -> int:
+    """How many chunks may go: of an axis that is cut, one stays."""
+    return len(ladder) - (not axis.whole)
+
+
+def _allocated(axes: Sequence[Axis], ladders: Ladders, remove: float) -> dict[str, int]:
     """Chunks to take off each ladder: always the one that costs least a parameter, until enough are gone."""
     gone = dict.fromkeys(ladders, 0)
+    most = {axis.name: _limit(axis, ladders[axis.name]) for axis in axes}
     freed = 0.0
     while True:
-        tips = {name: ladder[gone[name]] for name, ladder in ladders.items() if gone[name] + 1 < len(ladder)}
+        tips = {name: ladder[gone[name]] for name, ladder in ladders.items() if gone[name] < most[name]}
         tips = {name: tip for name, tip in tips.items() if freed + tip.parameters / 2 <= remove}
         if not tips:
             return gone

@@ -418,13 +418,16 @@ class _Shape:
             return held, 0
         source = calibration_source(recipe)
         tokens = (source.samples or DEFAULT_SAMPLES) * source.length
-        backward = bool(GRADIENTS & importance_of(step).needs)
+        needs = importance_of(step).needs
+        backward = bool(GRADIENTS & needs)
         batch = BATCH * source.length
         work = self._block(batch, self.dense_bytes) * (self.blocks if backward else 1)
         work += (3 if backward else 1) * batch * self.vocabulary * 4
         if step.refit:
             work = max(work, 2 * tokens * self.hidden * self.dense_bytes + self.widest**2 * 8 * 4)
-        return held + work, tokens * self.parameters * (4 if backward else 2) * (2 if step.refit else 1)
+        whole = {"layers", "sublayers"} & set(step.targets)
+        passes = self.blocks * (2 if whole else self.ffn) if "loss_change" in needs else 1
+        return held + work, passes * tokens * self.parameters * (4 if backward else 2) * (2 if step.refit else 1)
 
     def _train(self, step: Train, state: State, recipe: Recipe) -> tuple[int, int]:
         tokens = step.per_device_train_batch_size * step.max_length

@@ -19,6 +19,7 @@ from slimtune.prune.collect import collect
 from slimtune.prune.groups import axes, parameters
 from slimtune.prune.options import PruneOptions
 from slimtune.prune.refit import refit_
+from slimtune.prune.removal import MEASURED
 from slimtune.prune.select import select
 from slimtune.prune.surgery import PruneFacts, PrunePlan, prune_, require_cuttable
 from slimtune.recipe.schema import Prune, Step, Train
@@ -29,11 +30,26 @@ Progress = Callable[[int, int], None]
 
 
 def importance_of(options: PruneOptions, where: str = "prune") -> Importance:
-    """The measure that `options` names. Raises `RecipeError` on an unknown name."""
+    """The measure that `options` names. Raises `RecipeError` on an unknown name, or one that cannot act as asked."""
     if options.importance not in IMPORTANCES:
         remedy = nearest(options.importance, IMPORTANCES)
         raise RecipeError("unknown importance", where=f"{where}.importance", got=options.importance, remedy=remedy)
-    return IMPORTANCES[options.importance]()
+    importance = IMPORTANCES[options.importance]()
+    if "influence" in importance.needs and options.targets != ("layers",):
+        raise RecipeError(
+            "only whole layers have an influence",
+            where=f"{where}.targets",
+            got=", ".join(options.targets),
+            remedy="use targets: layers, or another importance",
+        )
+    if importance.needs & MEASURED and options.ramped:
+        raise RecipeError(
+            "this importance runs the model without each unit, which a ramp cannot do at every step",
+            where=f"{where}.importance",
+            got=options.importance,
+            remedy="use schedule: one-shot, or importance: gate-fisher",
+        )
+    return importance
 
 
 def needs_data(options: PruneOptions) -> bool:
@@ -60,7 +76,8 @@ def rehearse(options: PruneOptions, modelmap: ModelMap, where: str) -> PrunePlan
         found = axes(modelmap, cast(Any, options.targets))
         scores = {axis.name: torch.zeros(axis.units, dtype=torch.float64) for axis in found}
         remove = options.ratio * parameters(modelmap, options.of)
-        return PrunePlan(found, select(modelmap, found, scores, remove, step=options.multiple_of))
+        whole = any(axis.whole for axis in found)
+        return PrunePlan(found, select(modelmap, found, scores, remove, step=options.multiple_of, allocated=whole))
     except RecipeError as error:
         raise error.within(where) from error
 

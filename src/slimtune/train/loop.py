@@ -204,7 +204,8 @@ def _ramp(
     """What prunes along the training that `trainer` does."""
     if prune is None:
         return None
-    ramp = Ramp(model, prune, last=options.distill, seed=seed)
+    padded = prune.widths == "allocated"  # what is left behind zeros would learn again, without its gate
+    ramp = Ramp(model, prune, last=options.distill or padded, seed=seed)
     trainer.prune_along(ramp, options.distill)
     return ramp
 
