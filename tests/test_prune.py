@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,12 @@ from slimtune.recipe.pruning import pending, read_record
 from slimtune.recipe.run import run
 from slimtune.recipe.schema import Recipe, recipe_from
 from slimtune.train.checkpoint import CheckpointingTrainer
-from slimtune.train.data import Collator
-from slimtune.train.distill import distilled_loss, unpruned
+from slimtune.train.data import Collator, Example
+from slimtune.train.distill import distilled_loss, head_divergence, top_divergence, unpruned
 from slimtune.train.loop import finetune
 from slimtune.train.options import TrainOptions
 from slimtune.train.pruning import Ramp
+from slimtune.train.teacher import Teacher, top, visited, write_teacher
 
 WINDOWS = torch.randint(6, 262, (4, 24), generator=torch.Generator().manual_seed(1))
 ROWS = [{"prompt": f"What is {i}?", "completion": f"{i} is {'odd' if i % 2 else 'even'}."} for i in range(40)]
@@ -145,15 +147,21 @@ def test_a_ramp_prunes_along_training_and_the_result_is_what_was_trained(
 
 @pytest.mark.parametrize(  # with gates half closed, after the cut, and where the cut comes last
     ("killed_in", "changes"),
-    [(5, {"importance": "random"}), (10, {}), (10, {"importance": "lora"}), (12, {"distill": True})],
+    [
+        (5, {"importance": "random"}),
+        (10, {}),
+        (10, {"importance": "lora"}),
+        (12, {"distill": True}),
+        (10, {"distill": True, "distill_top_k": 5}),
+    ],
 )
 def test_resumed_across_a_surgery_is_uninterrupted_bit_for_bit(
     killed_in: int, changes: dict[str, Any], data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = dict(changes)
-    distill = changes.pop("distill", False)
+    learnt = {key: changes.pop(key) for key in ("distill", "distill_top_k") if key in changes}
     model = save_pico(tmp_path / "pico", "llama", num_attention_heads=8, num_key_value_heads=4)
-    train = {**TRAIN, "distill": distill}
+    train = {**TRAIN, **learnt}
     made = recipe(model, data, {"lora": {"r": 3}}, {"prune": {**RAMP, **changes}}, {"train": train})
     run(made, tmp_path / "whole")
     kill = CheckpointingTrainer.training_step
@@ -226,6 +234,62 @@ def test_the_teacher_is_the_model_without_gates_and_adapters() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-6)
 
 
+def test_what_the_teacher_said_stands_for_it(tmp_path: Path) -> None:
+    """Rows in any order, of different lengths: the kept predictions are those of the tokens they are asked for."""
+    model = add_lora(pico_model("llama"), r=2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    ramp = Ramp(model, PruneOptions(**{**RAMP, "targets": ("ffn",)}))
+    rows = [list(range(7, 9 + n)) for n in (5, 9, 3, 12)]
+    examples = [Example(ids, [-100, -100, *ids[2:]]) for ids in rows]
+    ask: Any = partial(unpruned, model, ramp)
+    write_teacher(tmp_path / "teacher", model, ask, examples, Collator(0), 262, 3)
+    asked = [3, 0, 2]
+    batch = Collator(0)([examples[row] for row in asked])
+    said = Teacher(tmp_path / "teacher", examples, 262).of(asked, torch.device("cpu"))
+    base = base_of(model)
+    wanted = distilled_loss(model, base, unpruned(model, ramp, batch), batch)
+    got = distilled_loss(model, base, said, batch)
+    torch.testing.assert_close(got, wanted)
+    write_teacher(tmp_path / "few", model, ask, examples, Collator(0), 7, 2)
+    fewer = distilled_loss(model, base, Teacher(tmp_path / "few", examples, 7).of(asked, torch.device("cpu")), batch)
+    assert 0 < fewer.item() < wanted.item()
+    with pytest.raises(FormatError, match="of other data"):
+        Teacher(tmp_path / "few", examples[:2], 7)
+    (tmp_path / "few").write_bytes(b"no")
+    with pytest.raises(FormatError, match="damaged"):
+        Teacher(tmp_path / "few", examples, 7)
+
+
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_divergence_from_the_likeliest_is_that_of_the_coarser_distributions(k: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    student, hidden, head = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (300, 300, 20))
+    bias = torch.randn(20, generator=generator, dtype=torch.float64)
+    student.requires_grad_(True)
+    got = top_divergence(student, top(hidden, head, bias, k), head, bias)
+    p, q = ((h @ head.T + bias).softmax(-1) for h in (hidden, student))
+    order = p.argsort(descending=True)
+    p, q = p.gather(1, order), q.gather(1, order)
+    if k < 20:
+        p, q = (torch.cat([x[:, :k], x[:, k:].sum(1, keepdim=True)], 1) for x in (p, q))
+    oracle = (p * (p.log() - q.log())).sum()
+    torch.testing.assert_close(got, oracle)
+    wanted = torch.autograd.grad(oracle, student)[0]
+    torch.testing.assert_close(torch.autograd.grad(got, student)[0], wanted)
+    if k == 20:
+        whole = head_divergence(student, hidden, head, bias)
+        torch.testing.assert_close(got, whole)
+
+
+def test_only_what_training_looks_at_is_asked_about() -> None:
+    examples = [Example([i, i], [i, i]) for i in range(20)]
+    few = visited(examples, TrainOptions(max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2), 1)
+    assert len(few) == 12 == len({example.input_ids[0] for example in few})
+    assert visited(examples, TrainOptions(max_steps=30), 1) is visited(examples, TrainOptions(), 1) is examples
+
+
 def test_distillation_wants_a_head_it_can_run_itself() -> None:
     model = add_lora(pico_model("gemma2"), r=2)
     with pytest.raises(RecipeError, match="distillation needs"):
@@ -294,6 +358,11 @@ def test_allocated_widths_are_padded_and_the_record_says_so(data: Any, tmp_path:
             "padded with zeros",
         ),
         (("lora", {"train": {"distill": True}}), "steps[1].train", "no unpruned model"),
+        (
+            ("lora", {"prune": RAMP}, {"train": {"distill": True, "distill_top_k": 300}}),
+            "steps[2].train.distill_top_k",
+            "fewer logits",
+        ),
         (("lora", {"prune": RAMP}, "train", {"export": {"format": "peft"}}), "steps[3].export", "pruned model alone"),
     ],
 )

@@ -209,6 +209,11 @@ def _check_fit(step: Step, number: int, recipe: Recipe, model: Any, modelmap: Mo
             raise RecipeError(
                 "an encoder-decoder does not train on packed rows", where=where, remedy="leave out packing: true"
             )
+        case Train() if step.distill_top_k > modelmap.sizes[Space.VOCAB]:
+            wanted = f"at most the vocabulary, {modelmap.sizes[Space.VOCAB]:,}"
+            raise RecipeError(
+                "the teacher has fewer logits", where=f"{where}.distill_top_k", got=step.distill_top_k, wanted=wanted
+            )
         case Export(format="gguf" | "gguf-lora"):
             Naming(model).require_computed()
         case Quantize():
@@ -441,6 +446,7 @@ class _Shape:
         optimizer = trained * (4 + 8)
         passes = (6 if step.gradient_checkpointing else 4) + 2 * step.distill
         workspace = max(2 * width, self.decoding) * self.largest if state.quantized else 0
+        workspace += max(step.max_steps, 1) * step.gradient_accumulation_steps * tokens * step.distill_top_k * 12
         if step.scales:  # a weight's gradient, and for each scale a factor, its gradient and moments
             workspace += 4 * self.largest + self.weights // 64 * 16
         flops = (

@@ -30,6 +30,7 @@ from slimtune.train.loss import chunked_loss
 from slimtune.train.optimizers import own_optimizer
 from slimtune.train.options import TrainOptions
 from slimtune.train.pruning import Ramp
+from slimtune.train.teacher import FILE, Teacher, visited, write_teacher
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,24 @@ class _CountingTrainer(CheckpointingTrainer):
     log_lines: StepLog
     ramp: Ramp | None = None
     distill: bool = False
+    teacher: Teacher | None = None
 
     def prune_along(self, ramp: Ramp, distill: bool) -> None:
         """Prune while training, and learn from the unpruned model where `distill`."""
         self.ramp = self.beside = ramp
         self.distill = distill
         self.add_callback(ramp)
+
+    def learn_from(self, teacher: Teacher) -> None:
+        """Learn from what the unpruned model said, in place of running it."""
+        self.teacher = teacher
+        collator: Any = self.data_collator
+
+        def numbered(rows: Sequence[tuple[int, Example]]) -> dict[str, Any]:
+            return {**collator([example for _, example in rows]), "rows": torch.tensor([row for row, _ in rows])}
+
+        self.train_dataset = cast(Any, list(enumerate(cast(_Examples, self.train_dataset).examples)))
+        self.data_collator = numbered
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Factors of scales and signs begin with 1, and do not decay to 0."""
@@ -86,6 +99,9 @@ class _CountingTrainer(CheckpointingTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         base = base_of(self.accelerator.unwrap_model(model))
+        if self.teacher is not None:
+            said = self.teacher.of(inputs.pop("rows").tolist(), inputs["input_ids"].device)
+            return distilled_loss(model, base, said, inputs, num_items_in_batch)
         if self.distill and self.ramp is not None:
             teacher = unpruned(cast(PeftModel, self.accelerator.unwrap_model(model)), self.ramp, inputs)
             return distilled_loss(model, base, teacher, inputs, num_items_in_batch)
@@ -158,11 +174,16 @@ def finetune(
     with tempfile.TemporaryDirectory() as scratch, _without_cache(model), _same_flags(model), rounding as switch:
         folder = checkpoints or Path(scratch)
         start = last_checkpoint(folder) if resume else None
+        examples = visited(examples, options, seed) if options.distill_top_k else examples
         lines = StepLog(log or Path(scratch) / "log.jsonl", number, progress)
         trainer = _trainer(model, examples, collator, options, folder, seed, save=checkpoints is not None)
         trainer.log_lines = lines
         trainer.add_callback(lines)
         ramp = _ramp(trainer, model, prune, options, seed)
+        if ramp is not None and options.distill_top_k:
+            if not (resume and (folder / FILE).is_file()):
+                _write_teacher(folder / FILE, cast(PeftModel, model), ramp, examples, collator, options)
+            trainer.learn_from(Teacher(folder / FILE, examples, options.distill_top_k))
         if switch is not None and options.fake_quant is not None:
             trainer.add_callback(_WarmUp(switch, options.fake_quant.warmup_steps))
         lines.resume_at(int(start.name.rsplit("-", 1)[1]) if start else -1)
@@ -205,9 +226,23 @@ def _ramp(
     if prune is None:
         return None
     padded = prune.widths == "allocated"  # what is left behind zeros would learn again, without its gate
-    ramp = Ramp(model, prune, last=options.distill or padded, seed=seed)
+    asked = options.distill and not options.distill_top_k
+    ramp = Ramp(model, prune, last=asked or padded, seed=seed)
     trainer.prune_along(ramp, options.distill)
     return ramp
+
+
+def _write_teacher(
+    path: Path,
+    model: PeftModel,
+    ramp: Ramp,
+    examples: Sequence[Example],
+    collator: Collator,
+    options: TrainOptions,
+) -> None:
+    """Ask the unpruned model about every example that training will look at."""
+    size, k = options.per_device_train_batch_size, options.distill_top_k
+    write_teacher(path, model, partial(unpruned, model, ramp), examples, collator, k, size)
 
 
 def _trainable(model: nn.Module, options: TrainOptions) -> int:
@@ -328,10 +363,10 @@ def _trainer(
 
 class _Examples(torch.utils.data.Dataset[Example]):
     def __init__(self, examples: Sequence[Example]) -> None:
-        self._examples = examples
+        self.examples = examples
 
     def __len__(self) -> int:
-        return len(self._examples)
+        return len(self.examples)
 
     def __getitem__(self, index: int) -> Example:
-        return self._examples[index]
+        return self.examples[index]
