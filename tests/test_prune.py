@@ -23,6 +23,8 @@ from slimtune.export.base import stock_config
 from slimtune.export.load import load
 from slimtune.lora.attach import add_lora, base_of
 from slimtune.prune.options import PruneOptions
+from slimtune.prune.refit import fitted
+from slimtune.prune.weights import base_layer
 from slimtune.recipe.plan import plan
 from slimtune.recipe.pruning import pending, read_record
 from slimtune.recipe.run import run
@@ -153,6 +155,8 @@ def test_a_ramp_prunes_along_training_and_the_result_is_what_was_trained(
         (10, {"importance": "lora"}),
         (12, {"distill": True}),
         (10, {"distill": True, "distill_top_k": 5}),
+        (10, {"refit": True}),
+        (8, {"refit": True, "distill": True}),
     ],
 )
 def test_resumed_across_a_surgery_is_uninterrupted_bit_for_bit(
@@ -296,6 +300,46 @@ def test_distillation_wants_a_head_it_can_run_itself() -> None:
         finetune(model, [], Collator(0), TrainOptions(distill=True))
 
 
+@pytest.mark.parametrize("name", ["llama", "llama-biased", "phi3"])
+def test_a_ramp_fits_what_it_keeps_from_the_weights_of_the_beginning(name: str) -> None:
+    model = add_lora(pico_model(name), r=2)
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(parameter, std=0.1)
+    inputs = {"input_ids": WINDOWS, "labels": WINDOWS}
+    options = PruneOptions(**{**RAMP, "importance": "wanda", "refit": True, "targets": ("ffn",)})
+    ramp = Ramp(model, options, windows=WINDOWS)
+    teacher = unpruned(model, ramp, inputs)
+    reader: Any = base_layer(base_of(model).get_submodule(next(iter(ramp.probe.axes))))
+    before = reader.weight.detach().clone()
+    seen: list[Tensor] = []
+    handle = reader.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    model(**inputs)
+    handle.remove()
+    ramp.on_pre_optimizer_step(*[None] * 3)  # type: ignore[arg-type]
+    whole = [logits(model, {"input_ids": WINDOWS})]
+    ramp._choose(0.1, final=False)
+    ramp._choose(0.3, final=False)
+    kept = torch.tensor(ramp.kept[next(iter(ramp.probe.axes))])
+    x = seen[0].flatten(0, -2).double()
+    if reader.bias is not None:
+        x = x - x.mean(0)
+    wanted = fitted(before, x.T @ x / len(x), kept)
+    torch.testing.assert_close(
+        reader.weight[:, kept].double(), wanted, rtol=2e-2, atol=8e-3
+    )  # bfloat16 products, where there are units
+    assert (wanted - before[:, kept]).abs().max() > 5e-2
+    gone = [u for u in range(before.shape[1]) if u not in set(kept.tolist())]
+    assert gone and torch.equal(reader.weight[:, gone], before[:, gone])
+    torch.testing.assert_close(unpruned(model, ramp, inputs), teacher)
+    with_fit = logits(model, {"input_ids": WINDOWS})
+    with ramp.unpruned():
+        torch.testing.assert_close(logits(model, {"input_ids": WINDOWS}), whole[0])
+    ramp._put(ramp._first)
+    without = logits(model, {"input_ids": WINDOWS})
+    assert (with_fit - whole[0]).square().mean() < 0.9 * (without - whole[0]).square().mean()
+
+
 def test_units_behind_a_closed_gate_can_come_back() -> None:
     model = add_lora(pico_model("llama"), r=2)
     ramp = Ramp(model, PruneOptions(**{**RAMP, "targets": ("ffn",)}))
@@ -352,6 +396,11 @@ def test_allocated_widths_are_padded_and_the_record_says_so(data: Any, tmp_path:
         (("lora", {"prune": RAMP}, "merge", "train"), "steps[2].merge", "pruned by the next train step"),
         (("lora", {"prune": {"refit": True}}), "steps[1].prune", "cannot be fitted"),
         (({"quantize": {"method": "rtn", "group_size": 8}}, {"prune": {"refit": True}}), "steps[1].prune", "fitted"),
+        (
+            ({"quantize": {"method": "rtn", "group_size": 8}}, "lora", {"prune": {**RAMP, "refit": True}}, "train"),
+            "steps[2].prune",
+            "packed weights cannot be fitted",
+        ),
         (
             ({"quantize": {"method": "rtn", "group_size": 8}}, {"prune": {"widths": "allocated"}}),
             "steps[1].prune",

@@ -131,7 +131,7 @@ def test_the_ramp_is_the_cubic_of_the_paper() -> None:
         {"multiple_of": 0},
         {"every": 0},
         {"warmup": 0.6, "cooldown": 0.4},
-        {"refit": True, "schedule": "cubic"},
+        {"refit": True, "targets": ("layers",)},
         {"targets": ("layers",), "schedule": "linear"},
         {"targets": ("sublayers",)},
         {"targets": ("sublayers", "ffn"), "widths": "allocated"},

@@ -34,7 +34,10 @@ class PruneOptions:
     every: int = field(default=10, metadata={"help": "training steps between prunings of a ramp"})
     warmup: float = field(default=0.1, metadata={"help": "fraction of the training before a ramp begins"})
     cooldown: float = field(default=0.1, metadata={"help": "fraction of the training after a ramp has ended"})
-    refit: bool = field(default=False, metadata={"help": "fit what is kept to the outputs of what was there"})
+    refit: bool = field(
+        default=False,
+        metadata={"help": "fit what is kept to the outputs of what was there; on a ramp, at every choice"},
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
@@ -62,12 +65,12 @@ class PruneOptions:
                 got="sublayers",
                 remedy="use widths: allocated (zeros in a file as large as before), or targets: layers",
             )
-        if self.refit and (self.schedule != "one-shot" or depth):
+        if self.refit and depth:
             raise RecipeError(
-                "refit fits what is kept of a sub-layer, at once",
+                "refit fits what is kept of a sub-layer",
                 where="refit",
-                got=f"schedule: {self.schedule}, targets: {', '.join(self.targets)}",
-                remedy="use schedule: one-shot and targets kv, heads or ffn",
+                got=f"targets: {', '.join(self.targets)}",
+                remedy="use targets kv, heads or ffn",
             )
         if "layers" in self.targets and self.schedule != "one-shot":
             raise RecipeError("whole layers go at once", where="schedule", got=self.schedule, wanted="one-shot")

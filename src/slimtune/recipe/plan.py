@@ -419,7 +419,7 @@ class _Shape:
 
     def _prune(self, step: Prune, state: State, recipe: Recipe) -> tuple[int, int]:
         held = self.resident(state.quantized) + 8 * self.largest
-        if not needs_data(step):
+        if step.ramped or not needs_data(step):
             return held, 0
         source = calibration_source(recipe)
         tokens = (source.samples or DEFAULT_SAMPLES) * source.length

@@ -53,8 +53,8 @@ def importance_of(options: PruneOptions, where: str = "prune") -> Importance:
 
 
 def needs_data(options: PruneOptions) -> bool:
-    """Whether the step itself looks at calibration text (a ramp looks at what it trains on)."""
-    return not options.ramped and (options.refit or bool(importance_of(options).needs - {"noise"}))
+    """Whether calibration text is looked at (a ramp scores on what it trains on, and fits on this)."""
+    return options.refit or (not options.ramped and bool(importance_of(options).needs - {"noise"}))
 
 
 def pending(steps: Sequence[Step], number: int) -> Prune | None:

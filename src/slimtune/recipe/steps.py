@@ -67,6 +67,9 @@ OUTLIER_ROWS = 4000
 LEARNED_WINDOWS = 16
 """Windows from which a rotation is learned, at most."""
 
+FITTED_WINDOWS = 8
+"""Calibration windows on which a ramp fits what it keeps, at most: it does so many times."""
+
 WHEN = ("before", "after")
 
 
@@ -326,6 +329,8 @@ def _train(session: Session, step: Train, number: int) -> Facts:
     session.say("  | " + str(facts["sample"]).replace("\n", "\n  | "))
     if not any(p.requires_grad for p in model.parameters()):
         model.requires_grad_(True)
+    ramp = pending(session.recipe.steps, number)
+    windows = _calibration(session)[0][:FITTED_WINDOWS] if ramp is not None and ramp.refit else None
     result = finetune(
         model,
         examples,
@@ -338,7 +343,8 @@ def _train(session: Session, step: Train, number: int) -> Facts:
         resume=session.resume,
         number=number,
         progress=lambda line: session.say("  " + _log_line(line)),
-        prune=pending(session.recipe.steps, number),
+        prune=ramp,
+        windows=windows,
     )
     if result.prune is not None:
         _record(session, result.prune)

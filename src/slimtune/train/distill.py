@@ -119,7 +119,7 @@ def unpruned(model: PeftModel, ramp: Ramp, inputs: dict[str, Any]) -> Tensor:
     """What the unpruned model hands to its head, `[batch, length, features]`."""
     training = model.training
     model.eval()
-    with ramp.probe.opened(), model.disable_adapter(), _bare_head(base_of(model)):
+    with ramp.unpruned(), model.disable_adapter(), _bare_head(base_of(model)):
         hidden = _hidden(model, inputs)
     model.train(training)
     return hidden

@@ -148,6 +148,7 @@ def finetune(
     number: int = 0,
     progress: Progress | None = None,
     prune: PruneOptions | None = None,
+    windows: Tensor | None = None,
 ) -> TrainFacts:
     """Train what is trainable in `model` on `examples`, in place.
 
@@ -164,6 +165,7 @@ def finetune(
         number: which train step of the recipe this is, for the log.
         progress: called with every logged line.
         prune: prune along the training, and cut at the end of the ramp.
+        windows: tokens `[samples, length]` on which `prune.refit` fits.
 
     Raises `TrainingDiverged` when the loss is not finite, `RecipeError` when nothing is trainable.
     """
@@ -179,7 +181,7 @@ def finetune(
         trainer = _trainer(model, examples, collator, options, folder, seed, save=checkpoints is not None)
         trainer.log_lines = lines
         trainer.add_callback(lines)
-        ramp = _ramp(trainer, model, prune, options, seed)
+        ramp = _ramp(trainer, model, prune, options, seed, windows)
         if ramp is not None and options.distill_top_k:
             if not (resume and (folder / FILE).is_file()):
                 _write_teacher(folder / FILE, cast(PeftModel, model), ramp, examples, collator, options)
@@ -220,14 +222,19 @@ def finetune(
 
 
 def _ramp(
-    trainer: _CountingTrainer, model: nn.Module, prune: PruneOptions | None, options: TrainOptions, seed: int
+    trainer: _CountingTrainer,
+    model: nn.Module,
+    prune: PruneOptions | None,
+    options: TrainOptions,
+    seed: int,
+    windows: Tensor | None,
 ) -> Ramp | None:
     """What prunes along the training that `trainer` does."""
     if prune is None:
         return None
     padded = prune.widths == "allocated"  # what is left behind zeros would learn again, without its gate
     asked = options.distill and not options.distill_top_k
-    ramp = Ramp(model, prune, last=asked or padded, seed=seed)
+    ramp = Ramp(model, prune, last=asked or padded, seed=seed, windows=windows)
     trainer.prune_along(ramp, options.distill)
     return ramp
 
@@ -257,7 +264,13 @@ def _trainable(model: nn.Module, options: TrainOptions) -> int:
 
 def _pruned(ramp: Ramp, facts: PruneFacts) -> dict[str, object]:
     kept = {name: list(units) for name, units in ramp.kept.items()}
-    return {**facts.to_dict(), "kept": kept, "history": {str(step): share for step, share in ramp.history.items()}}
+    lost = {"lost": [{"name": name, "share": share} for name, share in ramp.lost.items()]} if ramp.lost else {}
+    return {
+        **facts.to_dict(),
+        **lost,
+        "kept": kept,
+        "history": {str(step): share for step, share in ramp.history.items()},
+    }
 
 
 def _measured(ramp: Ramp | None, *arguments: Any) -> float:

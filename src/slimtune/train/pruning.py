@@ -3,7 +3,8 @@
 After every optimizer step the scores of all units are averaged (LoRAPrune's moving average); every few steps the units
 to keep are chosen anew from all of them, so one that was closed by mistake opens again. When the ramp is over the
 closed units are cut out, with the adapter's factors and the optimizer's state, and the rest of the training is faster;
-where the unpruned model teaches, it is needed until the end, and the cut comes last.
+where the unpruned model teaches, it is needed until the end, and the cut comes last. With `refit`, what is kept is
+fitted to the outputs of the whole at every choice, always from the weights of the beginning.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from slimtune.arch import bind
@@ -22,9 +23,11 @@ from slimtune.prune import IMPORTANCES, Importance
 from slimtune.prune.groups import axes, parameters
 from slimtune.prune.options import PruneOptions
 from slimtune.prune.probe import Probe, Scores
+from slimtune.prune.refit import refit_
 from slimtune.prune.schedule import ends_at, ratio_at
 from slimtune.prune.select import Kept, select
 from slimtune.prune.surgery import PruneFacts, PrunePlan, prune_, require_cuttable
+from slimtune.prune.weights import base_layer
 
 AVERAGE = 0.9
 """What the moving average of the scores keeps of itself at every step (LoRAPrune's)."""
@@ -37,9 +40,20 @@ class Ramp(TrainerCallback):
         facts: what was cut, once it was.
         kept: the units that stay, of those the model had at the start.
         history: the share of parameters behind closed gates, by training step.
+        lost: the share of a reader's outputs that the last fitting lost, by its name.
+
+    `windows` `[samples, length]` are the tokens to fit on.
     """
 
-    def __init__(self, model: nn.Module, options: PruneOptions, *, last: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        options: PruneOptions,
+        *,
+        last: bool = False,
+        seed: int = 0,
+        windows: Tensor | None = None,
+    ) -> None:
         self._base, self._options, self._last = base_of(model), options, last
         self._modelmap = bind(model)
         self._axes = axes(self._modelmap, options.targets)  # type: ignore[arg-type]  # PruneOptions checked them
@@ -51,6 +65,9 @@ class Ramp(TrainerCallback):
         self.kept: Kept = {axis.name: tuple(range(axis.units)) for axis in self._axes}
         self.facts: PruneFacts | None = None
         self.history: dict[int, float] = {}
+        self.lost: dict[str, float] = {}
+        self._windows = windows
+        self._first: dict[str, list[Tensor]] = {}  # what readers were before they were fitted
         self.probe = Probe(self._base, self._modelmap, self._axes, self._importance, seed)
 
     def on_train_begin(
@@ -89,6 +106,17 @@ class Ramp(TrainerCallback):
         finally:
             self.probe.listening = before
 
+    @contextmanager
+    def unpruned(self) -> Iterator[None]:
+        """Within the block the model is as it was: gates open, and readers with the weights of the beginning."""
+        fitted = {name: self._data(name) for name in self._first}
+        self._put(self._first)
+        try:
+            with self.probe.opened():
+                yield
+        finally:
+            self._put(fitted)
+
     def finish(self) -> None:
         """Cut, where that was put off to the end; the gates are gone afterwards."""
         if self.facts is None:
@@ -102,6 +130,8 @@ class Ramp(TrainerCallback):
             "cut": self.facts is not None,
             "history": self.history,
             "generator": self.probe.generator.get_state(),
+            "fitted": {name: self._data(name) for name in self.lost},
+            "lost": self.lost,
         }
 
     def restore_(self, state: dict[str, Any]) -> None:
@@ -111,8 +141,11 @@ class Ramp(TrainerCallback):
         self.probe.generator.set_state(state["generator"])
         for name, units in self.kept.items():
             self.probe.keep(name, units)
+        self.lost = state["lost"]
+        self._first = {name: self._data(name) for name in self.lost}
         if state["cut"]:
             self._cut(None)
+        self._put(state["fitted"])
 
     def _choose(self, ratio: float, *, final: bool) -> None:
         self.kept = select(
@@ -127,6 +160,25 @@ class Ramp(TrainerCallback):
         )
         for name, units in self.kept.items():
             self.probe.keep(name, units)
+        if self._options.refit and self._windows is not None:
+            self._fit(self._windows)
+
+    def _fit(self, windows: Tensor) -> None:
+        if not self._first:
+            readers = {part.port for axis in self._axes for part in axis.readers}
+            self._first = {name: [data.clone() for data in self._data(name)] for name in sorted(readers)}
+        with self.deaf():
+            plan = PrunePlan(self._axes, self.kept)
+            self.lost = refit_(self._base, self._modelmap, plan, windows, gates=self.probe, whole=self._first)
+
+    def _data(self, name: str) -> list[Tensor]:
+        """The parameters of a reader, weight first, without its adapter."""
+        return [parameter.data for parameter in base_layer(self._base.get_submodule(name)).parameters()]
+
+    def _put(self, values: dict[str, list[Tensor]]) -> None:
+        for name, tensors in values.items():
+            for parameter, data in zip(base_layer(self._base.get_submodule(name)).parameters(), tensors, strict=True):
+                parameter.data = data.to(parameter.device)
 
     def _share(self) -> float:
         gone = sum(axis.parameters * (axis.units - len(self.kept[axis.name])) for axis in self._axes)
@@ -134,5 +186,6 @@ class Ramp(TrainerCallback):
 
     def _cut(self, optimizer: torch.optim.Optimizer | None) -> None:
         self.probe.remove()
+        self._first = {}
         plan = PrunePlan(self._axes, self.kept, self._options.ratio, self._options.of)
         self.facts = prune_(self._base, self._modelmap, plan, optimizer=optimizer)
