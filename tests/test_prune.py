@@ -137,8 +137,12 @@ def test_a_ramp_prunes_along_training_and_the_result_is_what_was_trained(
 ) -> None:
     model = save_pico(tmp_path / "pico", "llama", num_attention_heads=8, num_key_value_heads=4)
     steps = [{"lora": {"r": 4}}, {"prune": RAMP}, {"train": {**TRAIN, "distill": distill}}, "merge"]
-    report = run(recipe(model, data, *steps), tmp_path / "run")
+    report = run(recipe(model, {**data, "eval": data["train"]}, *steps), tmp_path / "run")
     facts = report["steps"][2]["facts"]["prune"]
+    assert facts["losses"].keys() == {"0", *facts["history"]} and len(set(facts["losses"].values())) > 3
+    for name, grows in (("bytes", False), ("cache_bytes_per_token", False), ("decode_tokens_per_second", None)):
+        before, after = (facts["cost"][when][name] for when in ("before", "after"))
+        assert before > 0 < after and (grows is None or after < before)
     assert facts["removed_ratio"] == pytest.approx(0.4, abs=0.03)
     shares = list(facts["history"].values())
     assert shares == sorted(shares) and shares[0] < shares[-1] == facts["removed_ratio"] and len(shares) > 2

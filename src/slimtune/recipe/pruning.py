@@ -11,9 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from slimtune.arch import ModelMap, bind
+from slimtune.arch import ModelMap, Space, bind
 from slimtune.errors import FormatError, RecipeError, nearest
-from slimtune.lora.attach import base_of
+from slimtune.evaluate.speed import speed
+from slimtune.lora.attach import base_of, plain
 from slimtune.prune import IMPORTANCES, Importance
 from slimtune.prune.collect import collect
 from slimtune.prune.groups import axes, parameters
@@ -22,9 +23,13 @@ from slimtune.prune.refit import refit_
 from slimtune.prune.removal import MEASURED
 from slimtune.prune.select import select
 from slimtune.prune.surgery import PruneFacts, PrunePlan, prune_, require_cuttable
+from slimtune.quant.size import model_size
 from slimtune.recipe.schema import Prune, Step, Train
 
 RECORD = "pruning.json"
+PROMPT, REPLY = 64, 8
+"""Tokens read and written to measure what pruning changed: few, since it is done in passing."""
+
 Facts = dict[str, Any]
 Progress = Callable[[int, int], None]
 
@@ -106,6 +111,21 @@ def prune_now(
     facts: PruneFacts = prune_(base, modelmap, plan)
     fitted = {"lost": [{"name": name, "share": share} for name, share in lost.items()]} if lost else {}
     return {**facts.to_dict(), **fitted, "kept": {name: list(units) for name, units in kept.items()}}
+
+
+def cost_of(model: nn.Module) -> Facts:
+    """What it takes to run `model` as it is, adapter aside: bytes, and tokens a second on a short prompt."""
+    plain_model, modelmap = cast(Any, base_of(model)), bind(model)
+    size = model_size(plain(model), frozenset(port.name for port in modelmap.linears))
+    positions = getattr(plain_model.config.get_text_config(), "max_position_embeddings", None) or PROMPT
+    measured = speed(plain_model, prompt_tokens=max(1, min(PROMPT, positions - REPLY)), new_tokens=REPLY)
+    keys = 2 * modelmap.sizes.get(Space.KV_HEAD, modelmap.sizes[Space.HEAD]) * plain_model.dtype.itemsize
+    return {
+        "bytes": size.bytes,
+        "cache_bytes_per_token": keys * sum(block.stack == modelmap.blocks[-1].stack for block in modelmap.blocks),
+        "prefill_tokens_per_second": measured.prefill_tokens_per_second,
+        "decode_tokens_per_second": measured.decode_tokens_per_second,
+    }
 
 
 def record(facts: Facts, before: Facts | None, base: str, folder: Path | None) -> Facts:

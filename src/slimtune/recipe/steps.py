@@ -40,7 +40,7 @@ from slimtune.recipe.gradients import (
 )
 from slimtune.recipe.merging import merge_low_bit
 from slimtune.recipe.plan import CALIBRATION_BATCH, DEFAULT_SAMPLES, calibration_source
-from slimtune.recipe.pruning import needs_data, pending, prune_now, record
+from slimtune.recipe.pruning import cost_of, needs_data, pending, prune_now, record
 from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train
 from slimtune.recipe.treatments import Treatments
 from slimtune.rotate.fuse import rotate_
@@ -216,9 +216,10 @@ def _prune(session: Session, step: Prune) -> Facts:
         session.say("  acts along the train step that follows")
         return {**facts, "acts": "in the next train step"}
     tokens, source = _calibration(session) if needs_data(step) else (None, {})
-    facts |= source | prune_now(
-        session.whole(), step, tokens, seed=session.recipe.seed, progress=_done(session, "batch")
-    )
+    model = session.whole()
+    before = cost_of(model)
+    facts |= source | prune_now(model, step, tokens, seed=session.recipe.seed, progress=_done(session, "batch"))
+    facts["cost"] = {"before": before, "after": cost_of(model)}
     _record(session, facts)
     return facts
 
@@ -331,6 +332,7 @@ def _train(session: Session, step: Train, number: int) -> Facts:
         model.requires_grad_(True)
     ramp = pending(session.recipe.steps, number)
     windows = _calibration(session)[0][:FITTED_WINDOWS] if ramp is not None and ramp.refit else None
+    before = cost_of(model) if ramp is not None else {}
     result = finetune(
         model,
         examples,
@@ -347,6 +349,7 @@ def _train(session: Session, step: Train, number: int) -> Facts:
         windows=windows,
     )
     if result.prune is not None:
+        result.prune["cost"] = {"before": before, "after": cost_of(model)}
         _record(session, result.prune)
     return {**result.to_dict(), "sample": facts.pop("sample"), "data": {"source": str(data.train), **facts}}
 

@@ -32,6 +32,9 @@ from slimtune.train.options import TrainOptions
 from slimtune.train.pruning import Ramp
 from slimtune.train.teacher import FILE, Teacher, visited, write_teacher
 
+POINT_ROWS = 16
+"""Held-out rows whose loss is measured along a ramp."""
+
 
 @dataclass(frozen=True)
 class TrainFacts:
@@ -64,6 +67,11 @@ class _CountingTrainer(CheckpointingTrainer):
     ramp: Ramp | None = None
     distill: bool = False
     teacher: Teacher | None = None
+
+    def log_to(self, lines: StepLog) -> None:
+        """Log every step there."""
+        self.log_lines = lines
+        self.add_callback(lines)
 
     def prune_along(self, ramp: Ramp, distill: bool) -> None:
         """Prune while training, and learn from the unpruned model where `distill`."""
@@ -170,8 +178,6 @@ def finetune(
     Raises `TrainingDiverged` when the loss is not finite, `RecipeError` when nothing is trainable.
     """
     trainable = _trainable(model, options)
-    if options.distill:
-        require_plain_head(base_of(model))
     rounding = nullcontext() if options.fake_quant is None else rounded_lora(model, options.fake_quant)
     with tempfile.TemporaryDirectory() as scratch, _without_cache(model), _same_flags(model), rounding as switch:
         folder = checkpoints or Path(scratch)
@@ -179,13 +185,9 @@ def finetune(
         examples = visited(examples, options, seed) if options.distill_top_k else examples
         lines = StepLog(log or Path(scratch) / "log.jsonl", number, progress)
         trainer = _trainer(model, examples, collator, options, folder, seed, save=checkpoints is not None)
-        trainer.log_lines = lines
-        trainer.add_callback(lines)
+        trainer.log_to(lines)
         ramp = _ramp(trainer, model, prune, options, seed, windows)
-        if ramp is not None and options.distill_top_k:
-            if not (resume and (folder / FILE).is_file()):
-                _write_teacher(folder / FILE, cast(PeftModel, model), ramp, examples, collator, options)
-            trainer.learn_from(Teacher(folder / FILE, examples, options.distill_top_k))
+        _along(trainer, ramp, held_out, collator, options, folder / FILE, resume)
         if switch is not None and options.fake_quant is not None:
             trainer.add_callback(_WarmUp(switch, options.fake_quant.warmup_steps))
         lines.resume_at(int(start.name.rsplit("-", 1)[1]) if start else -1)
@@ -239,21 +241,32 @@ def _ramp(
     return ramp
 
 
-def _write_teacher(
-    path: Path,
-    model: PeftModel,
-    ramp: Ramp,
-    examples: Sequence[Example],
+def _along(
+    trainer: _CountingTrainer,
+    ramp: Ramp | None,
+    held_out: Sequence[Example],
     collator: Collator,
     options: TrainOptions,
+    path: Path,
+    resume: bool,
 ) -> None:
-    """Ask the unpruned model about every example that training will look at."""
-    size, k = options.per_device_train_batch_size, options.distill_top_k
-    write_teacher(path, model, partial(unpruned, model, ramp), examples, collator, k, size)
+    """What goes with a ramp: the loss on a few held-out rows, and what its teacher says, kept in the file `path`."""
+    if ramp is None:
+        return
+    model, size = cast(PeftModel, trainer.model), options.per_device_train_batch_size
+    if held_out:
+        ramp.measure = partial(heldout_loss, model, held_out[:POINT_ROWS], collator, size)
+    if options.distill_top_k:
+        examples = cast(_Examples, trainer.train_dataset).examples
+        if not (resume and path.is_file()):
+            write_teacher(path, model, partial(unpruned, model, ramp), examples, collator, options.distill_top_k, size)
+        trainer.learn_from(Teacher(path, examples, options.distill_top_k))
 
 
 def _trainable(model: nn.Module, options: TrainOptions) -> int:
-    """How many numbers train, scales among them where `options` want that."""
+    """How many numbers train, scales among them where `options` want that; the model can learn as they say."""
+    if options.distill:
+        require_plain_head(base_of(model))
     if options.scales and not tune_(model):
         raise RecipeError("there are no scales to train", where="scales", remedy="quantize before, or leave it out")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -270,6 +283,7 @@ def _pruned(ramp: Ramp, facts: PruneFacts) -> dict[str, object]:
         **lost,
         "kept": kept,
         "history": {str(step): share for step, share in ramp.history.items()},
+        "losses": {str(step): loss for step, loss in ramp.losses.items()},
     }
 
 

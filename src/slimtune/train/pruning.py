@@ -9,7 +9,7 @@ fitted to the outputs of the whole at every choice, always from the weights of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,9 @@ from slimtune.prune.weights import base_layer
 AVERAGE = 0.9
 """What the moving average of the scores keeps of itself at every step (LoRAPrune's)."""
 
+POINTS = 8
+"""Moments of a ramp, about, at which the loss is measured."""
+
 
 class Ramp(TrainerCallback):
     """Prunes `model` along its training by `options`.
@@ -40,7 +43,10 @@ class Ramp(TrainerCallback):
         facts: what was cut, once it was.
         kept: the units that stay, of those the model had at the start.
         history: the share of parameters behind closed gates, by training step.
+        losses: what `measure` found, by training step: before the first choice and after some of them.
         lost: the share of a reader's outputs that the last fitting lost, by its name.
+
+        measure: takes the loss on held-out rows, where there are any.
 
     `windows` `[samples, length]` are the tokens to fit on.
     """
@@ -66,6 +72,8 @@ class Ramp(TrainerCallback):
         self.facts: PruneFacts | None = None
         self.history: dict[int, float] = {}
         self.lost: dict[str, float] = {}
+        self.losses: dict[int, float] = {}
+        self.measure: Callable[[], float] | None = None
         self._windows = windows
         self._first: dict[str, list[Tensor]] = {}  # what readers were before they were fitted
         self.probe = Probe(self._base, self._modelmap, self._axes, self._importance, seed)
@@ -73,8 +81,10 @@ class Ramp(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Learn how long the training is; evaluation is not looked at."""
+        """Learn how long the training is."""
         self._steps = state.max_steps
+        if 0 not in self.losses and self.facts is None:
+            self._look(0)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -94,6 +104,8 @@ class Ramp(TrainerCallback):
         if step == end or (step < end and step % self._options.every == 0):
             self._choose(ratio_at(self._options, step, self._steps), final=step == end)
             self.history[step] = self._share()
+            if step == end or (step // self._options.every) % max(1, end // self._options.every // POINTS) == 0:
+                self._look(step)
         if step == end and not self._last:
             self._cut(kwargs.get("optimizer"))
 
@@ -132,6 +144,7 @@ class Ramp(TrainerCallback):
             "generator": self.probe.generator.get_state(),
             "fitted": {name: self._data(name) for name in self.lost},
             "lost": self.lost,
+            "losses": self.losses,
         }
 
     def restore_(self, state: dict[str, Any]) -> None:
@@ -141,7 +154,7 @@ class Ramp(TrainerCallback):
         self.probe.generator.set_state(state["generator"])
         for name, units in self.kept.items():
             self.probe.keep(name, units)
-        self.lost = state["lost"]
+        self.lost, self.losses = state["lost"], {int(k): v for k, v in state["losses"].items()}
         self._first = {name: self._data(name) for name in self.lost}
         if state["cut"]:
             self._cut(None)
@@ -162,6 +175,11 @@ class Ramp(TrainerCallback):
             self.probe.keep(name, units)
         if self._options.refit and self._windows is not None:
             self._fit(self._windows)
+
+    def _look(self, step: int) -> None:
+        if self.measure is not None:
+            with self.deaf():
+                self.losses[step] = self.measure()
 
     def _fit(self, windows: Tensor) -> None:
         if not self._first:
