@@ -79,10 +79,11 @@ def run(arm: str, layers: int, packed: bool, length: int) -> dict[str, Any]:
         model = add_lora(model, r=8)
     base, modelmap = base_of(model), bind(model)
     tokens = torch.randint(0, 32_000, (1, length), generator=torch.Generator().manual_seed(0))
-    if arm == "full":
-        names = {f"{port.name}.weight" for port in modelmap.linears if port.block is not None}
+    if arm not in ("lora-only", "lora"):
+        names = {f"{port.name}.weight" for port in modelmap.linears if port.block is not None and arm == "full"}
         for name, parameter in base.named_parameters():
-            parameter.requires_grad_(name in names)
+            if parameter.is_floating_point():
+                parameter.requires_grad_(name in names)
     gradients = sum(p.numel() * p.element_size() for p in base.parameters() if p.requires_grad)
     release()
     with Meter() as meter:

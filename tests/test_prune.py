@@ -29,7 +29,7 @@ from slimtune.recipe.plan import plan
 from slimtune.recipe.pruning import pending, read_record
 from slimtune.recipe.run import run
 from slimtune.recipe.schema import Recipe, recipe_from
-from slimtune.train.checkpoint import CheckpointingTrainer
+from slimtune.train.checkpoint import CheckpointingTrainer, decode, encode
 from slimtune.train.data import Collator, Example
 from slimtune.train.distill import distilled_loss, head_divergence, top_divergence, unpruned
 from slimtune.train.loop import finetune
@@ -342,6 +342,16 @@ def test_a_ramp_fits_what_it_keeps_from_the_weights_of_the_beginning(name: str) 
     ramp._put(ramp._first)
     without = logits(model, {"input_ids": WINDOWS})
     assert (with_fit - whole[0]).square().mean() < 0.9 * (without - whole[0]).square().mean()
+
+
+def test_a_ramp_that_goes_on_keeps_the_times_it_measured() -> None:
+    options = PruneOptions(**{**RAMP, "per": "microsecond"})
+    first, second = (Ramp(add_lora(pico_model("llama"), r=2), options) for _ in range(2))
+    assert first.times and first.times.keys() == {"kv", "ffn"}
+    first.times["ffn"][0] = (1, 123.0)
+    state = decode(json.loads(json.dumps(encode(first.state(), held := {}, ""))), held)
+    second.restore_(state)
+    assert second.times == first.times
 
 
 def test_units_behind_a_closed_gate_can_come_back() -> None:

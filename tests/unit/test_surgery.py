@@ -14,10 +14,9 @@ from pico import PICO, logits, pico_inputs, pico_model
 from slimtune.arch import ModelMap, bind
 from slimtune.errors import RecipeError, ShapeError
 from slimtune.lora.attach import add_lora, base_of
-from slimtune.prune.groups import Axis, axes, block_parameters, parameters, possible
+from slimtune.prune.groups import Axis, Kept, axes, block_parameters, parameters, possible
 from slimtune.prune.importance import Magnitude
 from slimtune.prune.probe import Probe
-from slimtune.prune.select import Kept
 from slimtune.prune.surgery import PrunePlan, prune_
 from slimtune.quant.apply import all_linear, quantize_
 from slimtune.quant.quip import Quip

@@ -22,6 +22,9 @@ from slimtune.errors import RecipeError
 
 Kind = Literal["kv", "heads", "ffn", "layers"]
 Target = Literal["kv", "heads", "ffn", "layers", "sublayers"]
+Kept = dict[str, tuple[int, ...]]
+"""The units of each axis that stay, in order, by the axis's name."""
+
 INNER = (Space.HEAD, Space.FFN)
 
 

@@ -28,6 +28,9 @@ class PruneOptions:
     widths: Literal["uniform", "allocated"] = field(
         default="uniform", metadata={"help": "all blocks alike, or by score per parameter (padded with zeros)"}
     )
+    per: Literal["parameter", "microsecond"] = field(
+        default="parameter", metadata={"help": "what scores are weighed against: parameters, or measured time"}
+    )
     schedule: Literal["one-shot", "linear", "cubic"] = field(
         default="one-shot", metadata={"help": "at once, or along the train step that follows"}
     )
@@ -65,6 +68,8 @@ class PruneOptions:
                 got="sublayers",
                 remedy="use widths: allocated (zeros in a file as large as before), or targets: layers",
             )
+        if "layers" in self.targets and self.per == "microsecond":
+            raise RecipeError("all layers take as long", where="per", got=self.per, remedy="leave it out")
         if self.refit and depth:
             raise RecipeError(
                 "refit fits what is kept of a sub-layer",

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from slimtune.arch import ModelMap, Port, Space
 from slimtune.errors import RecipeError, ShapeError
-from slimtune.prune.groups import Axis, parameters
-from slimtune.prune.select import Kept
+from slimtune.prune.groups import Axis, Kept, parameters
 from slimtune.prune.weights import Packed, base_layer, factors
 
 COUNTS = {

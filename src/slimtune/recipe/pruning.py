@@ -18,6 +18,7 @@ from slimtune.lora.attach import base_of, plain
 from slimtune.prune import IMPORTANCES, Importance
 from slimtune.prune.collect import collect
 from slimtune.prune.groups import axes, parameters
+from slimtune.prune.latency import latency
 from slimtune.prune.options import PruneOptions
 from slimtune.prune.refit import refit_
 from slimtune.prune.removal import MEASURED
@@ -96,6 +97,7 @@ def prune_now(
     found = axes(modelmap, cast(Any, options.targets))
     require_cuttable(base, found)
     normalise: Any = options.normalise
+    times = latency(base, modelmap, found, seed) if options.per == "microsecond" else None
     scores = collect(base, modelmap, found, importance, tokens, normalise=normalise, seed=seed, progress=progress)
     kept = select(
         modelmap,
@@ -105,12 +107,14 @@ def prune_now(
         step=options.multiple_of,
         additive=importance.additive,
         allocated=options.widths == "allocated",
+        latency=times,
     )
     plan = PrunePlan(found, kept, options.ratio, options.of)
     lost = refit_(base, modelmap, plan, cast(Tensor, tokens)) if options.refit else {}
     facts: PruneFacts = prune_(base, modelmap, plan)
     fitted = {"lost": [{"name": name, "share": share} for name, share in lost.items()]} if lost else {}
-    return {**facts.to_dict(), **fitted, "kept": {name: list(units) for name, units in kept.items()}}
+    timed = {"latency": times} if times else {}
+    return {**facts.to_dict(), **fitted, **timed, "kept": {name: list(units) for name, units in kept.items()}}
 
 
 def cost_of(model: nn.Module) -> Facts:

@@ -32,6 +32,7 @@ _PRUNED = {
     "axes?": [{"name": str, "kind": str, "units": int, "kept": int, "real": int}],
     "history?": dict,
     "losses?": dict,
+    "latency?": dict,
     "cost?": {"before": dict, "after": dict},
 }
 _FACTS: dict[str, Any] = {

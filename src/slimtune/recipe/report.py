@@ -30,7 +30,19 @@ from slimtune.recipe.widths import pruned_facts, widths_section
 
 __all__ = ["Comparison", "compare", "print_comparison", "read_report", "write_comparison_html", "write_html"]
 
-_DRAWN_ELSEWHERE = ("layers", "skipped", "sample", "axes", "requantized", "lost", "prune", "channels", "ranks", "cost")
+_DRAWN_ELSEWHERE = (
+    "layers",
+    "skipped",
+    "sample",
+    "axes",
+    "requantized",
+    "lost",
+    "prune",
+    "channels",
+    "ranks",
+    "cost",
+    "latency",
+)
 
 # How the summary says what a step did: the verb, then what follows it for each setting or fact that is known.
 _DEEDS: dict[str, tuple[str, dict[str, str]]] = {

@@ -47,7 +47,7 @@ def widths_section(i: int, facts: dict[str, Any]) -> Section:
         note += f"({again[0]['reason']})."
     grid = Grid(rows, ["kind", "kept", "of", "sub-layers"], numbers=True)
     figures = [width_plot(f"widths-{i}", shares), _schedule_plot(i, facts)]
-    grids = [grid, *_costs(facts), *_schedule(facts)]
+    grids = [grid, *_costs(facts), *_times(facts, names), *_schedule(facts)]
     return Section(f"Widths after pruning (step {i + 1})", note.strip(), "".join(filter(None, figures)) or None, grids)
 
 
@@ -61,6 +61,17 @@ def _costs(facts: dict[str, Any]) -> Iterator[Grid]:
             if name in cost["before"]
         ]
         yield Grid(rows, ["measured", "before", "after"], numbers=True)
+
+
+def _times(facts: dict[str, Any], names: dict[str, str]) -> Iterator[Grid]:
+    """What a block takes at the widths that were timed, where scores were weighed against that."""
+    rows = [
+        [Cell(names.get(kind, kind)), Cell(number(units)), Cell(four_digits(time))]
+        for kind, points in (facts.get("latency") or {}).items()
+        for units, time in points
+    ]
+    if rows:
+        yield Grid(rows, ["a block with so many", "kept", "microseconds"], numbers=True)
 
 
 def _points(facts: dict[str, Any]) -> dict[int, float]:

@@ -284,6 +284,7 @@ def _pruned(ramp: Ramp, facts: PruneFacts) -> dict[str, object]:
         "kept": kept,
         "history": {str(step): share for step, share in ramp.history.items()},
         "losses": {str(step): loss for step, loss in ramp.losses.items()},
+        **({"latency": ramp.times} if ramp.times else {}),
     }
 
 

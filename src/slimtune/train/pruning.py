@@ -20,12 +20,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from slimtune.arch import bind
 from slimtune.lora.attach import base_of
 from slimtune.prune import IMPORTANCES, Importance
-from slimtune.prune.groups import axes, parameters
+from slimtune.prune.groups import Kept, axes, parameters
+from slimtune.prune.latency import latency
 from slimtune.prune.options import PruneOptions
 from slimtune.prune.probe import Probe, Scores
 from slimtune.prune.refit import refit_
 from slimtune.prune.schedule import ends_at, ratio_at
-from slimtune.prune.select import Kept, select
+from slimtune.prune.select import select
 from slimtune.prune.surgery import PruneFacts, PrunePlan, prune_, require_cuttable
 from slimtune.prune.weights import base_layer
 
@@ -44,6 +45,7 @@ class Ramp(TrainerCallback):
         kept: the units that stay, of those the model had at the start.
         history: the share of parameters behind closed gates, by training step.
         losses: what `measure` found, by training step: before the first choice and after some of them.
+        times: what widths take, where scores are weighed against that.
         lost: the share of a reader's outputs that the last fitting lost, by its name.
 
         measure: takes the loss on held-out rows, where there are any.
@@ -76,6 +78,8 @@ class Ramp(TrainerCallback):
         self.measure: Callable[[], float] | None = None
         self._windows = windows
         self._first: dict[str, list[Tensor]] = {}  # what readers were before they were fitted
+        timed = options.per == "microsecond"
+        self.times = latency(self._base, self._modelmap, self._axes, seed) if timed else None
         self.probe = Probe(self._base, self._modelmap, self._axes, self._importance, seed)
 
     def on_train_begin(
@@ -145,6 +149,7 @@ class Ramp(TrainerCallback):
             "fitted": {name: self._data(name) for name in self.lost},
             "lost": self.lost,
             "losses": self.losses,
+            "times": self.times,
         }
 
     def restore_(self, state: dict[str, Any]) -> None:
@@ -155,6 +160,7 @@ class Ramp(TrainerCallback):
         for name, units in self.kept.items():
             self.probe.keep(name, units)
         self.lost, self.losses = state["lost"], {int(k): v for k, v in state["losses"].items()}
+        self.times = state["times"]
         self._first = {name: self._data(name) for name in self.lost}
         if state["cut"]:
             self._cut(None)
@@ -170,6 +176,7 @@ class Ramp(TrainerCallback):
             additive=self._importance.additive,
             allocated=self._options.widths == "allocated",
             none=not final,
+            latency=self.times,
         )
         for name, units in self.kept.items():
             self.probe.keep(name, units)
