@@ -14,7 +14,7 @@ from pico import PICO, VOCAB_SIZE, pico_model
 from slimtune.arch import bind
 from slimtune.errors import CalibrationError
 from slimtune.lora.attach import add_lora, base_of
-from slimtune.prune import IMPORTANCES
+from slimtune.prune import IMPORTANCES, weights
 from slimtune.prune.collect import collect
 from slimtune.prune.groups import Axis, axes
 from slimtune.prune.importance import (
@@ -230,6 +230,23 @@ def test_every_importance_scores_every_family_and_leaves_it_alone(importance: st
     for n, p in base.named_parameters():
         assert torch.equal(p, before[n][0]) and p.requires_grad == before[n][1] and p.grad is None, n
     assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules())
+
+
+@pytest.mark.parametrize("importance", ["lora", "weight-taylor", "flap", "wanda", "magnitude", "random"])
+def test_scores_are_the_same_however_few_units_are_looked_at_together(
+    importance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = add_lora(pico_model("phi3", dtype=torch.float64), r=2)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter)
+    base, modelmap = base_of(model), bind(model)
+    wanted = collect(base, modelmap, axes(modelmap), IMPORTANCES[importance](), TOKENS)
+    monkeypatch.setattr(weights, "ENTRIES", 100)
+    assert len(list(weights.runs(axes(modelmap, ("ffn",))[0].readers[0], 40, 32))) == 14
+    got = collect(base, modelmap, axes(modelmap), IMPORTANCES[importance](), TOKENS)
+    for name, scores in wanted.items():
+        torch.testing.assert_close(got[name], scores)
 
 
 def test_no_weight_gets_a_gradient_from_gates() -> None:

@@ -2,8 +2,9 @@
 
 An importance is called once for each part of an axis that it `looks_at`, with the part's weight as `[units, size, n]`
 (`size` rows or columns a unit, `n` the other side) and the statistics it `needs`, and returns `[units]`; the scores of
-all parts are added. With gradients taken at the output `L` of a loss, `W` a weight and `m` a gate that multiplies what
-a unit hands to the reader, the statistics are
+all parts are added. It may be asked about some units at a time, and sees no weight where gates are all it needs. With
+gradients taken at the output `L` of a loss, `W` a weight and `m` a gate that multiplies what a unit hands to the
+reader, the statistics are
 
 - `gate`, `gate_squares` `[units]`: the mean over sequences of `dL/dm`, and of its square;
 - `gradient` `[units, size, n]`: `dL/dW`, one module and one batch at a time (the scores of batches are averaged);
