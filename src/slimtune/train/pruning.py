@@ -34,7 +34,7 @@ AVERAGE = 0.9
 """What the moving average of the scores keeps of itself at every step (LoRAPrune's)."""
 
 POINTS = 8
-"""Moments of a ramp, about, at which the loss is measured."""
+"""Moments of a ramp, at most and beside its ends, at which the loss is measured."""
 
 
 class Ramp(TrainerCallback):
@@ -108,7 +108,7 @@ class Ramp(TrainerCallback):
         if step == end or (step < end and step % self._options.every == 0):
             self._choose(ratio_at(self._options, step, self._steps), final=step == end)
             self.history[step] = self._share()
-            if step == end or (step // self._options.every) % max(1, end // self._options.every // POINTS) == 0:
+            if step == end or (step // self._options.every) % -(-end // (self._options.every * POINTS)) == 0:
                 self._look(step)
         if step == end and not self._last:
             self._cut(kwargs.get("optimizer"))
