@@ -1,10 +1,11 @@
-"""WikiText-2 perplexity of SmolLM2-135M with 20 and 50 % of its blocks' parameters really removed, at once.
+"""Perplexity of SmolLM2-135M with 20 and 50 % of its blocks' parameters really removed, at once.
 
 Every arm prunes the same float32 model by scores from the same calibration windows (C4, 512 tokens each), without
-training, some with what is kept fitted; one evaluator scores all of them: token perplexity over windows of 512 on
-the first `--tokens` tokens of the raw test split.
+training, some with what is kept fitted; one evaluator scores all of them: token perplexity on the first `--tokens`
+tokens of each text, over windows of each of `--lengths` (`measured`; `perplexity` is that of the first of both).
 
-    python benchmarks/prune_smollm2.py --calibration c4.jsonl.gz --text wiki.test.raw.gz
+    python benchmarks/prune_smollm2.py --calibration c4.jsonl.gz --text wiki.test.raw.gz ptb.test.txt.gz
+    python benchmarks/prune_smollm2.py ... --targets layers --criteria influence loss-change gate-fisher --resume
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from slimtune.prune.collect import collect
 from slimtune.prune.groups import axes, parameters
 from slimtune.prune.probe import Scores
 from slimtune.prune.refit import refit_
+from slimtune.prune.removal import MEASURED
 from slimtune.prune.select import select
 from slimtune.prune.surgery import PrunePlan, prune_
 from slimtune.recipe.run import environment
@@ -45,10 +47,14 @@ def scores_of(model: Any, targets: Any, name: str, tokens: torch.Tensor) -> Scor
     return collect(base_of(model), modelmap, found, IMPORTANCES[name](), tokens, normalise=normalise)
 
 
-def measured(model: Any, tokens: torch.Tensor) -> float:
-    """Perplexity, computed alike for every arm."""
+def measured(model: Any, texts: dict[str, torch.Tensor], lengths: list[int]) -> dict[str, float]:
+    """Perplexity by text and length, computed alike for every arm."""
     with fast_forward(torch.device("cpu"), torch.float32):
-        return perplexity(model, tokens, length=512).value
+        return {
+            f"{name} {length}": perplexity(model, tokens, length=length).value
+            for name, tokens in texts.items()
+            for length in lengths
+        }
 
 
 def main() -> None:
@@ -56,21 +62,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--calibration", default="", help="rows of text; default: the built-in pydocs")
-    parser.add_argument("--text", required=True, help="a raw text to score")
+    parser.add_argument("--text", nargs="+", required=True, help="raw texts to score")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512], help="of windows")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.5])
-    parser.add_argument("--criteria", nargs="+", default=list(IMPORTANCES))
+    parser.add_argument(
+        "--criteria", nargs="+", default=[name for name in IMPORTANCES if not IMPORTANCES[name].needs & MEASURED]
+    )
     parser.add_argument("--refit", nargs="+", default=["wanda", "flap", "gate-fisher"], help="criteria to refit, too")
     parser.add_argument("--targets", default="kv+ffn", help="kinds of units, joined by +")
     parser.add_argument("--resume", action="store_true", help="keep the rows that the result has")
+    parser.add_argument("--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
     loaded = load(arguments.model)
     source = DataSource(path=arguments.calibration) if arguments.calibration else DataSource(builtin="pydocs")
     windows = calibration_tokens(read_rows(source), loaded.tokenizer, arguments.samples, 512, seed=0)
-    text = text_tokens(read_text(arguments.text), loaded.tokenizer)[: arguments.tokens]
+    texts = {
+        Path(path).name: text_tokens(read_text(path), loaded.tokenizer)[: arguments.tokens] for path in arguments.text
+    }
     if arguments.resume:
-        facts = json.loads(RESULT.read_text())
+        facts = json.loads(arguments.output.read_text())
     else:
         facts = {
             "environment": environment(),
@@ -78,13 +90,13 @@ def main() -> None:
             "seed": 0,
             "calibration": Path(str(source)).name,
             "samples": arguments.samples,
-            "text": Path(arguments.text).name,
-            "length": 512,
-            "tokens": len(text),
-            "dense": measured(loaded.model, text),
+            "text": list(texts),
+            "lengths": arguments.lengths,
+            "tokens": {name: len(tokens) for name, tokens in texts.items()},
+            "dense": measured(loaded.model, texts, arguments.lengths),
             "rows": [],
         }
-        print(f"dense {facts['dense']:.2f}", flush=True)
+        print("dense", facts["dense"], flush=True)
     for name in arguments.criteria:
         fits = (False, True) if name in arguments.refit else (False,)
         wanted = [(ratio, fit) for fit in fits for ratio in arguments.ratios]
@@ -98,16 +110,19 @@ def main() -> None:
         seconds = time.process_time() - start
         for ratio, fit in wanted:
             row = {"importance": name, "targets": arguments.targets, "refit": fit, "ratio": ratio}
-            row |= arm(load(arguments.model).model, targets, name, scores, ratio, windows if fit else None, text)
+            model = load(arguments.model).model
+            row |= arm(model, targets, name, scores, ratio, windows if fit else None)
+            found = measured(model, texts, arguments.lengths)
+            row |= {"perplexity": next(iter(found.values())), "measured": found}
             facts["rows"].append({**row, "score_cpu_seconds": round(seconds, 1)})
-            RESULT.write_text(json.dumps(facts, indent=1) + "\n")
+            arguments.output.write_text(json.dumps(facts, indent=1) + "\n")
             print(row, flush=True)
 
 
 def arm(
-    model: Any, targets: Any, name: str, scores: Scores, ratio: float, windows: torch.Tensor | None, text: torch.Tensor
+    model: Any, targets: Any, name: str, scores: Scores, ratio: float, windows: torch.Tensor | None
 ) -> dict[str, Any]:
-    """Prune `model` by `scores`, with a refit where there are windows for it, and score it."""
+    """Prune `model` by `scores`, with a refit where there are windows for it."""
     modelmap = bind(model)
     found = axes(modelmap, targets)
     kept = select(modelmap, found, scores, ratio * parameters(modelmap, "blocks"), additive=IMPORTANCES[name].additive)
@@ -119,7 +134,6 @@ def arm(
         "removed_ratio": pruned.removed_ratio,
         "kept": {fact.kind: fact.kept for fact in pruned.axes},
         "parameters": sum(p.numel() for p in model.parameters()),
-        "perplexity": measured(model, text),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,19 @@ from slimtune.export.base import stock_config
 from slimtune.export.load import load
 from slimtune.lora.attach import add_lora, base_of
 from slimtune.prune.options import PruneOptions
+from slimtune.prune.refit import fitted
+from slimtune.prune.weights import base_layer
 from slimtune.recipe.plan import plan
 from slimtune.recipe.pruning import pending, read_record
 from slimtune.recipe.run import run
 from slimtune.recipe.schema import Recipe, recipe_from
-from slimtune.train.checkpoint import CheckpointingTrainer
-from slimtune.train.data import Collator
-from slimtune.train.distill import distilled_loss, unpruned
+from slimtune.train.checkpoint import CheckpointingTrainer, decode, encode
+from slimtune.train.data import Collator, Example
+from slimtune.train.distill import distilled_loss, head_divergence, top_divergence, unpruned
 from slimtune.train.loop import finetune
 from slimtune.train.options import TrainOptions
 from slimtune.train.pruning import Ramp
+from slimtune.train.teacher import Teacher, top, visited, write_teacher
 
 WINDOWS = torch.randint(6, 262, (4, 24), generator=torch.Generator().manual_seed(1))
 ROWS = [{"prompt": f"What is {i}?", "completion": f"{i} is {'odd' if i % 2 else 'even'}."} for i in range(40)]
@@ -133,8 +137,12 @@ def test_a_ramp_prunes_along_training_and_the_result_is_what_was_trained(
 ) -> None:
     model = save_pico(tmp_path / "pico", "llama", num_attention_heads=8, num_key_value_heads=4)
     steps = [{"lora": {"r": 4}}, {"prune": RAMP}, {"train": {**TRAIN, "distill": distill}}, "merge"]
-    report = run(recipe(model, data, *steps), tmp_path / "run")
+    report = run(recipe(model, {**data, "eval": data["train"]}, *steps), tmp_path / "run")
     facts = report["steps"][2]["facts"]["prune"]
+    assert facts["losses"].keys() == {"0", *facts["history"]} and len(set(facts["losses"].values())) > 3
+    for name, grows in (("bytes", False), ("cache_bytes_per_token", False), ("decode_tokens_per_second", None)):
+        before, after = (facts["cost"][when][name] for when in ("before", "after"))
+        assert before > 0 < after and (grows is None or after < before)
     assert facts["removed_ratio"] == pytest.approx(0.4, abs=0.03)
     shares = list(facts["history"].values())
     assert shares == sorted(shares) and shares[0] < shares[-1] == facts["removed_ratio"] and len(shares) > 2
@@ -145,15 +153,23 @@ def test_a_ramp_prunes_along_training_and_the_result_is_what_was_trained(
 
 @pytest.mark.parametrize(  # with gates half closed, after the cut, and where the cut comes last
     ("killed_in", "changes"),
-    [(5, {"importance": "random"}), (10, {}), (10, {"importance": "lora"}), (12, {"distill": True})],
+    [
+        (5, {"importance": "random"}),
+        (10, {}),
+        (10, {"importance": "lora"}),
+        (12, {"distill": True}),
+        (10, {"distill": True, "distill_top_k": 5}),
+        (10, {"refit": True}),
+        (8, {"refit": True, "distill": True}),
+    ],
 )
 def test_resumed_across_a_surgery_is_uninterrupted_bit_for_bit(
     killed_in: int, changes: dict[str, Any], data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = dict(changes)
-    distill = changes.pop("distill", False)
+    learnt = {key: changes.pop(key) for key in ("distill", "distill_top_k") if key in changes}
     model = save_pico(tmp_path / "pico", "llama", num_attention_heads=8, num_key_value_heads=4)
-    train = {**TRAIN, "distill": distill}
+    train = {**TRAIN, **learnt}
     made = recipe(model, data, {"lora": {"r": 3}}, {"prune": {**RAMP, **changes}}, {"train": train})
     run(made, tmp_path / "whole")
     kill = CheckpointingTrainer.training_step
@@ -226,10 +242,116 @@ def test_the_teacher_is_the_model_without_gates_and_adapters() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-6)
 
 
+def test_what_the_teacher_said_stands_for_it(tmp_path: Path) -> None:
+    """Rows in any order, of different lengths: the kept predictions are those of the tokens they are asked for."""
+    model = add_lora(pico_model("llama"), r=2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    ramp = Ramp(model, PruneOptions(**{**RAMP, "targets": ("ffn",)}))
+    rows = [list(range(7, 9 + n)) for n in (5, 9, 3, 12)]
+    examples = [Example(ids, [-100, -100, *ids[2:]]) for ids in rows]
+    ask: Any = partial(unpruned, model, ramp)
+    write_teacher(tmp_path / "teacher", model, ask, examples, Collator(0), 262, 3)
+    asked = [3, 0, 2]
+    batch = Collator(0)([examples[row] for row in asked])
+    said = Teacher(tmp_path / "teacher", examples, 262).of(asked, torch.device("cpu"))
+    base = base_of(model)
+    wanted = distilled_loss(model, base, unpruned(model, ramp, batch), batch)
+    got = distilled_loss(model, base, said, batch)
+    torch.testing.assert_close(got, wanted)
+    write_teacher(tmp_path / "few", model, ask, examples, Collator(0), 7, 2)
+    fewer = distilled_loss(model, base, Teacher(tmp_path / "few", examples, 7).of(asked, torch.device("cpu")), batch)
+    assert 0 < fewer.item() < wanted.item()
+    with pytest.raises(FormatError, match="of other data"):
+        Teacher(tmp_path / "few", examples[:2], 7)
+    (tmp_path / "few").write_bytes(b"no")
+    with pytest.raises(FormatError, match="damaged"):
+        Teacher(tmp_path / "few", examples, 7)
+
+
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_divergence_from_the_likeliest_is_that_of_the_coarser_distributions(k: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    student, hidden, head = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (300, 300, 20))
+    bias = torch.randn(20, generator=generator, dtype=torch.float64)
+    student.requires_grad_(True)
+    got = top_divergence(student, top(hidden, head, bias, k), head, bias)
+    p, q = ((h @ head.T + bias).softmax(-1) for h in (hidden, student))
+    order = p.argsort(descending=True)
+    p, q = p.gather(1, order), q.gather(1, order)
+    if k < 20:
+        p, q = (torch.cat([x[:, :k], x[:, k:].sum(1, keepdim=True)], 1) for x in (p, q))
+    oracle = (p * (p.log() - q.log())).sum()
+    torch.testing.assert_close(got, oracle)
+    wanted = torch.autograd.grad(oracle, student)[0]
+    torch.testing.assert_close(torch.autograd.grad(got, student)[0], wanted)
+    if k == 20:
+        whole = head_divergence(student, hidden, head, bias)
+        torch.testing.assert_close(got, whole)
+
+
+def test_only_what_training_looks_at_is_asked_about() -> None:
+    examples = [Example([i, i], [i, i]) for i in range(20)]
+    few = visited(examples, TrainOptions(max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2), 1)
+    assert len(few) == 12 == len({example.input_ids[0] for example in few})
+    assert visited(examples, TrainOptions(max_steps=30), 1) is visited(examples, TrainOptions(), 1) is examples
+
+
 def test_distillation_wants_a_head_it_can_run_itself() -> None:
     model = add_lora(pico_model("gemma2"), r=2)
     with pytest.raises(RecipeError, match="distillation needs"):
         finetune(model, [], Collator(0), TrainOptions(distill=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-biased", "phi3"])
+def test_a_ramp_fits_what_it_keeps_from_the_weights_of_the_beginning(name: str) -> None:
+    model = add_lora(pico_model(name), r=2)
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(parameter, std=0.1)
+    inputs = {"input_ids": WINDOWS, "labels": WINDOWS}
+    options = PruneOptions(**{**RAMP, "importance": "wanda", "refit": True, "targets": ("ffn",)})
+    ramp = Ramp(model, options, windows=WINDOWS)
+    teacher = unpruned(model, ramp, inputs)
+    reader: Any = base_layer(base_of(model).get_submodule(next(iter(ramp.probe.axes))))
+    before = reader.weight.detach().clone()
+    seen: list[Tensor] = []
+    handle = reader.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    model(**inputs)
+    handle.remove()
+    ramp.on_pre_optimizer_step(*[None] * 3)  # type: ignore[arg-type]
+    whole = [logits(model, {"input_ids": WINDOWS})]
+    ramp._choose(0.1, final=False)
+    ramp._choose(0.3, final=False)
+    kept = torch.tensor(ramp.kept[next(iter(ramp.probe.axes))])
+    x = seen[0].flatten(0, -2).double()
+    if reader.bias is not None:
+        x = x - x.mean(0)
+    wanted = fitted(before, x.T @ x / len(x), kept)
+    torch.testing.assert_close(
+        reader.weight[:, kept].double(), wanted, rtol=2e-2, atol=8e-3
+    )  # bfloat16 products, where there are units
+    assert (wanted - before[:, kept]).abs().max() > 5e-2
+    gone = [u for u in range(before.shape[1]) if u not in set(kept.tolist())]
+    assert gone and torch.equal(reader.weight[:, gone], before[:, gone])
+    torch.testing.assert_close(unpruned(model, ramp, inputs), teacher)
+    with_fit = logits(model, {"input_ids": WINDOWS})
+    with ramp.unpruned():
+        torch.testing.assert_close(logits(model, {"input_ids": WINDOWS}), whole[0])
+    ramp._put(ramp._first)
+    without = logits(model, {"input_ids": WINDOWS})
+    assert (with_fit - whole[0]).square().mean() < 0.9 * (without - whole[0]).square().mean()
+
+
+def test_a_ramp_that_goes_on_keeps_the_times_it_measured() -> None:
+    options = PruneOptions(**{**RAMP, "per": "microsecond"})
+    first, second = (Ramp(add_lora(pico_model("llama"), r=2), options) for _ in range(2))
+    assert first.times and first.times.keys() == {"kv", "ffn"}
+    first.times["ffn"][0] = (1, 123.0)
+    state = decode(json.loads(json.dumps(encode(first.state(), held := {}, ""))), held)
+    second.restore_(state)
+    assert second.times == first.times
 
 
 def test_units_behind_a_closed_gate_can_come_back() -> None:
@@ -281,17 +403,29 @@ def test_allocated_widths_are_padded_and_the_record_says_so(data: Any, tmp_path:
         (({"prune": {"ratio": 0.001}},), "steps[0].prune, ratio", "nothing would be pruned"),
         (({"prune": {"importance": "wonda"}},), "steps[0].prune.importance", "unknown importance"),
         (({"prune": {"importance": "lora"}},), "steps[0].prune", "adapter's gradients"),
+        (({"prune": {"importance": "influence"}},), "steps[0].prune.targets", "only whole layers"),
+        (("lora", {"prune": {**RAMP, "importance": "loss-change"}}, "train"), "steps[1].prune.importance", "a ramp"),
         (({"prune": RAMP}, "train"), "steps[0].prune", "along the training of an adapter"),
         (("lora", {"prune": RAMP}), "steps[1].prune", "no training to prune along"),
         (("lora", {"prune": RAMP}, "merge", "train"), "steps[2].merge", "pruned by the next train step"),
         (("lora", {"prune": {"refit": True}}), "steps[1].prune", "cannot be fitted"),
         (({"quantize": {"method": "rtn", "group_size": 8}}, {"prune": {"refit": True}}), "steps[1].prune", "fitted"),
         (
+            ({"quantize": {"method": "rtn", "group_size": 8}}, "lora", {"prune": {**RAMP, "refit": True}}, "train"),
+            "steps[2].prune",
+            "packed weights cannot be fitted",
+        ),
+        (
             ({"quantize": {"method": "rtn", "group_size": 8}}, {"prune": {"widths": "allocated"}}),
             "steps[1].prune",
             "padded with zeros",
         ),
         (("lora", {"train": {"distill": True}}), "steps[1].train", "no unpruned model"),
+        (
+            ("lora", {"prune": RAMP}, {"train": {"distill": True, "distill_top_k": 300}}),
+            "steps[2].train.distill_top_k",
+            "fewer logits",
+        ),
         (("lora", {"prune": RAMP}, "train", {"export": {"format": "peft"}}), "steps[3].export", "pruned model alone"),
     ],
 )
@@ -302,6 +436,42 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(
     with pytest.raises(RecipeError, match=what) as caught:
         plan(recipe(model, data, *steps))
     assert caught.value.facts["where"] == where
+
+
+def test_whole_layers_go_after_quantizing_and_the_run_goes_on(
+    data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_pico(tmp_path / "pico", "llama", num_hidden_layers=4)
+    prune = {"prune": {"ratio": 0.5, "importance": "influence", "targets": "layers"}}
+    made = recipe(model, data, {"quantize": {"method": "rtn", "group_size": 8}}, prune, "lora", {"train": TRAIN})
+    report = run(made, tmp_path / "whole")
+    assert report["steps"][1]["facts"]["removed_ratio"] == 0.5 and not report["steps"][1]["facts"]["requantized"]
+    record = read_record(tmp_path / "whole" / "model")
+    assert record is not None
+    [axis] = record["prunings"][0]["axes"]
+    assert (axis["name"], axis["kind"], axis["units"], len(axis["kept"])) == ("model.layers", "layers", 4, 2)
+    from slimtune.recipe import steps as module
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "finetune", lambda *_, **__: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            run(made, tmp_path / "cut")
+    run(made, tmp_path / "cut", resume=True)
+    a, b = (load_file(tmp_path / folder / "adapter" / "adapter_model.safetensors") for folder in ("whole", "cut"))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("schedule", ["one-shot", "cubic"])
+def test_sub_layers_that_go_are_zeros_in_an_ordinary_model(schedule: str, data: Any, tmp_path: Path) -> None:
+    model = save_pico(tmp_path / "pico", "qwen2")
+    prune = {**RAMP, "targets": "sublayers", "widths": "allocated", "schedule": schedule, "ratio": 0.3}
+    report = run(recipe(model, data, "lora", {"prune": prune}, {"train": TRAIN}, "merge"), tmp_path / "run")
+    facts = report["steps"][1 if schedule == "one-shot" else 2]["facts"]
+    facts = facts.get("prune") or facts
+    assert facts["padded"] and {axis["kept"] == axis["units"] for axis in facts["axes"]} == {True}
+    gone = [axis["name"] for axis in facts["axes"] if axis["real"] == 0]
+    saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert gone and all(float(saved[f"{name}.weight"].abs().max()) == 0 for name in gone)
 
 
 def test_a_model_without_prunable_heads_says_what_it_can_lose(data: Any, tmp_path: Path) -> None:

@@ -14,10 +14,23 @@ from pico import PICO, VOCAB_SIZE, pico_model
 from slimtune.arch import bind
 from slimtune.errors import CalibrationError
 from slimtune.lora.attach import add_lora, base_of
-from slimtune.prune import IMPORTANCES
+from slimtune.prune import IMPORTANCES, weights
 from slimtune.prune.collect import collect
 from slimtune.prune.groups import Axis, axes
-from slimtune.prune.importance import Flap, Gate, GateFisher, Lora, LoraSquared, Magnitude, Random, Wanda, WeightTaylor
+from slimtune.prune.importance import (
+    Flap,
+    Gate,
+    GateFisher,
+    Influence,
+    Lora,
+    LoraSquared,
+    LossChange,
+    Magnitude,
+    Random,
+    Wanda,
+    WeightTaylor,
+)
+from slimtune.prune.surgery import PrunePlan, prune_
 from slimtune.quant.apply import all_linear, quantize_
 from slimtune.quant.rtn import Rtn
 
@@ -207,15 +220,33 @@ def test_every_importance_scores_every_family_and_leaves_it_alone(importance: st
     base, modelmap = base_of(model), bind(model)
     before = {n: (p.detach().clone(), p.requires_grad) for n, p in base.named_parameters()}
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules())
-    found = axes(modelmap, ("ffn",) if name.startswith("opt") else ("kv", "ffn"))
+    kinds: Any = ("ffn",) if name.startswith("opt") else ("kv", "ffn")
+    found = axes(modelmap, {"influence": ("layers",), "loss-change": ("sublayers",)}.get(importance, kinds))
     scores = collect(base, modelmap, found, IMPORTANCES[importance](), TOKENS, normalise="module")
     assert scores.keys() == {axis.name for axis in found}
     for axis in found:
-        assert scores[axis.name].shape == (axis.units,) and float(scores[axis.name].min()) >= 0
-        assert float(scores[axis.name].max()) > 0
+        assert scores[axis.name].shape == (axis.units,) and float(scores[axis.name].abs().max()) > 0
+        assert importance == "loss-change" or float(scores[axis.name].min()) >= 0
     for n, p in base.named_parameters():
         assert torch.equal(p, before[n][0]) and p.requires_grad == before[n][1] and p.grad is None, n
     assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules())
+
+
+@pytest.mark.parametrize("importance", ["lora", "weight-taylor", "flap", "wanda", "magnitude", "random"])
+def test_scores_are_the_same_however_few_units_are_looked_at_together(
+    importance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = add_lora(pico_model("phi3", dtype=torch.float64), r=2)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter)
+    base, modelmap = base_of(model), bind(model)
+    wanted = collect(base, modelmap, axes(modelmap), IMPORTANCES[importance](), TOKENS)
+    monkeypatch.setattr(weights, "ENTRIES", 100)
+    assert len(list(weights.runs(axes(modelmap, ("ffn",))[0].readers[0], 40, 32))) == 14
+    got = collect(base, modelmap, axes(modelmap), IMPORTANCES[importance](), TOKENS)
+    for name, scores in wanted.items():
+        torch.testing.assert_close(got[name], scores)
 
 
 def test_no_weight_gets_a_gradient_from_gates() -> None:
@@ -235,6 +266,58 @@ def test_whole_layers_get_the_scores_of_what_is_in_them() -> None:
     layers = collect(model, modelmap, axes(modelmap, ("layers",)), GateFisher(), TOKENS)
     wanted = [sum(float(inner[a.name].sum()) for a in axes(modelmap) if a.blocks == (b,)) for b in range(3)]
     assert layers["model.layers"].tolist() == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "opt-post", "t5"])
+def test_influence_is_one_minus_the_cosine_of_what_a_block_reads_and_makes(name: str) -> None:
+    model: Any = pico_model(name)
+    modelmap = bind(model)
+    found = axes(modelmap, ("layers",))
+    scores = collect(model, modelmap, found, Influence(), TOKENS, batch_size=3)
+    half = TOKENS.shape[1] // 2
+    inputs = {"input_ids": TOKENS}
+    if name == "t5":
+        inputs = {"input_ids": TOKENS[:, :half], "decoder_input_ids": TOKENS[:, half : 2 * half]}
+    read: dict[str, Tensor] = {}
+    for axis in found:
+        for unit in range(axis.units):
+            model.get_submodule(f"{axis.name}.{unit}").register_forward_hook(
+                lambda _, args, out, key=f"{axis.name}.{unit}": read.update({
+                    key: args[0], key + "+": out if isinstance(out, Tensor) else out[0]
+                })
+            )  # fmt: skip
+    with torch.no_grad():
+        model(**inputs)
+    for axis in found:
+        for unit in range(axis.units):
+            x, y = (read[f"{axis.name}.{unit}{end}"].double() for end in ("", "+"))
+            cosine = (x * y).sum(-1) / x.square().sum(-1).sqrt() / y.square().sum(-1).sqrt()
+            assert float(scores[axis.name][unit]) == pytest.approx(1 - float(cosine.mean()), abs=1e-5)
+
+
+def test_the_change_of_the_loss_is_that_of_the_model_without_the_unit() -> None:
+    model = pico_model("llama", num_hidden_layers=3)
+    modelmap = bind(model)
+    with torch.no_grad():
+        dense = float(loss_of(model, TOKENS))
+    for targets in (("layers",), ("sublayers",), ("kv",)):
+        found = axes(modelmap, targets)
+        got = collect(model, modelmap, found, LossChange(), TOKENS, batch_size=3)
+        axis = found[-1]
+        for unit in (0, axis.units - 1):
+            smaller = pico_model("llama", num_hidden_layers=3)
+            stays = [u for u in range(axis.units) if u != unit and not axis.whole]
+            kept = {a.name: tuple(range(a.units)) for a in found} | {axis.name: tuple(stays)}
+            prune_(smaller, bind(smaller), PrunePlan(found, kept))
+            with torch.no_grad():
+                wanted = (float(loss_of(smaller, TOKENS)) - dense) / (axis.units if axis.whole else 1)
+            assert float(got[axis.name][unit]) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_only_whole_layers_have_an_influence() -> None:
+    model = pico_model("llama")
+    with pytest.raises(CalibrationError, match="only whole layers"):
+        collect(model, bind(model), axes(bind(model)), Influence(), TOKENS)
 
 
 def test_scores_of_each_weight_or_sub_layer_can_be_brought_to_length_one() -> None:

@@ -8,18 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from pico import logits, pico_inputs, pico_model
+from pico import PICO, logits, pico_inputs, pico_model
 from slimtune.arch import bind
 from slimtune.errors import RecipeError
 from slimtune.lora.attach import add_lora, base_of
 from slimtune.prune.collect import collect
-from slimtune.prune.groups import axes, parameters
+from slimtune.prune.groups import Axis, axes, parameters
 from slimtune.prune.importance import Magnitude, Wanda
+from slimtune.prune.latency import latency
 from slimtune.prune.options import PruneOptions
 from slimtune.prune.refit import fitted, refit_
 from slimtune.prune.schedule import ratio_at
 from slimtune.prune.select import chunks, select
 from slimtune.prune.surgery import PrunePlan, prune_
+from slimtune.quant.apply import all_linear, quantize_
+from slimtune.quant.rtn import Rtn
 
 TOKENS = torch.randint(6, 262, (6, 24), generator=torch.Generator().manual_seed(5))
 
@@ -70,6 +73,68 @@ def test_allocated_widths_follow_score_per_parameter() -> None:
     assert len(kept[found[0].name]) == found[0].units > len(kept[found[1].name])
 
 
+@pytest.mark.parametrize("name", ["llama", "opt", "t5"])
+def test_sub_layers_go_as_a_whole_the_cheapest_first(name: str) -> None:
+    modelmap, found, scores = scored(pico_model(name), ("sublayers",))
+    remove = sum(axis.parameters * axis.units for axis in found[:2])
+    for number, axis in enumerate(found):
+        scores[axis.name] = torch.full((axis.units,), float(number + 1)) / axis.units * axis.parameters * axis.units
+    kept = select(modelmap, found, scores, remove, allocated=True, additive=True)
+    assert [len(kept[axis.name]) for axis in found] == [0, 0, *(axis.units for axis in found[2:])]
+
+
+@pytest.mark.parametrize(("ratio", "layers"), [(0.26, 6), (0.5, 4), (0.74, 2)])
+def test_whole_layers_meet_the_ratio_within_a_layer(ratio: float, layers: int) -> None:
+    modelmap, found, scores = scored(pico_model("llama", num_hidden_layers=8), ("layers",))
+    scores[found[0].name] = torch.tensor([5.0, 1.0, 7.0, 2.0, 8.0, 3.0, 6.0, 4.0])
+    kept = select(modelmap, found, scores, ratio * parameters(modelmap, "blocks"))[found[0].name]
+    assert len(kept) == layers and set(kept) >= {4, 2}
+
+
+def test_scores_are_weighed_against_the_time_that_units_take() -> None:
+    modelmap, found, scores = scored(pico_model("llama"))
+    for axis in found:
+        scores[axis.name] = torch.full((axis.units,), float(axis.parameters), dtype=torch.float64)  # alike a parameter
+    remove = 0.3 * parameters(modelmap, "blocks")
+    rest = (found[1].units, 100.0)
+    heads, channels = {"kv": [(2, 1000.0)], "ffn": [rest]}, {"kv": [(2, 1.0)], "ffn": [(40, 99_999.0)]}
+    for allocated in (False, True):
+        options: Any = {"step": 1, "additive": True, "allocated": allocated}
+        slow = select(modelmap, found, scores, remove, latency=heads, **options)
+        fast = select(modelmap, found, scores, remove, latency=channels, **options)
+        kv = [axis.name for axis in found if axis.kind == "kv"]
+        assert sum(len(slow[name]) for name in kv) < sum(len(fast[name]) for name in kv)
+
+
+def test_a_run_saves_what_it_takes_at_the_width_that_it_leaves() -> None:
+    axis = Axis("o", "ffn", (0,), 8, (), 10)
+    times = {"ffn": [(2, 10.0), (4, 20.0), (8, 60.0)]}
+    assert [chunk.saves for chunk in chunks(axis, torch.arange(8.0), 2, times)] == [20.0, 20.0, 10.0, 10.0]
+    assert [chunk.saves for chunk in chunks(axis, torch.arange(8.0), 4)] == [40.0, 40.0]
+
+
+@pytest.mark.parametrize("name", [*PICO, "packed", "lora"])
+def test_blocks_are_timed_at_a_few_widths_and_left_alone(name: str) -> None:
+    model: Any = pico_model(name if name in PICO else "llama")
+    if name == "packed":
+        quantize_(model, bind(model), all_linear(Rtn(bits=4, group_size=8)))
+    model = add_lora(model, r=2) if name == "lora" else model
+    base, modelmap = base_of(model), bind(model)
+    found = axes(modelmap, ("ffn",) if name.startswith("opt") else ("kv", "ffn"))
+    before = {key: value.clone() for key, value in base.state_dict().items()}
+    config = base.config.to_dict()
+    times = latency(base, modelmap, found)
+    assert times.keys() == {axis.kind for axis in found}
+    for axis in found:
+        widths = [width for width, _ in times[axis.kind]]
+        assert widths == sorted(set(widths)) and widths[-1] == axis.units
+        assert [time for _, time in times[axis.kind]] == sorted(time for _, time in times[axis.kind])
+        assert times[axis.kind][0][1] > 0
+    after = base.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+    assert base.config.to_dict() == config and bind(model) == modelmap
+
+
 def test_query_heads_go_one_of_each_group() -> None:
     modelmap, found, scores = scored(pico_model("llama"), ("heads",))
     assert [chunk.units for chunk in chunks(found[0], torch.tensor([3.0, 1.0, 2.0, 5.0]))] == [(1, 2), (0, 3)]
@@ -113,8 +178,12 @@ def test_the_ramp_is_the_cubic_of_the_paper() -> None:
         {"multiple_of": 0},
         {"every": 0},
         {"warmup": 0.6, "cooldown": 0.4},
-        {"refit": True, "schedule": "cubic"},
+        {"refit": True, "targets": ("layers",)},
         {"targets": ("layers",), "schedule": "linear"},
+        {"targets": ("layers",), "per": "microsecond"},
+        {"targets": ("sublayers",)},
+        {"targets": ("sublayers", "ffn"), "widths": "allocated"},
+        {"targets": ("sublayers",), "widths": "allocated", "refit": True},
     ],
 )
 def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:

@@ -440,6 +440,13 @@ PRUNED = {
     "of": "blocks",
     "padded": True,
     "requantized": [{"name": "model.layers.0.mlp.out", "reason": "groups of 64 columns were broken"}],
+    "history": {"5": 0.05, "10": 0.199},
+    "losses": {"0": 3.0, "5": 3.25, "10": 3.5},
+    "latency": {"ffn": [[768, 412.5], [1536, 803.0]]},
+    "cost": {
+        "before": {"bytes": 538_000_000, "decode_tokens_per_second": 20.0},
+        "after": {"bytes": 453_000_000, "decode_tokens_per_second": 24.5},
+    },
 }
 
 
@@ -463,6 +470,12 @@ def test_what_every_block_has_kept_is_drawn(ramp: bool, tmp_path: Path) -> None:
         "1,128",
         "1,127",
         "1,536",
+        "538.0 MB",
+        "412.5",
+        "453.0 MB",
+        "24.5",
+        "33.12",
+        "schedule-0-",
     ):
         assert text in told, text
     assert "padded with zeros" in told and "groups of 64 columns were broken" in told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,9 @@ from pico import PICO, logits, pico_inputs, pico_model
 from slimtune.arch import ModelMap, bind
 from slimtune.errors import RecipeError, ShapeError
 from slimtune.lora.attach import add_lora, base_of
-from slimtune.prune.groups import Axis, axes, block_parameters, parameters, possible
+from slimtune.prune.groups import Axis, Kept, axes, block_parameters, parameters, possible
 from slimtune.prune.importance import Magnitude
 from slimtune.prune.probe import Probe
-from slimtune.prune.select import Kept
 from slimtune.prune.surgery import PrunePlan, prune_
 from slimtune.quant.apply import all_linear, quantize_
 from slimtune.quant.quip import Quip
@@ -109,24 +109,66 @@ def test_layers_that_share_position_biases_lose_the_same_heads() -> None:
     assert sum(part.port.endswith("relative_attention_bias") for axis in found for part in axis.parts) == 2
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gemma3", "opt"])
-def test_whole_layers_go(name: str) -> None:
-    model = pico_model(name, dtype=torch.float64, num_hidden_layers=4)
+def deep(name: str, **changes: Any) -> Any:
+    """A pico model of four layers (in each stack)."""
+    count = {"num_layers": 4, "num_decoder_layers": 4} if name.startswith("t5") else {"num_hidden_layers": 4}
+    return pico_model(name, **count, **changes)
+
+
+def skip(_: Any, args: Any, output: Any) -> Any:
+    return args[0] if isinstance(output, torch.Tensor) else (args[0], *output[1:])
+
+
+@every_pico
+def test_whole_layers_go(name: str, tmp_path: Path) -> None:
+    model = deep(name, dtype=torch.float64)
     modelmap = bind(model)
     found = axes(modelmap, ("layers",))
-    [axis] = found
-    expected = pico_inputs(model)
-    skipped = [model.get_submodule(modelmap.blocks[i].name) for i in (0, 2)]
-    handles = [block.register_forward_hook(lambda _, args, __: args[0] if args else None) for block in skipped]
-    wanted = logits(model, expected)
+    inputs = pico_inputs(model)
+    skipped = [model.get_submodule(f"{axis.name}.{i}") for axis in found for i in (0, 2)]
+    handles = [block.register_forward_hook(skip) for block in skipped]
+    wanted = logits(model, inputs)
     for handle in handles:
         handle.remove()
-    prune_(model, modelmap, PrunePlan(found, {axis.name: (1, 3)}))
-    torch.testing.assert_close(logits(model, expected), wanted)
-    assert [b.index for b in bind(model).blocks] == [0, 1]
-    cached = model.generate(expected["input_ids"], max_new_tokens=3, do_sample=False, min_new_tokens=3)
-    plain = model.generate(expected["input_ids"], max_new_tokens=3, do_sample=False, min_new_tokens=3, use_cache=False)
+    assert (logits(model, inputs) - wanted).abs().max() > 1e-3
+    facts = prune_(model, modelmap, PrunePlan(found, {axis.name: (1, 3) for axis in found}))
+    torch.testing.assert_close(logits(model, inputs), wanted)
+    again = bind(model)
+    assert len(again.blocks) == 2 * len(found) and parameters(again, "model") == facts.parameters_after
+    model.save_pretrained(tmp_path)
+    stock = type(model).from_pretrained(tmp_path, dtype=torch.float64)
+    torch.testing.assert_close(logits(stock, inputs), wanted)
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    cached, plain = (stock.generate(inputs["input_ids"], use_cache=cache, **options) for cache in (True, False))
     assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("group", [8, -1])
+def test_whole_layers_of_packed_weights_go(group: int) -> None:
+    model = deep("llama")
+    quantize_(model, bind(model), all_linear(Rtn(bits=3, group_size=group)))
+    modelmap = bind(model)
+    found = axes(modelmap, ("layers",))
+    handle = model.get_submodule("model.layers.1").register_forward_hook(skip)
+    wanted = logits(model, pico_inputs(model))
+    handle.remove()
+    facts = prune_(model, modelmap, PrunePlan(found, {found[0].name: (0, 2, 3)}))
+    assert facts.requantized == () and facts.removed_ratio == 0.25
+    torch.testing.assert_close(logits(model, pico_inputs(model)), wanted)
+
+
+@every_pico
+def test_sub_layers_that_go_leave_zeros(name: str) -> None:
+    model = pico_model(name, dtype=torch.float64)
+    modelmap = bind(model)
+    found = axes(modelmap, ("sublayers",))
+    assert {axis.kind for axis in found} == {"kv", "ffn"} and all(axis.whole for axis in found)
+    kept = {axis.name: () if number in (0, 3) else tuple(range(axis.units)) for number, axis in enumerate(found)}
+    wanted = masked_logits(model, modelmap, found, kept)
+    facts = prune_(model, modelmap, PrunePlan(found, kept))
+    torch.testing.assert_close(logits(model, pico_inputs(model)), wanted, rtol=1e-9, atol=1e-9)
+    assert facts.padded and facts.parameters_after == facts.parameters_before == parameters(bind(model), "model")
+    assert [fact.real for fact in facts.axes].count(0) == 2
 
 
 def test_adapters_and_the_state_of_their_optimizer_go_along() -> None:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from slimtune.arch import ModelMap
-from slimtune.calib.capture import model_inputs
 from slimtune.errors import CalibrationError
 from slimtune.kernels.precision import fast_matmul
 from slimtune.prune.groups import Axis, possible
 from slimtune.prune.groups import axes as every_axis
 from slimtune.prune.importance import Importance
 from slimtune.prune.probe import Normalise, Probe, Scores
+from slimtune.prune.removal import MEASURED, influences, loss_changes, loss_of
 
 GRADIENTS = frozenset(("gate", "gate_squares", "gradient", "lora_gradient"))
 """Statistics that take a backward pass."""
@@ -43,7 +41,8 @@ def collect(
     Args:
         model: a Hugging Face model without its `PeftModel` (its layers may be wrapped); it is left as it was.
         modelmap: its map.
-        axes: what to score. Whole layers get the sum of the scores of all their other units.
+        axes: what to score. Whole layers get the sum of the scores of all their other units, unless the importance
+            looks at layers as they are.
         importance: the measure.
         tokens: windows `[samples, length]`.
         batch_size: windows that run together.
@@ -53,25 +52,29 @@ def collect(
 
     Raises `CalibrationError` when the importance needs data and there is none, or a score is not finite.
     """
-    layers = [axis for axis in axes if axis.kind == "layers"]
+    measured = importance.needs & MEASURED
+    layers = [] if measured else [axis for axis in axes if axis.kind == "layers"]
     if layers:
         inner = [kind for kind in possible(modelmap) if kind in ("kv", "ffn")]
         axes = every_axis(modelmap, inner)
     needs_data = bool(importance.needs - {"noise"})
     if needs_data and tokens is None:
         raise CalibrationError("the importance needs calibration data", wanted=", ".join(sorted(importance.needs)))
-    with Probe(model, modelmap, axes, importance, seed) as probe:
-        if needs_data and tokens is not None:
-            batches = tokens.split(batch_size)
-            backward = bool(GRADIENTS & importance.needs)
-            with _frozen(model, but_adapters="lora_gradient" in importance.needs), torch.set_grad_enabled(backward):
+    backward = bool(GRADIENTS & importance.needs)
+    with _frozen(model, but_adapters="lora_gradient" in importance.needs), torch.set_grad_enabled(backward):
+        if measured and tokens is not None:
+            scores = _measured(model, modelmap, axes, importance, tokens, batch_size, progress)
+        else:
+            with Probe(model, modelmap, axes, importance, seed) as probe:
+                batches = tokens.split(batch_size) if needs_data and tokens is not None else ()
                 for number, batch in enumerate(batches, start=1):
-                    _run(model, batch, backward)
+                    with fast_matmul():
+                        loss = loss_of(model, batch)
+                        if backward:
+                            loss.backward()
                     if progress is not None:
                         progress(number, len(batches))
                 scores = probe.take(normalise)
-        else:
-            scores = probe.take(normalise)
     for name, score in scores.items():
         if not bool(torch.isfinite(score).all()):
             raise CalibrationError(
@@ -85,16 +88,27 @@ def collect(
     return {axis.name: blocks[list(axis.blocks)] for axis in layers}
 
 
-def _run(model: nn.Module, tokens: Tensor, backward: bool) -> None:
-    """Forward, and backward from the sum over windows of the mean loss of their tokens."""
-    inputs = model_inputs(model, tokens)
-    with fast_matmul():
-        logits = cast(Tensor, cast(Any, model)(**inputs, use_cache=False).logits)
-        if backward:
-            wanted = inputs.get("decoder_input_ids", inputs["input_ids"])[:, 1:]
-            logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-            loss = cross_entropy(logits.transpose(1, 2), wanted, reduction="sum") / wanted.shape[1]
-            loss.backward()
+def _measured(
+    model: nn.Module,
+    modelmap: ModelMap,
+    axes: Sequence[Axis],
+    importance: Importance,
+    tokens: Tensor,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> Scores:
+    """Scores of units by what happens around them or without them; an importance sees no weights here."""
+    stats: dict[str, dict[str, Tensor]] = {}
+    if "influence" in importance.needs:
+        if cut := next((axis for axis in axes if axis.kind != "layers"), None):
+            raise CalibrationError("only whole layers have an influence", where=cut.name, remedy="use targets: layers")
+        stats["influence"] = influences(model, axes, tokens, batch_size=batch_size, progress=progress)
+    if "loss_change" in importance.needs:
+        stats["loss_change"] = loss_changes(model, modelmap, axes, tokens, batch_size=batch_size, progress=progress)
+    return {
+        axis.name: importance(torch.empty(axis.units, 0, 0), {name: held[axis.name] for name, held in stats.items()})
+        for axis in axes
+    }
 
 
 @contextmanager

@@ -21,6 +21,10 @@ from slimtune.arch import Block, ModelMap, Port, Space
 from slimtune.errors import RecipeError
 
 Kind = Literal["kv", "heads", "ffn", "layers"]
+Target = Literal["kv", "heads", "ffn", "layers", "sublayers"]
+Kept = dict[str, tuple[int, ...]]
+"""The units of each axis that stay, in order, by the axis's name."""
+
 INNER = (Space.HEAD, Space.FFN)
 
 
@@ -73,6 +77,7 @@ class Axis:
         parts: what a unit has of each port.
         parameters: those of one unit.
         buckets: units stand in this many equal runs, which must lose equally many (query heads of a KV group).
+        whole: all units go together, or none: a sub-layer.
     """
 
     name: str
@@ -82,6 +87,7 @@ class Axis:
     parts: tuple[Part, ...]
     parameters: int
     buckets: int = 1
+    whole: bool = False
 
     @property
     def readers(self) -> tuple[Part, ...]:
@@ -94,8 +100,9 @@ class Axis:
         return Group(self.name, unit, tuple(slices), self.parameters)
 
 
-def axes(modelmap: ModelMap, targets: Sequence[Kind] = ("kv", "ffn")) -> tuple[Axis, ...]:
-    """The axes of the kinds named in `targets`, in the order of the blocks.
+def axes(modelmap: ModelMap, targets: Sequence[Target] = ("kv", "ffn")) -> tuple[Axis, ...]:
+    """The axes of the kinds named in `targets`, in the order of the blocks. `sublayers` are all of attention and of
+    feed-forward layers, each to go or stay as a whole.
 
     `heads` cuts query heads evenly inside KV groups, and is `kv` where every query head has its own keys and values.
     Blocks whose heads share position biases (T5's self-attention) are one axis: they lose the same heads.
@@ -103,6 +110,9 @@ def axes(modelmap: ModelMap, targets: Sequence[Kind] = ("kv", "ffn")) -> tuple[A
     Raises `RecipeError` when the model has nothing of these kinds to cut, with the reason.
     """
     found = list(_layers(modelmap)) if "layers" in targets else []
+    whole = "sublayers" in targets
+    if whole:
+        targets = ("kv", "ffn")
     runs = [(block, i, run) for block in modelmap.blocks for i, run in enumerate(_sublayers(block))]
     shared = dict(_shared(modelmap, runs))
     made: dict[str, list[tuple[int, tuple[Part, ...]]]] = {}
@@ -118,12 +128,12 @@ def axes(modelmap: ModelMap, targets: Sequence[Kind] = ("kv", "ffn")) -> tuple[A
         parts = tuple(part for _, mine in members for part in mine)
         first = next(part for part in parts if part.dim == 1)
         kind: Kind = "ffn" if modelmap[first.port].reads is Space.FFN else attention
-        if kind != "ffn" and not modelmap.widths.head_width:
+        if kind != "ffn" and not modelmap.widths.head_width and not whole:
             continue  # the configuration derives the width of a head from their number
         units = modelmap[first.port].in_features // first.size
         buckets = 1 if kind != "heads" or _whole(modelmap, targets) else modelmap.kv_heads
         cost = sum(_parameters(modelmap[part.port], part) for part in parts)
-        found.append(Axis(name, kind, tuple(block for block, _ in members), units, parts, cost, buckets))
+        found.append(Axis(name, kind, tuple(block for block, _ in members), units, parts, cost, buckets, whole))
     missing = set(targets) - {axis.kind for axis in found}
     if missing:
         raise RecipeError(
@@ -165,11 +175,12 @@ def _stacks(modelmap: ModelMap) -> list[str]:
 
 
 def _layers(modelmap: ModelMap) -> Iterator[Axis]:
-    """Whole blocks, where there is one stack of equal ones and none of them serves another."""
-    costs = {block_parameters(modelmap, block.index) for block in modelmap.blocks}
-    if len(_stacks(modelmap)) == 1 and len(costs) == 1 and len(modelmap.blocks) > 1:
-        blocks = tuple(block.index for block in modelmap.blocks)
-        yield Axis(modelmap.blocks[0].stack, "layers", blocks, len(blocks), (), costs.pop())
+    """Whole blocks, stack by stack, where those of a stack are equal."""
+    for stack in _stacks(modelmap):
+        blocks = tuple(block.index for block in modelmap.blocks if block.stack == stack)
+        costs = {block_parameters(modelmap, block) for block in blocks}
+        if len(costs) == 1 and len(blocks) > 1:
+            yield Axis(stack, "layers", blocks, len(blocks), (), costs.pop())
 
 
 def _sublayers(block: Block) -> Iterator[list[Port]]:
@@ -182,7 +193,7 @@ def _sublayers(block: Block) -> Iterator[list[Port]]:
             run = []
 
 
-def _whole(modelmap: ModelMap, targets: Sequence[Kind]) -> bool:
+def _whole(modelmap: ModelMap, targets: Sequence[Target]) -> bool:
     """Whether a unit of attention takes its keys and values along."""
     return "kv" in targets or modelmap.heads == modelmap.kv_heads
 

@@ -2,13 +2,16 @@
 
 An importance is called once for each part of an axis that it `looks_at`, with the part's weight as `[units, size, n]`
 (`size` rows or columns a unit, `n` the other side) and the statistics it `needs`, and returns `[units]`; the scores of
-all parts are added. With gradients taken at the output `L` of a loss, `W` a weight and `m` a gate that multiplies what
-a unit hands to the reader, the statistics are
+all parts are added. It may be asked about some units at a time, and sees no weight where gates are all it needs. With
+gradients taken at the output `L` of a loss, `W` a weight and `m` a gate that multiplies what a unit hands to the
+reader, the statistics are
 
 - `gate`, `gate_squares` `[units]`: the mean over sequences of `dL/dm`, and of its square;
 - `gradient` `[units, size, n]`: `dL/dW`, one module and one batch at a time (the scores of batches are averaged);
 - `lora_gradient` `[units, size, n]`: its estimate from the gradients of LoRA factors;
 - `mean`, `second` `[units, size]`: mean and mean square of the reader's input;
+- `influence` `[units]`: one minus the mean cosine of what a whole block reads and what it makes;
+- `loss_change` `[units]`: by how much the loss rises when the model runs without the unit;
 - `noise` `[units]`: uniform random numbers.
 
 Example:
@@ -150,6 +153,32 @@ class Magnitude:
     def __call__(self, weight: Tensor, stats: Stats) -> Tensor:
         """W² summed."""
         return weight.square().sum((1, 2))
+
+
+@dataclass(frozen=True)
+class Influence:
+    """ShortGPT's block influence (arXiv 2403.03853), of whole layers: how far a block turns what it reads."""
+
+    needs: ClassVar[frozenset[str]] = frozenset(("influence",))
+    looks_at: ClassVar[frozenset[Side]] = READS
+    additive: ClassVar[bool] = False
+
+    def __call__(self, weight: Tensor, stats: Stats) -> Tensor:
+        """1 - E[cos(x, block(x))]."""
+        return stats["influence"]
+
+
+@dataclass(frozen=True)
+class LossChange:
+    """What the loss rises by without a unit (Shortened LLaMA, arXiv 2402.02834): a run of all windows for each unit."""
+
+    needs: ClassVar[frozenset[str]] = frozenset(("loss_change",))
+    looks_at: ClassVar[frozenset[Side]] = READS
+    additive: ClassVar[bool] = True
+
+    def __call__(self, weight: Tensor, stats: Stats) -> Tensor:
+        """The loss without the unit, less the loss with it."""
+        return stats["loss_change"]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import Literal
 
 from slimtune.errors import RecipeError
 
-TARGETS = ("kv", "heads", "ffn", "layers")
+TARGETS = ("kv", "heads", "ffn", "layers", "sublayers")
+ALONE = {"layers", "sublayers"}
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,15 @@ class PruneOptions:
     normalise: Literal["none", "module", "axis"] = field(
         default="none", metadata={"help": "scores as they are, or to length one in each weight, or in each sub-layer"}
     )
-    targets: tuple[str, ...] = field(default=("kv", "ffn"), metadata={"help": "kv or heads, ffn; or layers alone"})
+    targets: tuple[str, ...] = field(
+        default=("kv", "ffn"), metadata={"help": "kv or heads, ffn; or layers, or sublayers, alone"}
+    )
     multiple_of: int = field(default=8, metadata={"help": "kept FFN channels are a multiple of this"})
     widths: Literal["uniform", "allocated"] = field(
         default="uniform", metadata={"help": "all blocks alike, or by score per parameter (padded with zeros)"}
+    )
+    per: Literal["parameter", "microsecond"] = field(
+        default="parameter", metadata={"help": "what scores are weighed against: parameters, or measured time"}
     )
     schedule: Literal["one-shot", "linear", "cubic"] = field(
         default="one-shot", metadata={"help": "at once, or along the train step that follows"}
@@ -31,7 +37,10 @@ class PruneOptions:
     every: int = field(default=10, metadata={"help": "training steps between prunings of a ramp"})
     warmup: float = field(default=0.1, metadata={"help": "fraction of the training before a ramp begins"})
     cooldown: float = field(default=0.1, metadata={"help": "fraction of the training after a ramp has ended"})
-    refit: bool = field(default=False, metadata={"help": "fit what is kept to the outputs of what was there"})
+    refit: bool = field(
+        default=False,
+        metadata={"help": "fit what is kept to the outputs of what was there; on a ramp, at every choice"},
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
@@ -43,20 +52,30 @@ class PruneOptions:
             got = f"warmup {self.warmup}, cooldown {self.cooldown}"
             raise RecipeError("no time is left to prune in", where="warmup", got=got, wanted="less than 1 in all")
         wrong = [target for target in self.targets if target not in TARGETS]
-        mixed = {"kv", "heads"} <= set(self.targets) or ("layers" in self.targets and len(set(self.targets)) > 1)
+        depth = ALONE & set(self.targets)
+        mixed = {"kv", "heads"} <= set(self.targets) or (depth and len(set(self.targets)) > 1)
         if wrong or mixed or not self.targets:
             raise RecipeError(
                 "targets do not go together" if mixed else "unknown targets",
                 where="targets",
                 got=", ".join(self.targets) or "nothing",
-                wanted="kv or heads, with or without ffn; or layers alone",
+                wanted="kv or heads, with or without ffn; or layers, or sublayers, alone",
             )
-        if self.refit and (self.schedule != "one-shot" or "layers" in self.targets):
+        if "sublayers" in self.targets and self.widths == "uniform":
             raise RecipeError(
-                "refit fits what is kept of a sub-layer, at once",
+                "no stock configuration says that a block has no attention, or no feed-forward layer",
+                where="targets",
+                got="sublayers",
+                remedy="use widths: allocated (zeros in a file as large as before), or targets: layers",
+            )
+        if "layers" in self.targets and self.per == "microsecond":
+            raise RecipeError("all layers take as long", where="per", got=self.per, remedy="leave it out")
+        if self.refit and depth:
+            raise RecipeError(
+                "refit fits what is kept of a sub-layer",
                 where="refit",
-                got=f"schedule: {self.schedule}, targets: {', '.join(self.targets)}",
-                remedy="use schedule: one-shot and targets kv, heads or ffn",
+                got=f"targets: {', '.join(self.targets)}",
+                remedy="use targets kv, heads or ffn",
             )
         if "layers" in self.targets and self.schedule != "one-shot":
             raise RecipeError("whole layers go at once", where="schedule", got=self.schedule, wanted="one-shot")

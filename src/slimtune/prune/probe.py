@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from slimtune.arch import ModelMap, Space
 from slimtune.errors import CalibrationError
 from slimtune.prune.groups import Axis, Part
-from slimtune.prune.importance import Importance, lora_gradient
-from slimtune.prune.weights import base_layer, factors, of_part, weight_of
+from slimtune.prune.importance import Importance
+from slimtune.prune.weights import base_layer, part_of, shares
+
+GATED = frozenset(("gate", "gate_squares"))
+"""Statistics of units that say all by themselves: who needs no other is shown no weight."""
 
 Normalise = Literal["none", "module", "axis"]
 Scores = dict[str, Tensor]
@@ -135,22 +138,26 @@ class Probe:
     def _of_part(self, axis: Axis, part: Part, gates: dict[str, Tensor]) -> Tensor:
         if "gradient" in self._importance.needs:
             return torch.stack(self._reduced[part]).mean(0)
-        module = self._model.get_submodule(part.port)
-        weight = of_part(weight_of(module), part, axis.units)
         stats = dict(gates)
         if "second" in self._importance.needs:
             count, total, squares = self._moments[part]
-            stats["mean"] = (total / count).view(axis.units, part.size).to(weight.dtype)
-            stats["second"] = (squares / count).view(axis.units, part.size).to(weight.dtype)
-        if "lora_gradient" in self._importance.needs:
-            stats["lora_gradient"] = of_part(_estimate(module, weight.dtype), part, axis.units)
+            stats["mean"], stats["second"] = ((x / count).view(axis.units, part.size) for x in (total, squares))
         if "noise" in self._importance.needs:
             stats["noise"] = torch.rand(axis.units, generator=self.generator)
-        return self._importance(weight, stats)
+        if self._importance.needs and self._importance.needs <= GATED:
+            return self._importance(torch.empty(axis.units, part.size, 0), stats)
+        scores = []
+        for units, weight, estimate in shares(self._model.get_submodule(part.port), part, axis.units):
+            some = {name: value[units.start : units.stop] for name, value in stats.items()}
+            some |= {name: some[name].to(weight.dtype) for name in ("mean", "second") if name in some}
+            if "lora_gradient" in self._importance.needs:
+                some["lora_gradient"] = torch.zeros_like(weight) if estimate is None else estimate
+            scores.append(self._importance(weight, some))
+        return torch.cat(scores)
 
     def _gates(self, axis: Axis) -> dict[str, Tensor]:
         """Mean and mean square over sequences of the gradient of an axis's gates."""
-        if not {"gate", "gate_squares"} & self._importance.needs:
+        if not GATED & self._importance.needs:
             return {}
         held = [self._probes.get(f"{axis.name}:{part.port}", []) for part in axis.readers]
         # Where activations are computed twice, the second time leaves a probe that backward never reaches.
@@ -170,7 +177,7 @@ class Probe:
             if self.listening and "second" in self._importance.needs:
                 self._sum_up(part, x.detach())
             mask = None if self._open else self._mask(axis, part, x)
-            if self.listening and torch.is_grad_enabled() and {"gate", "gate_squares"} & self._importance.needs:
+            if self.listening and torch.is_grad_enabled() and GATED & self._importance.needs:
                 dtype = torch.promote_types(x.dtype, torch.float32)
                 probe = torch.zeros(self._sequences, axis.units, dtype=dtype, device=x.device, requires_grad=True)
                 self._probes.setdefault(f"{axis.name}:{part.port}", []).append(probe)
@@ -216,12 +223,14 @@ class Probe:
 
     def _watcher(self, layer: nn.Module, parts: Sequence[tuple[Axis, Part]]) -> Any:
         def reduce(grad: Tensor, x: Tensor) -> None:
-            gradient = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-            weight = weight_of(layer)
+            sides = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
             for axis, part in parts:
-                seen = {"gradient": of_part(gradient.to(weight.dtype), part, axis.units)}
-                score = self._importance(of_part(weight, part, axis.units), seen)
-                self._reduced.setdefault(part, []).append(score)
+                scores = []
+                for units, weight, _ in shares(layer, part, axis.units):
+                    mine = part_of(sides[part.dim], part, units).T @ sides[1 - part.dim]
+                    gradient = mine.to(weight.dtype).view(weight.shape)
+                    scores.append(self._importance(weight, {"gradient": gradient}))
+                self._reduced.setdefault(part, []).append(torch.cat(scores))
 
         def watch(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if self.listening and output.requires_grad:
@@ -234,13 +243,3 @@ class Probe:
 def _begin_graph(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
     if torch.is_grad_enabled() and not output.requires_grad:
         output.requires_grad_(True)
-
-
-def _estimate(module: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The gradient of a layer's weight, by what its factors' gradients say; zeros where it has no adapter."""
-    total: Tensor | None = None
-    for a, b, _ in factors(module):
-        grads = [torch.zeros_like(f.weight) if f.weight.grad is None else f.weight.grad for f in (a, b)]
-        estimate = lora_gradient(a.weight.detach(), b.weight.detach(), *grads).to(dtype)
-        total = estimate if total is None else total + estimate
-    return torch.zeros_like(weight_of(module)) if total is None else total

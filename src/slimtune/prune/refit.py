@@ -12,7 +12,7 @@ fitting did harm where little is pruned (measured, `docs/LOG.md`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from slimtune.arch import ModelMap
 from slimtune.calib.capture import calibration_stream
 from slimtune.errors import RecipeError
+from slimtune.prune.probe import Probe
 from slimtune.prune.surgery import PrunePlan
+from slimtune.prune.weights import base_layer
 
 DAMP = 0.1
 """Share of the diagonal of `H[K, K]` that is added to it (measured: 0.01 does less good)."""
@@ -52,6 +54,8 @@ def refit_(
     tokens: Tensor,
     *,
     batch_size: int = 4,
+    gates: Probe | None = None,
+    whole: Mapping[str, list[Tensor]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """Fit the readers of every axis to the units that `plan` keeps, in place, and zero what they read of the others.
@@ -59,31 +63,44 @@ def refit_(
     Where a reader has a bias, the mean of what went is added to it (FLAP, arXiv 2312.11983), and what varies is fitted.
     To be followed by `prune_`. Returns the share of the outputs' squares that is lost, by the reader's name.
 
-    Raises `RecipeError` when a reader is not a plain linear: packed weights and adapters hide the weight.
+    Where `gates` hold units back, their columns stay as they are, since a unit may come back, and a layer may have an
+    adapter, which stays as it is: the weight under it is fitted. `whole` are the parameters that readers had in the
+    beginning, weight first, when they were fitted before: what is fitted again begins with those.
+
+    Raises `RecipeError` when a reader is not a plain linear: packed weights hide the weight, and so do adapters where
+    there are no gates.
     """
     readers = {part.port: (axis.name, part) for axis in plan.axes for part in axis.readers}
-    for name in readers:
-        if not isinstance(model.get_submodule(name), nn.Linear):
+    linears = {name: model.get_submodule(name) for name in readers}
+    if gates is not None:
+        linears = {name: base_layer(module) for name, module in linears.items()}
+    for name, module in linears.items():
+        if not isinstance(module, nn.Linear):
             raise RecipeError(
                 "only a plain linear can be fitted",
                 where=name,
-                got=type(model.get_submodule(name)).__name__,
+                got=type(module).__name__,
                 remedy="prune before quantize and lora, or set refit: false",
             )
     lost: dict[str, float] = {}
     with calibration_stream(model, modelmap, tokens, batch_size=batch_size) as stream:
         for number, block in enumerate(modelmap.blocks, start=1):
-            own = {port.name: model.get_submodule(port.name) for port in block.ports if port.name in readers}
-            whole = {name: [p.data for p in reader.parameters()] for name, reader in own.items()}
+            own = {port.name: linears[port.name] for port in block.ports if port.name in readers}
+            data = {name: [p.data for p in reader.parameters()] for name, reader in own.items()}
             stream.enter(block)  # may compute in fewer bits than the weights have
             for index, stage in enumerate(block.stages):
                 for port in stage:
                     if port.name in readers:
                         axis, part = readers[port.name]
+                        if gates is not None:  # it is to see all of its input
+                            gates.keep(axis, range(len(gates.masks[axis])))
                         stats = stream.collect(block, index, ("hessian", "mean"))
+                        if gates is not None:
+                            gates.keep(axis, plan.kept[axis])
                         kept = torch.tensor(part.indices(plan.kept[axis]))
                         linear = cast(nn.Linear, own[port.name])  # as found above
-                        lost[port.name] = _fit_(linear, whole[port.name], stats, kept)
+                        first = [tensor.clone() for tensor in (data if whole is None else whole)[port.name]]
+                        lost[port.name] = _fit_(linear, data[port.name], first, stats, kept, held=gates is not None)
                 stream.settle(block, index)
             stream.advance(block, last=number == len(modelmap.blocks))
             if progress is not None:
@@ -91,9 +108,11 @@ def refit_(
     return lost
 
 
-def _fit_(linear: nn.Linear, whole: list[Tensor], stats: dict[str, Tensor], kept: Tensor) -> float:
-    """Fit one reader, whose parameters are `whole` and which may compute with rounded copies of them; returns the share
-    of its outputs' squares that is lost."""
+def _fit_(
+    linear: nn.Linear, data: list[Tensor], whole: list[Tensor], stats: dict[str, Tensor], kept: Tensor, *, held: bool
+) -> float:
+    """Fit one reader, whose parameters are `data` and which may compute with rounded copies of them, to what it did
+    with those in `whole`; returns the share of its outputs' squares that is lost."""
     weight, h = whole[0].to(torch.float64), stats["hessian"].to(torch.float64)
     mean = stats["mean"].to(torch.float64)
     if linear.bias is not None:
@@ -103,8 +122,10 @@ def _fit_(linear: nn.Linear, whole: list[Tensor], stats: dict[str, Tensor], kept
     off = new - weight
     energy = float(((weight @ h) * weight).sum())
     if linear.bias is not None:
-        whole[1].sub_(off @ mean)
-    whole[0].copy_(new)
-    for parameter, data in zip(linear.parameters(), whole, strict=True):
-        parameter.copy_(data)
+        data[1].copy_(whole[1] - off @ mean)
+    if held:
+        new = weight.index_copy(1, kept, new[:, kept])
+    data[0].copy_(new)
+    for parameter, value in zip(linear.parameters(), data, strict=True):
+        parameter.copy_(value)
     return max(float(((off @ h) * off).sum()), 0.0) / max(energy, torch.finfo(torch.float64).tiny)

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from slimtune.arch import ModelMap, Port, Space
 from slimtune.errors import RecipeError, ShapeError
-from slimtune.prune.groups import Axis, parameters
-from slimtune.prune.select import Kept
+from slimtune.prune.groups import Axis, Kept, parameters
 from slimtune.prune.weights import Packed, base_layer, factors
 
 COUNTS = {
@@ -111,8 +110,8 @@ def prune_(
         optimizer: whose state goes along.
 
     Blocks that would keep fewer units than others of their kind are padded to the widest: some that went stay, with
-    zeros where they are read, since a configuration knows one width. Raises `ShapeError` when a layer cannot be cut,
-    `RecipeError` when padding would have to write zeros into packed weights.
+    zeros where they are read, since a configuration knows one width; so do all of a sub-layer that goes. Raises
+    `ShapeError` when a layer cannot be cut, `RecipeError` when padding would have to write zeros into packed weights.
     """
     require_cuttable(model, plan.axes)
     total = "model" if plan.of == "model" else "blocks"
@@ -129,7 +128,7 @@ def prune_(
             requantized.append(Requantized(name, reason))
     layers = [axis for axis in plan.axes if axis.kind == "layers"]
     for axis in layers:
-        _drop_blocks_(model, axis, wide[axis.name])
+        _drop_blocks_(model, modelmap, axis, wide[axis.name])
     _resize_(model, modelmap, plan.axes, wide)
     cut = sum(axis.parameters * (axis.units - len(wide[axis.name])) for axis in plan.axes)
     facts = tuple(
@@ -143,12 +142,12 @@ def _padded(plan: PrunePlan) -> tuple[Kept, dict[str, tuple[int, ...]]]:
     """The units to keep when all axes of a kind are as wide as the widest, and those of them that are to be silent."""
     width: dict[str, int] = {}
     for axis in plan.axes:
-        width[axis.kind] = max(width.get(axis.kind, 0), len(plan.kept[axis.name]))
+        width[axis.kind] = max(width.get(axis.kind, 0), axis.units if axis.whole else len(plan.kept[axis.name]))
     wide, silent = {}, {}
     for axis in plan.axes:
         kept = plan.kept[axis.name]
         run = axis.units // axis.buckets
-        missing = (width[axis.kind] - len(kept)) // axis.buckets
+        missing = (width[axis.kind] - len(kept)) // axis.buckets if axis.parts else 0
         rest = [[u for u in range(b * run, (b + 1) * run) if u not in set(kept)] for b in range(axis.buckets)]
         more = tuple(unit for units in rest for unit in units[:missing])
         wide[axis.name] = tuple(sorted(kept + more))
@@ -249,9 +248,17 @@ def _silence_(module: nn.Module, name: str, columns: Sequence[int]) -> None:
         a.weight[:, list(columns)] = 0
 
 
-def _drop_blocks_(model: nn.Module, axis: Axis, kept: Sequence[int]) -> None:
+def _drop_blocks_(model: nn.Module, modelmap: ModelMap, axis: Axis, kept: Sequence[int]) -> None:
+    """Take blocks out of their stack. Position biases that the first block computes for all go to the one that is
+    first now."""
     stack = model.get_submodule(axis.name)
     assert isinstance(stack, nn.ModuleList)
+    for port in modelmap.ports:
+        if port.writes == (Space.HEADS,) and port.name.startswith(f"{axis.name}.0."):
+            parent, _, leaf = port.name.removeprefix(f"{axis.name}.0.").rpartition(".")
+            old, new = (stack[index].get_submodule(parent) for index in (0, kept[0]))
+            setattr(new, leaf, getattr(old, leaf))
+            cast(Any, new).has_relative_attention_bias = True
     for index in sorted(set(range(axis.units)) - set(kept), reverse=True):
         del stack[index]
     for index, block in enumerate(stack):
@@ -267,7 +274,8 @@ def _resize_(model: nn.Module, modelmap: ModelMap, axes: Sequence[Axis], kept: K
     for axis in axes:
         share = len(kept[axis.name]) / axis.units
         if axis.kind == "layers":
-            _shorten_(config, widths.blocks[0], kept[axis.name], axis.units)
+            stacks = list(dict.fromkeys(block.stack for block in modelmap.blocks))
+            _shorten_(config, widths.blocks[stacks.index(axis.name)], kept[axis.name], axis.units)
         elif axis.kind == "ffn":
             ffn = round(modelmap.sizes[Space.FFN] * share)
         else:

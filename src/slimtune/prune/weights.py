@@ -13,6 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.prune.groups import Part
+from slimtune.prune.importance import lora_gradient
+
+ENTRIES = 1 << 20
+"""Numbers of a weight that are looked at together, about."""
 
 
 @runtime_checkable
@@ -52,25 +56,42 @@ def factors(module: nn.Module) -> Iterator[Factors]:
             yield Factors(a, b, scaling[name])
 
 
-@torch.no_grad()
-def weight_of(module: nn.Module) -> Tensor:
-    """What the layer computes with, adapters included: float32 `[out, in]`, or wider where the weight is.
+def part_of(features: Tensor, part: Part, units: range) -> Tensor:
+    """Of `[tokens, features]` on the part's side of its port, those of these units."""
+    return features[:, _of_units(part, units)]
 
-    An embedding's is turned, so that dim 0 is what it writes.
+
+def runs(part: Part, units: int, across: int) -> Iterator[range]:
+    """The units of a part, so many at a time that their share in a weight with `across` numbers on its other side is
+    small beside the weight."""
+    step = max(1, ENTRIES // (part.size * across))
+    return (range(start, min(start + step, units)) for start in range(0, units, step))
+
+
+@torch.no_grad()
+def shares(module: nn.Module, part: Part, units: int) -> Iterator[tuple[range, Tensor, Tensor | None]]:
+    """Some units of a part at a time: their share in what the layer computes with, adapters included (`[units, size,
+    n]`, float32, or wider where the weight is), and in the weight's gradient, by what those of its factors say of it.
     """
     layer = base_layer(module)
-    if isinstance(layer, Packed):
-        weight = layer.dequantize()
-    else:
-        weight = cast(Tensor, layer.weight).detach()
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        weight = weight.T if isinstance(layer, nn.Embedding) else weight
-    for a, b, scaling in factors(module):
-        weight = weight + scaling * (b.weight.to(weight.dtype) @ a.weight.to(weight.dtype))
-    return weight
+    whole = layer.dequantize() if isinstance(layer, Packed) else cast(Tensor, layer.weight).detach()
+    whole = whole.T if isinstance(layer, nn.Embedding) else whole  # so that dim 0 is what it writes
+    wide = torch.promote_types(whole.dtype, torch.float32)
+
+    def shaped(share: Tensor, some: range) -> Tensor:
+        return (share if part.dim == 0 else share.T).reshape(len(some), part.size, -1)
+
+    for some in runs(part, units, whole.shape[1 - part.dim]):
+        rows, columns = (_of_units(part, some) if part.dim == dim else slice(None) for dim in (0, 1))
+        weight, said = whole[rows, columns].to(wide), None
+        for a, b, scaling in factors(module):
+            left, right = b.weight[rows].to(wide), a.weight[:, columns].to(wide)
+            weight = weight + scaling * (left @ right)
+            to_a, to_b = (torch.zeros_like(f.weight) if f.weight.grad is None else f.weight.grad for f in (a, b))
+            more = lora_gradient(right, left, to_a[:, columns].to(wide), to_b[rows].to(wide))
+            said = more if said is None else said + more
+        yield some, shaped(weight, some), None if said is None else shaped(said, some)
 
 
-def of_part(weight: Tensor, part: Part, units: int) -> Tensor:
-    """The share of `weight` (`[out, in]`) in each unit: `[units, size, n]`."""
-    across = weight if part.dim == 0 else weight.T
-    return across[part.start : part.start + units * part.size].reshape(units, part.size, -1)
+def _of_units(part: Part, units: range) -> slice:
+    return slice(part.start + units.start * part.size, part.start + units.stop * part.size)

@@ -211,6 +211,11 @@ def _check_fit(step: Step, number: int, recipe: Recipe, model: Any, modelmap: Mo
             raise RecipeError(
                 "an encoder-decoder does not train on packed rows", where=where, remedy="leave out packing: true"
             )
+        case Train() if step.distill_top_k > modelmap.sizes[Space.VOCAB]:
+            wanted = f"at most the vocabulary, {modelmap.sizes[Space.VOCAB]:,}"
+            raise RecipeError(
+                "the teacher has fewer logits", where=f"{where}.distill_top_k", got=step.distill_top_k, wanted=wanted
+            )
         case Export(format="gguf" | "gguf-lora"):
             Naming(model).require_computed()
         case Quantize():
@@ -419,17 +424,20 @@ class _Shape:
 
     def _prune(self, step: Prune, state: State, recipe: Recipe) -> tuple[int, int]:
         held = self.resident(state.quantized) + 8 * self.largest
-        if not needs_data(step):
+        if step.ramped or not needs_data(step):
             return held, 0
         source = calibration_source(recipe)
         tokens = (source.samples or DEFAULT_SAMPLES) * source.length
-        backward = bool(GRADIENTS & importance_of(step).needs)
+        needs = importance_of(step).needs
+        backward = bool(GRADIENTS & needs)
         batch = BATCH * source.length
         work = self._block(batch, self.dense_bytes) * (self.blocks if backward else 1)
         work += (3 if backward else 1) * batch * self.vocabulary * 4
         if step.refit:
             work = max(work, 2 * tokens * self.hidden * self.dense_bytes + self.widest**2 * 8 * 4)
-        return held + work, tokens * self.parameters * (4 if backward else 2) * (2 if step.refit else 1)
+        whole = {"layers", "sublayers"} & set(step.targets)
+        passes = self.blocks * (2 if whole else self.ffn) if "loss_change" in needs else 1
+        return held + work, passes * tokens * self.parameters * (4 if backward else 2) * (2 if step.refit else 1)
 
     def _train(self, step: Train, state: State, recipe: Recipe) -> tuple[int, int]:
         tokens = step.per_device_train_batch_size * step.max_length
@@ -445,6 +453,7 @@ class _Shape:
             optimizer += 8 * self.weights + 16 * self.largest
         passes = (6 if step.gradient_checkpointing else 4) + 2 * step.distill
         workspace = max(2 * width, self.decoding) * self.largest if state.quantized else 0
+        workspace += max(step.max_steps, 1) * step.gradient_accumulation_steps * tokens * step.distill_top_k * 12
         if step.scales:  # a weight's gradient, and for each scale a factor, its gradient and moments
             workspace += 4 * self.largest + self.weights // 64 * 16
         flops = (

@@ -11,34 +11,56 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from slimtune.arch import ModelMap, bind
+from slimtune.arch import ModelMap, Space, bind
 from slimtune.errors import FormatError, RecipeError, nearest
-from slimtune.lora.attach import base_of
+from slimtune.evaluate.speed import speed
+from slimtune.lora.attach import base_of, plain
 from slimtune.prune import IMPORTANCES, Importance
 from slimtune.prune.collect import collect
 from slimtune.prune.groups import axes, parameters
+from slimtune.prune.latency import latency
 from slimtune.prune.options import PruneOptions
 from slimtune.prune.refit import refit_
+from slimtune.prune.removal import MEASURED
 from slimtune.prune.select import select
 from slimtune.prune.surgery import PruneFacts, PrunePlan, prune_, require_cuttable
+from slimtune.quant.size import model_size
 from slimtune.recipe.schema import Prune, Step, Train
 
 RECORD = "pruning.json"
+PROMPT, REPLY = 64, 8
+"""Tokens read and written to measure what pruning changed: few, since it is done in passing."""
+
 Facts = dict[str, Any]
 Progress = Callable[[int, int], None]
 
 
 def importance_of(options: PruneOptions, where: str = "prune") -> Importance:
-    """The measure that `options` names. Raises `RecipeError` on an unknown name."""
+    """The measure that `options` names. Raises `RecipeError` on an unknown name, or one that cannot act as asked."""
     if options.importance not in IMPORTANCES:
         remedy = nearest(options.importance, IMPORTANCES)
         raise RecipeError("unknown importance", where=f"{where}.importance", got=options.importance, remedy=remedy)
-    return IMPORTANCES[options.importance]()
+    importance = IMPORTANCES[options.importance]()
+    if "influence" in importance.needs and options.targets != ("layers",):
+        raise RecipeError(
+            "only whole layers have an influence",
+            where=f"{where}.targets",
+            got=", ".join(options.targets),
+            remedy="use targets: layers, or another importance",
+        )
+    if importance.needs & MEASURED and options.ramped:
+        raise RecipeError(
+            "this importance runs the model without each unit, which a ramp cannot do at every step",
+            where=f"{where}.importance",
+            got=options.importance,
+            remedy="use schedule: one-shot, or importance: gate-fisher",
+        )
+    return importance
 
 
 def needs_data(options: PruneOptions) -> bool:
-    """Whether the step itself looks at calibration text (a ramp looks at what it trains on)."""
-    return not options.ramped and (options.refit or bool(importance_of(options).needs - {"noise"}))
+    """Whether calibration text is looked at (a ramp scores on what it trains on, and fits on this)."""
+    return options.refit or (not options.ramped and bool(importance_of(options).needs - {"noise"}))
 
 
 def pending(steps: Sequence[Step], number: int) -> Prune | None:
@@ -60,7 +82,8 @@ def rehearse(options: PruneOptions, modelmap: ModelMap, where: str) -> PrunePlan
         found = axes(modelmap, cast(Any, options.targets))
         scores = {axis.name: torch.zeros(axis.units, dtype=torch.float64) for axis in found}
         remove = options.ratio * parameters(modelmap, options.of)
-        return PrunePlan(found, select(modelmap, found, scores, remove, step=options.multiple_of))
+        whole = any(axis.whole for axis in found)
+        return PrunePlan(found, select(modelmap, found, scores, remove, step=options.multiple_of, allocated=whole))
     except RecipeError as error:
         raise error.within(where) from error
 
@@ -74,6 +97,7 @@ def prune_now(
     found = axes(modelmap, cast(Any, options.targets))
     require_cuttable(base, found)
     normalise: Any = options.normalise
+    times = latency(base, modelmap, found, seed) if options.per == "microsecond" else None
     scores = collect(base, modelmap, found, importance, tokens, normalise=normalise, seed=seed, progress=progress)
     kept = select(
         modelmap,
@@ -83,12 +107,29 @@ def prune_now(
         step=options.multiple_of,
         additive=importance.additive,
         allocated=options.widths == "allocated",
+        latency=times,
     )
     plan = PrunePlan(found, kept, options.ratio, options.of)
     lost = refit_(base, modelmap, plan, cast(Tensor, tokens)) if options.refit else {}
     facts: PruneFacts = prune_(base, modelmap, plan)
     fitted = {"lost": [{"name": name, "share": share} for name, share in lost.items()]} if lost else {}
-    return {**facts.to_dict(), **fitted, "kept": {name: list(units) for name, units in kept.items()}}
+    timed = {"latency": times} if times else {}
+    return {**facts.to_dict(), **fitted, **timed, "kept": {name: list(units) for name, units in kept.items()}}
+
+
+def cost_of(model: nn.Module) -> Facts:
+    """What it takes to run `model` as it is, adapter aside: bytes, and tokens a second on a short prompt."""
+    plain_model, modelmap = cast(Any, base_of(model)), bind(model)
+    size = model_size(plain(model), frozenset(port.name for port in modelmap.linears))
+    positions = getattr(plain_model.config.get_text_config(), "max_position_embeddings", None) or PROMPT
+    measured = speed(plain_model, prompt_tokens=max(1, min(PROMPT, positions - REPLY)), new_tokens=REPLY)
+    keys = 2 * modelmap.sizes.get(Space.KV_HEAD, modelmap.sizes[Space.HEAD]) * plain_model.dtype.itemsize
+    return {
+        "bytes": size.bytes,
+        "cache_bytes_per_token": keys * sum(block.stack == modelmap.blocks[-1].stack for block in modelmap.blocks),
+        "prefill_tokens_per_second": measured.prefill_tokens_per_second,
+        "decode_tokens_per_second": measured.decode_tokens_per_second,
+    }
 
 
 def record(facts: Facts, before: Facts | None, base: str, folder: Path | None) -> Facts:

@@ -28,7 +28,13 @@ _REPORT = {
     "model": {"parameters?": int, "bytes?": int, "bits_per_weight?": float},
     "plan?": {"steps": [{"step": str, "memory_bytes?": float}]},
 }
-_PRUNED = {"axes?": [{"name": str, "kind": str, "units": int, "kept": int, "real": int}]}
+_PRUNED = {
+    "axes?": [{"name": str, "kind": str, "units": int, "kept": int, "real": int}],
+    "history?": dict,
+    "losses?": dict,
+    "latency?": dict,
+    "cost?": {"before": dict, "after": dict},
+}
 _FACTS: dict[str, Any] = {
     "prune": _PRUNED,
     "quantize": {

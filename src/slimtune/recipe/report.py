@@ -23,13 +23,27 @@ from rich.table import Table as Grille
 from rich.text import Text
 
 from slimtune.recipe.page import Cell, Grid, Page, Section, four_digits, label, number, versus_first, words, write_page
-from slimtune.recipe.plots import Series, error_plot, layer_plot, loss_plot, magnitude_plot, place, width_plot
+from slimtune.recipe.plots import Series, error_plot, layer_plot, loss_plot, magnitude_plot, place
 from slimtune.recipe.record import Curve, Metric, Report, metrics, read_curves, read_report, report_path
 from slimtune.recipe.starts import cut_section, starts_section
+from slimtune.recipe.widths import pruned_facts, widths_section
 
 __all__ = ["Comparison", "compare", "print_comparison", "read_report", "write_comparison_html", "write_html"]
 
-_DRAWN_ELSEWHERE = ("layers", "skipped", "sample", "axes", "requantized", "lost", "prune", "channels", "ranks", "cut")
+_DRAWN_ELSEWHERE = (
+    "layers",
+    "skipped",
+    "sample",
+    "axes",
+    "requantized",
+    "lost",
+    "prune",
+    "channels",
+    "ranks",
+    "cost",
+    "latency",
+    "cut",
+)
 
 # How the summary says what a step did: the verb, then what follows it for each setting or fact that is known.
 _DEEDS: dict[str, tuple[str, dict[str, str]]] = {
@@ -69,7 +83,7 @@ def write_html(run: Path) -> Path:
         *(cut_section(i, facts) for step, facts, i in named if step == "export" and facts.get("cut")),
         *(_training(i, facts, curves.get(i, curves.get(None))) for step, facts, i in named if step == "train"),
         *(_rotation(i, facts) for step, facts, i in named if step == "rotate"),
-        *(_widths(i, pruned) for _, facts, i in named if (pruned := _pruned(facts))),
+        *(widths_section(i, pruned) for _, facts, i in named if (pruned := pruned_facts(facts))),
         *(_quantization(i, facts) for step, facts, i in named if step == "quantize"),
         _costs(report),
         *(_skipped(i, facts) for step, facts, i in named if step == "quantize"),
@@ -203,45 +217,6 @@ def _rotation(i: int, facts: dict[str, Any]) -> Section:
     head = ["highest kurtosis after", "before", "after", "largest channel / median before", "after"]
     grids = [Grid(rows, head, numbers=True)] if rows else []
     return Section(f"Activations and the rotation (step {i + 1})", f"{note}.", "".join(plots) or None, grids)
-
-
-def _pruned(facts: dict[str, Any]) -> dict[str, Any]:
-    """What a step cut away: a prune step's own facts, or those of the ramp that a train step was."""
-    found: dict[str, Any] = facts if facts.get("axes") else facts.get("prune") or {}
-    return found if found.get("axes") else {}
-
-
-def _widths(i: int, facts: dict[str, Any]) -> Section:
-    """What every block has kept, drawn, and counted by kind."""
-    shares: dict[str, list[tuple[int, float]]] = {}
-    counts: dict[tuple[str, int, int], int] = {}
-    for axis in facts["axes"]:
-        at, kind = place(axis["name"]), axis["kind"]
-        if at is not None and axis["units"] > 0:
-            shares.setdefault(kind, []).append((at.block, axis["real"] / axis["units"]))
-        key = (kind, axis["real"], axis["units"])
-        counts[key] = counts.get(key, 0) + 1
-    names = {"kv": "KV groups", "heads": "query heads", "ffn": "FFN channels", "layers": "layers"}
-    rows = [
-        [
-            Cell(names.get(kind, kind)),
-            Cell(number(kept)),
-            Cell(number(units), bar=kept / max(units, 1)),
-            Cell(number(n)),
-        ]
-        for (kind, kept, units), n in counts.items()
-    ]
-    before, after, share = (facts.get(key) for key in ("parameters_before", "parameters_after", "removed_ratio"))
-    note = f"{number(before)} parameters before, {number(after)} after. " if before and after else ""
-    note += f"{share:.1%} of those of the {facts.get('of')} are gone. " if share else ""
-    if facts.get("padded"):
-        note += "Narrower blocks are padded with zeros to the widest: what is drawn is what is not zero. "
-    again = facts.get("requantized") or []
-    if again:
-        note += f"Rounded again: {', '.join(f['name'] for f in again[:3])}{' ...' if again[3:] else ''} "
-        note += f"({again[0]['reason']})."
-    grid = Grid(rows, ["kind", "kept", "of", "sub-layers"], numbers=True)
-    return Section(f"Widths after pruning (step {i + 1})", note.strip(), width_plot(f"widths-{i}", shares), [grid])
 
 
 def _quantization(i: int, facts: dict[str, Any]) -> Section:

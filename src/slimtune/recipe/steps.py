@@ -42,7 +42,7 @@ from slimtune.recipe.gradients import (
 )
 from slimtune.recipe.merging import merge_low_bit
 from slimtune.recipe.plan import CALIBRATION_BATCH, DEFAULT_SAMPLES, calibration_source
-from slimtune.recipe.pruning import needs_data, pending, prune_now, record
+from slimtune.recipe.pruning import cost_of, needs_data, pending, prune_now, record
 from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train
 from slimtune.recipe.treatments import Treatments
 from slimtune.rotate.fuse import RotateFacts, rotate_
@@ -67,6 +67,9 @@ OUTLIER_ROWS = 4000
 
 LEARNED_WINDOWS = 16
 """Windows from which a rotation is learned, at most."""
+
+FITTED_WINDOWS = 8
+"""Calibration windows on which a ramp fits what it keeps, at most: it does so many times."""
 
 WHEN = ("before", "after")
 
@@ -229,9 +232,10 @@ def _prune(session: Session, step: Prune) -> Facts:
         session.say("  acts along the train step that follows")
         return {**facts, "acts": "in the next train step"}
     tokens, source = _calibration(session) if needs_data(step) else (None, {})
-    facts |= source | prune_now(
-        session.whole(), step, tokens, seed=session.recipe.seed, progress=_done(session, "batch")
-    )
+    model = session.whole()
+    before = cost_of(model)
+    facts |= source | prune_now(model, step, tokens, seed=session.recipe.seed, progress=_done(session, "batch"))
+    facts["cost"] = {"before": before, "after": cost_of(model)}
     _record(session, facts)
     return facts
 
@@ -345,6 +349,9 @@ def _train(session: Session, step: Train, number: int) -> Facts:
     session.say("  | " + str(facts["sample"]).replace("\n", "\n  | "))
     if not any(p.requires_grad for p in model.parameters()):
         model.requires_grad_(True)
+    ramp = pending(session.recipe.steps, number)
+    windows = _calibration(session)[0][:FITTED_WINDOWS] if ramp is not None and ramp.refit else None
+    before = cost_of(model) if ramp is not None else {}
     result = finetune(
         model,
         examples,
@@ -357,9 +364,11 @@ def _train(session: Session, step: Train, number: int) -> Facts:
         resume=session.resume,
         number=number,
         progress=lambda line: session.say("  " + _log_line(line)),
-        prune=pending(session.recipe.steps, number),
+        prune=ramp,
+        windows=windows,
     )
     if result.prune is not None:
+        result.prune["cost"] = {"before": before, "after": cost_of(model)}
         _record(session, result.prune)
     return {**result.to_dict(), "sample": facts.pop("sample"), "data": {"source": str(data.train), **facts}}
 

@@ -1,7 +1,7 @@
 """Learning from the model's own unpruned self: the same weights with all gates open and adapters off.
 
 No second model is held, and no logits of the whole batch: the head runs inside the divergence, a few tokens at a time,
-for the teacher and the student together.
+for the teacher and the student together. Or the teacher is asked once, before training (`train/teacher.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from slimtune.errors import RecipeError
 from slimtune.lora.attach import base_of
 from slimtune.train.loss import CHUNK, has_plain_head
 from slimtune.train.pruning import Ramp
+from slimtune.train.teacher import Top
 
 
 class _HeadDivergence(torch.autograd.Function):
@@ -45,6 +46,42 @@ class _HeadDivergence(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (to_student,) = ctx.saved_tensors
         return to_student * grads[0].to(to_student.dtype), None, None, None
+
+
+class _TopDivergence(torch.autograd.Function):
+    """Sum of `KL(p || q)` over the teacher's likeliest tokens and all others as one, `q` the student's head's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, index: Tensor, log_p: Tensor, rest: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        wide = torch.promote_types(student.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=student.device)
+        to_student = torch.empty_like(student)
+        for start in range(0, len(student), CHUNK):
+            rows = slice(start, start + CHUNK)
+            at, log_top, log_rest = index[rows], log_p[rows].to(wide), rest[rows].to(wide)
+            log_q = log_softmax(torch.nn.functional.linear(student[rows], weight, bias), -1, dtype=wide)
+            top_q = log_q.gather(1, at)
+            off = log_rest - log_q.scatter(1, at, -torch.inf).logsumexp(1)
+            off = off.where(log_rest > -torch.inf, -torch.inf)  # where the likeliest are all, there is no rest
+            p = log_top.exp()
+            total = total + (p * (log_top - top_q)).sum() + (log_rest.exp() * off.clamp(min=-1e30)).sum()
+            grad = log_q.exp_().mul_(1 - off.exp().unsqueeze(1))  # others: q less the rest, shared out as q has it
+            torch.mm(grad.scatter_(1, at, top_q.exp() - p).to(student.dtype), weight, out=to_student[rows])
+        ctx.save_for_backward(to_student)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (to_student,) = ctx.saved_tensors
+        return to_student * grads[0].to(to_student.dtype), None, None, None, None, None
+
+
+def top_divergence(student: Tensor, teacher: Top, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`head_divergence` where of the teacher's predictions the likeliest are known, and what is left together: never
+    more than the whole divergence, and the same where the likeliest are all."""
+    return cast(Tensor, _TopDivergence.apply(student, *teacher, weight.detach(), bias))
 
 
 def head_divergence(student: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -82,7 +119,7 @@ def unpruned(model: PeftModel, ramp: Ramp, inputs: dict[str, Any]) -> Tensor:
     """What the unpruned model hands to its head, `[batch, length, features]`."""
     training = model.training
     model.eval()
-    with ramp.probe.opened(), model.disable_adapter(), _bare_head(base_of(model)):
+    with ramp.unpruned(), model.disable_adapter(), _bare_head(base_of(model)):
         hidden = _hidden(model, inputs)
     model.train(training)
     return hidden
@@ -91,13 +128,14 @@ def unpruned(model: PeftModel, ramp: Ramp, inputs: dict[str, Any]) -> Tensor:
 def distilled_loss(
     model: nn.Module,
     base: nn.Module,
-    teacher: Tensor,
+    teacher: Tensor | Top,
     inputs: dict[str, Any],
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
     """The mean divergence from the teacher over the tokens that are learnt, nats a token.
 
-    `base` is the Hugging Face model inside `model`; `teacher` is what `unpruned` returned. `num_items_in_batch` is the
+    `base` is the Hugging Face model inside `model`; `teacher` is what `unpruned` returned, or what was kept
+    of its predictions for the learnt tokens. `num_items_in_batch` is the
     number of learnt tokens of the whole optimizer step, where a batch is a part of one.
     """
     with _bare_head(base):
@@ -108,8 +146,11 @@ def distilled_loss(
     dtype = hidden.dtype
     weight = head.weight.to(dtype)
     bias = None if head.bias is None else head.bias.to(dtype)
-    student, wanted = (h.reshape(-1, h.shape[-1])[learnt].to(dtype) for h in (hidden, teacher))
-    total = head_divergence(student, wanted, weight, bias)
+    student = hidden.reshape(-1, hidden.shape[-1])[learnt]
+    if isinstance(teacher, Top):
+        total = top_divergence(student, teacher, weight, bias)
+    else:
+        total = head_divergence(student, teacher.reshape(-1, teacher.shape[-1])[learnt].to(dtype), weight, bias)
     return total / (max(len(learnt), 1) if num_items_in_batch is None else num_items_in_batch)
 
 

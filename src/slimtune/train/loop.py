@@ -30,6 +30,10 @@ from slimtune.train.loss import chunked_loss
 from slimtune.train.optimizers import own_optimizer
 from slimtune.train.options import TrainOptions
 from slimtune.train.pruning import Ramp
+from slimtune.train.teacher import FILE, Teacher, visited, write_teacher
+
+POINT_ROWS = 16
+"""Held-out rows whose loss is measured along a ramp."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,29 @@ class _CountingTrainer(CheckpointingTrainer):
     log_lines: StepLog
     ramp: Ramp | None = None
     distill: bool = False
+    teacher: Teacher | None = None
+
+    def log_to(self, lines: StepLog) -> None:
+        """Log every step there."""
+        self.log_lines = lines
+        self.add_callback(lines)
 
     def prune_along(self, ramp: Ramp, distill: bool) -> None:
         """Prune while training, and learn from the unpruned model where `distill`."""
         self.ramp = self.beside = ramp
         self.distill = distill
         self.add_callback(ramp)
+
+    def learn_from(self, teacher: Teacher) -> None:
+        """Learn from what the unpruned model said, in place of running it."""
+        self.teacher = teacher
+        collator: Any = self.data_collator
+
+        def numbered(rows: Sequence[tuple[int, Example]]) -> dict[str, Any]:
+            return {**collator([example for _, example in rows]), "rows": torch.tensor([row for row, _ in rows])}
+
+        self.train_dataset = cast(Any, list(enumerate(cast(_Examples, self.train_dataset).examples)))
+        self.data_collator = numbered
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Factors of scales and signs begin with 1, and do not decay to 0."""
@@ -86,6 +107,9 @@ class _CountingTrainer(CheckpointingTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         base = base_of(self.accelerator.unwrap_model(model))
+        if self.teacher is not None:
+            said = self.teacher.of(inputs.pop("rows").tolist(), inputs["input_ids"].device)
+            return distilled_loss(model, base, said, inputs, num_items_in_batch)
         if self.distill and self.ramp is not None:
             teacher = unpruned(cast(PeftModel, self.accelerator.unwrap_model(model)), self.ramp, inputs)
             return distilled_loss(model, base, teacher, inputs, num_items_in_batch)
@@ -132,6 +156,7 @@ def finetune(
     number: int = 0,
     progress: Progress | None = None,
     prune: PruneOptions | None = None,
+    windows: Tensor | None = None,
 ) -> TrainFacts:
     """Train what is trainable in `model` on `examples`, in place.
 
@@ -148,21 +173,21 @@ def finetune(
         number: which train step of the recipe this is, for the log.
         progress: called with every logged line.
         prune: prune along the training, and cut at the end of the ramp.
+        windows: tokens `[samples, length]` on which `prune.refit` fits.
 
     Raises `TrainingDiverged` when the loss is not finite, `RecipeError` when nothing is trainable.
     """
     trainable = _trainable(model, options)
-    if options.distill:
-        require_plain_head(base_of(model))
     rounding = nullcontext() if options.fake_quant is None else rounded_lora(model, options.fake_quant)
     with tempfile.TemporaryDirectory() as scratch, _without_cache(model), _same_flags(model), rounding as switch:
         folder = checkpoints or Path(scratch)
         start = last_checkpoint(folder) if resume else None
+        examples = visited(examples, options, seed) if options.distill_top_k else examples
         lines = StepLog(log or Path(scratch) / "log.jsonl", number, progress)
         trainer = _trainer(model, examples, collator, options, folder, seed, save=checkpoints is not None)
-        trainer.log_lines = lines
-        trainer.add_callback(lines)
-        ramp = _ramp(trainer, model, prune, options, seed)
+        trainer.log_to(lines)
+        ramp = _ramp(trainer, model, prune, options, seed, windows)
+        _along(trainer, ramp, held_out, collator, options, folder / FILE, resume)
         if switch is not None and options.fake_quant is not None:
             trainer.add_callback(_WarmUp(switch, options.fake_quant.warmup_steps))
         lines.resume_at(int(start.name.rsplit("-", 1)[1]) if start else -1)
@@ -199,18 +224,49 @@ def finetune(
 
 
 def _ramp(
-    trainer: _CountingTrainer, model: nn.Module, prune: PruneOptions | None, options: TrainOptions, seed: int
+    trainer: _CountingTrainer,
+    model: nn.Module,
+    prune: PruneOptions | None,
+    options: TrainOptions,
+    seed: int,
+    windows: Tensor | None,
 ) -> Ramp | None:
     """What prunes along the training that `trainer` does."""
     if prune is None:
         return None
-    ramp = Ramp(model, prune, last=options.distill, seed=seed)
+    padded = prune.widths == "allocated"  # what is left behind zeros would learn again, without its gate
+    asked = options.distill and not options.distill_top_k
+    ramp = Ramp(model, prune, last=asked or padded, seed=seed, windows=windows)
     trainer.prune_along(ramp, options.distill)
     return ramp
 
 
+def _along(
+    trainer: _CountingTrainer,
+    ramp: Ramp | None,
+    held_out: Sequence[Example],
+    collator: Collator,
+    options: TrainOptions,
+    path: Path,
+    resume: bool,
+) -> None:
+    """What goes with a ramp: the loss on a few held-out rows, and what its teacher says, kept in the file `path`."""
+    if ramp is None:
+        return
+    model, size = cast(PeftModel, trainer.model), options.per_device_train_batch_size
+    if held_out:
+        ramp.measure = partial(heldout_loss, model, held_out[:POINT_ROWS], collator, size)
+    if options.distill_top_k:
+        examples = cast(_Examples, trainer.train_dataset).examples
+        if not (resume and path.is_file()):
+            write_teacher(path, model, partial(unpruned, model, ramp), examples, collator, options.distill_top_k, size)
+        trainer.learn_from(Teacher(path, examples, options.distill_top_k))
+
+
 def _trainable(model: nn.Module, options: TrainOptions) -> int:
-    """How many numbers train, scales among them where `options` want that."""
+    """How many numbers train, scales among them where `options` want that; the model can learn as they say."""
+    if options.distill:
+        require_plain_head(base_of(model))
     if options.scales and not tune_(model):
         raise RecipeError("there are no scales to train", where="scales", remedy="quantize before, or leave it out")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -221,7 +277,15 @@ def _trainable(model: nn.Module, options: TrainOptions) -> int:
 
 def _pruned(ramp: Ramp, facts: PruneFacts) -> dict[str, object]:
     kept = {name: list(units) for name, units in ramp.kept.items()}
-    return {**facts.to_dict(), "kept": kept, "history": {str(step): share for step, share in ramp.history.items()}}
+    lost = {"lost": [{"name": name, "share": share} for name, share in ramp.lost.items()]} if ramp.lost else {}
+    return {
+        **facts.to_dict(),
+        **lost,
+        "kept": kept,
+        "history": {str(step): share for step, share in ramp.history.items()},
+        "losses": {str(step): loss for step, loss in ramp.losses.items()},
+        **({"latency": ramp.times} if ramp.times else {}),
+    }
 
 
 def _measured(ramp: Ramp | None, *arguments: Any) -> float:
@@ -327,10 +391,10 @@ def _trainer(
 
 class _Examples(torch.utils.data.Dataset[Example]):
     def __init__(self, examples: Sequence[Example]) -> None:
-        self._examples = examples
+        self.examples = examples
 
     def __len__(self) -> int:
-        return len(self._examples)
+        return len(self.examples)
 
     def __getitem__(self, index: int) -> Example:
-        return self._examples[index]
+        return self.examples[index]

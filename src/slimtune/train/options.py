@@ -34,6 +34,9 @@ class TrainOptions:
     packing: bool = field(default=False, metadata={"help": "several examples in a row, kept apart in attention"})
     completion_only_loss: bool = field(default=True, metadata={"help": "learn the answers, not the prompts"})
     distill: bool = field(default=False, metadata={"help": "learn from the model before it is pruned, not from labels"})
+    distill_top_k: int = field(
+        default=0, metadata={"help": "of the teacher, so many logits a token, found once; 0: it runs at every step"}
+    )
     scales: bool = field(default=False, metadata={"help": "packed layers train their scales and signs, too"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations: less memory, slower"})
     bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast"})
@@ -58,6 +61,9 @@ class TrainOptions:
                 raise RecipeError(f"{name} out of range", got=getattr(self, name), wanted="above 0")
         if self.max_steps == 0 or self.max_steps < -1:
             raise RecipeError("max_steps out of range", got=self.max_steps, wanted="above 0, or -1")
+        if self.distill_top_k < 0 or (self.distill_top_k and not self.distill):
+            wanted = "0 or more, with distill: true"
+            raise RecipeError("distill_top_k out of range", got=self.distill_top_k, wanted=wanted)
         if self.max_length < 2:
             raise RecipeError("max_length out of range", got=self.max_length, wanted="at least 2")
         if not 0 <= self.warmup_ratio < 1:
