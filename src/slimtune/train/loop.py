@@ -24,6 +24,7 @@ from slimtune.prune.surgery import PruneFacts
 from slimtune.quant.tuning import settle_tuning_, tune_
 from slimtune.train.callbacks import Progress, StepLog
 from slimtune.train.checkpoint import CheckpointingTrainer, last_checkpoint
+from slimtune.train.cpu import cpu_kernels
 from slimtune.train.data import Collator, Example
 from slimtune.train.distill import distilled_loss, require_plain_head, unpruned
 from slimtune.train.loss import chunked_loss
@@ -155,7 +156,13 @@ def finetune(
     if options.distill:
         require_plain_head(base_of(model))
     rounding = nullcontext() if options.fake_quant is None else rounded_lora(model, options.fake_quant)
-    with tempfile.TemporaryDirectory() as scratch, _without_cache(model), _same_flags(model), rounding as switch:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        _without_cache(model),
+        _same_flags(model),
+        cpu_kernels(model),
+        rounding as switch,
+    ):
         folder = checkpoints or Path(scratch)
         start = last_checkpoint(folder) if resume else None
         lines = StepLog(log or Path(scratch) / "log.jsonl", number, progress)
