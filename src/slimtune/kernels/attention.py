@@ -55,30 +55,21 @@ class _Attention(torch.autograd.Function):
                     few = slice(start, min(start + step, k.shape[1]))
                     many = slice(few.start * several, few.stop * several)
                     some = seen if seen is None or len(seen) == 1 else seen[many].unflatten(0, (-1, several))
+                    of_queries = [t[batch, many].unflatten(0, (-1, several)) for t in (q, grads[0], lse, less)]
+                    of_keys = [t[batch, few].to(lse.dtype) for t in (k, v)]
                     to_q[batch, many], to_k[batch, few], to_v[batch, few] = _gradients(
-                        *(t[batch, many].unflatten(0, (-1, several)) for t in (q, grads[0], lse, less)),
-                        *(t[batch, few].to(lse.dtype) for t in (k, v)),
-                        some,
-                        ctx.causal,
-                        ctx.scale,
+                        of_queries, of_keys, some, ctx.causal, ctx.scale
                     )
         return to_q, to_k, to_v, None, None, None
 
 
 def _gradients(
-    q: Tensor,
-    grad: Tensor,
-    lse: Tensor,
-    less: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
+    of_queries: list[Tensor], of_keys: list[Tensor], mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of some key-value heads: `q` and `grad` are `[heads, several, queries, width]`, `lse` and `less` (what the
-    softmax takes from the gradient) `[heads, several, queries]`, `k` and `v` `[heads, keys, width]`, `mask` is
-    `[1 or heads, 1 or several, queries, keys]`."""
+    """Of some key-value heads: `of_queries` are queries and gradient, `[heads, several, queries, width]`, log-sum-exp
+    and what the softmax takes from the gradient, `[heads, several, queries]`; `of_keys` are keys and values, `[heads,
+    keys, width]`; `mask` is `[1 or heads, 1 or several, queries, keys]`."""
+    (q, grad, lse, less), (k, v) = of_queries, of_keys
     heads, several, length, width = q.shape
     to_q, to_k, to_v = torch.empty(q.shape, dtype=k.dtype), torch.zeros_like(k), torch.zeros_like(v)
     across_k, across_v = k.mT.contiguous(), v.mT.contiguous()

@@ -60,7 +60,7 @@ def _attending() -> Iterator[None]:
 
 
 def _norm(module: nn.Module, plus_one: bool, epsilon: float, x: Tensor) -> Tensor:
-    if not (torch.is_grad_enabled() and x.requires_grad):
+    if not torch.is_grad_enabled():
         return cast(Tensor, type(module).forward(module, x))
     gain = cast(Tensor, module.weight).to(torch.promote_types(x.dtype, torch.float32))
     return rms_norm(x, 1 + gain if plus_one else gain, epsilon)
@@ -85,7 +85,6 @@ def _attention(
     causal = causal and attention_mask is None and query.shape[2] > 1
     if (
         not torch.is_grad_enabled()
-        or not any(t.requires_grad for t in sides)
         or dropout
         or query.dtype is torch.float16
         or key.shape[2] > LONGEST
