@@ -158,7 +158,7 @@ def finetune(
     if options.distill:
         require_plain_head(base_of(model))
     rounding = nullcontext() if options.fake_quant is None else rounded_lora(model, options.fake_quant)
-    with tempfile.TemporaryDirectory() as scratch, _for_training(model, options), rounding as switch:
+    with tempfile.TemporaryDirectory() as scratch, for_training(model, options), rounding as switch:
         folder = checkpoints or Path(scratch)
         start = last_checkpoint(folder) if resume else None
         lines = StepLog(log or Path(scratch) / "log.jsonl", number, progress)
@@ -234,7 +234,7 @@ def _measured(ramp: Ramp | None, *arguments: Any) -> float:
 
 
 @contextmanager
-def _for_training(model: nn.Module, options: TrainOptions) -> Iterator[None]:
+def for_training(model: nn.Module, options: TrainOptions) -> Iterator[None]:
     """What holds while a model trains, and not before or after."""
     scopes = [quantized(model)]
     if options.gradient_checkpointing:  # then one block's are kept at a time
