@@ -14,6 +14,8 @@ from slimtune.lora import attach
 from slimtune.lora.attach import LoraQuantLinear, add_lora
 from slimtune.lora.fused import fused_lora
 from slimtune.quant.apply import all_linear, quantize_
+from slimtune.quant.decoding import kept_weights
+from slimtune.quant.layouts import Affine
 from slimtune.quant.linear import QuantLinear
 from slimtune.quant.rtn import Rtn
 
@@ -127,3 +129,23 @@ def test_what_is_not_plain_is_left_to_peft(monkeypatch: pytest.MonkeyPatch) -> N
     bare: Any = pico_model("llama")
     quantize_(bare, bind(bare), all_linear(Rtn(bits=4, group_size=8)))
     torch.testing.assert_close(bare(**inputs).logits, plain)
+
+
+def test_a_kept_weight_gives_the_same_gradients() -> None:
+    model, inputs = peft_model()
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    wanted = outputs(model, inputs)
+    size = 2 * layers[0].in_features * layers[0].out_features
+    with kept_weights([layers], size):
+        assert [layer.keep for layer in layers].count(True) == 1
+    decoded: list[int] = []
+    real = Affine.dequantize
+    for budget, again in ((0, len(layers) - 3), (10**9, 0)):  # nobody asks for the gradient to the first three's input
+        decoded.clear()
+        with kept_weights([layers], budget), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Affine, "dequantize", lambda *args: (decoded.append(1), real(*args))[1])
+            got = outputs(model, inputs)
+        assert len(decoded) == len(layers) + again
+        assert torch.equal(got[0], wanted[0])
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(got[1], wanted[1], strict=True))
+    assert not any(layer.keep for layer in layers)

@@ -53,3 +53,28 @@ def test_half_precision_on_a_cpu_is_looked_up(monkeypatch: pytest.MonkeyPatch) -
         for dtype in (torch.float32, torch.bfloat16):
             dispatch.unpack_as(packed, bits, 64, dtype)
     assert seen == [2, 3, 4]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(("columns", "group"), [(128, 64), (96, 32), (64, 64), (60, 20), (65, 13), (100, 64)])
+@pytest.mark.parametrize("highest", ["none", "grid", "one above", "beyond"])
+def test_zero_points_come_off_in_the_look_up(bits: int, columns: int, group: int, highest: str) -> None:
+    codes, groups = torch.randint(0, 2**bits, (7, columns), dtype=torch.uint8), -(-columns // group)
+    top = {"none": 1, "grid": 2**bits, "one above": 2**bits + 1, "beyond": 40}[highest]
+    zero = torch.randint(0, top, (7, groups), dtype=torch.uint8)
+    zero[0] = top - 1
+    scale = torch.rand(7, groups).bfloat16()
+    for dtype in (torch.bfloat16, torch.float16):
+        for some in (None,) if highest == "none" else (zero,):
+            wanted = apply_grid_(codes.to(dtype), scale, some, bits=bits, group_size=group)
+            got = dispatch.dequantize_affine(
+                pack(codes, bits),
+                scale,
+                some,
+                bits=bits,
+                group_size=group,
+                in_features=columns,
+                work=dtype,
+                dtype=dtype,
+            )
+            assert torch.equal(got, wanted)

@@ -106,7 +106,8 @@ class ModelMap:
     """Where everything in a model is, and how it is connected.
 
     `ports` are in dataflow order: what stands before the blocks, the blocks, what stands after them. `sizes` has the
-    width of every space but `FOREIGN`; `widths` names the numbers of the configuration that say so.
+    width of every space but `FOREIGN`; `widths` names the numbers of the configuration that say so. `epsilon` is what
+    RMS norms add to the mean square (0 where there are none).
     """
 
     family: str
@@ -116,6 +117,7 @@ class ModelMap:
     sizes: dict[Space, int]
     scaled_embeddings: bool = False
     widths: Widths = field(default_factory=Widths)
+    epsilon: float = 0.0
 
     def __getitem__(self, name: str) -> Port:
         """The port called `name`. Raises `UnknownArchitecture` where there is none."""
@@ -207,7 +209,8 @@ def bind(model: nn.Module, family: FamilySpec | None = None) -> ModelMap:
         Block(path, i, stack, tuple(port for port in ports if port.block == i))
         for i, (path, stack) in enumerate(claims.blocks)
     )
-    return ModelMap(name, ports, blocks, norms, sizes, row.scaled_embeddings, row.widths)
+    epsilon = float(getattr(config, row.epsilon)) if any(norm.kind != "layer" for norm in norms) else 0.0
+    return ModelMap(name, ports, blocks, norms, sizes, row.scaled_embeddings, row.widths, epsilon)
 
 
 def family_of(model_type: str) -> FamilySpec:

@@ -212,6 +212,7 @@ T5_BIAS = f"block.0.layer.0.{SELF}.relative_attention_bias"  # the first block's
 T5 = FamilySpec(
     name="t5",
     model_types=("t5",),
+    epsilon="layer_norm_epsilon",
     entry=(
         PortSpec("shared", VOCAB, (RESIDUAL,)),
         PortSpec("encoder.embed_tokens", VOCAB, (RESIDUAL,)),

@@ -129,7 +129,8 @@ class FamilySpec:
 
     A family that `wraps` a language model names the attribute of its configuration that describes the inner model: the
     inner model's own row is then used, with this row's `trunk` and in addition to this row's `entry` and `foreign`.
-    `foreign` are regions whose linears and embeddings are all of `Space.FOREIGN`.
+    `foreign` are regions whose linears and embeddings are all of `Space.FOREIGN`. `epsilon` is the attribute of the
+    configuration with what RMS norms add to the mean square.
     """
 
     name: str
@@ -144,6 +145,7 @@ class FamilySpec:
     wraps: str = ""
     foreign: tuple[str, ...] = ()
     widths: Widths = field(default_factory=Widths)
+    epsilon: str = "rms_norm_eps"
 
 
 def attention_heads(config: Config) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from slimtune.errors import BackendMissing
-from slimtune.kernels.cpu import TABLED, unpack_half
+from slimtune.kernels.cpu import TABLED, has_zeros, unpack_half
 from slimtune.kernels.int8 import fast
 from slimtune.kernels.reference import apply_grid_
 from slimtune.linalg import lattice, trellis
@@ -40,10 +40,15 @@ def triton_runs(device: torch.device) -> bool:
 
 def unpack_as(codes: Tensor, bits: int, length: int, dtype: torch.dtype) -> Tensor:
     """The codes as fresh floats, `dtype [rows, length]`, of a tensor that `slimtune.linalg.packing.pack` made."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    if codes.device.type == "cpu" and half and bits in TABLED and not torch.compiler.is_compiling():
+    if _tabled(codes, bits, dtype):
         return unpack_half(codes, bits, length, dtype)
     return unpack(codes, bits, length).to(dtype)
+
+
+def _tabled(codes: Tensor, bits: int, dtype: torch.dtype) -> bool:
+    """Whether codes are looked up."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return codes.device.type == "cpu" and half and bits in TABLED and not torch.compiler.is_compiling()
 
 
 def dequantize_affine(
@@ -67,6 +72,12 @@ def dequantize_affine(
         return triton.dequantize_affine(
             codes, scale, zero, bits=bits, group_size=group_size, in_features=in_features, dtype=dtype
         )
+    if _tabled(codes, bits, work) and scale.shape[1] * group_size == in_features:
+        middle = 2 ** (bits - 1) if zero is None else zero
+        if isinstance(middle, int) or has_zeros(middle, bits, group_size, in_features):
+            less = unpack_half(codes, bits, in_features, work, middle)
+            less.unflatten(1, (scale.shape[1], group_size)).mul_(scale.to(work).unsqueeze(-1))
+            return less.to(dtype)
     q = unpack_as(codes, bits, in_features, work)
     return apply_grid_(q, scale, zero, bits=bits, group_size=group_size).to(dtype)
 

@@ -141,14 +141,14 @@ def add_lora(
         task_type="SEQ_2_SEQ_LM" if cast(Any, model).config.is_encoder_decoder else "CAUSAL_LM",
     )
     from_residual = INITS[init].start is not None or keep_residual
-    if from_residual and not any(layer.start for layer in _quantized(model)):
+    if from_residual and not any(layer.start for layer in quantized(model)):
         raise RecipeError(
             "nothing is known of what quantization lost",
             where="init",
             got=init,
             remedy="quantize in the same recipe, or with slimtune.quantize(..., residual_rank=r)",
         )
-    _know_quantized(config)
+    _knowquantized(config)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     with torch.random.fork_rng(devices=[]), _quiet():
@@ -158,7 +158,7 @@ def add_lora(
         _start_(wrapped)
     if INITS[init].factors is not None or keep_residual:
         facts(start_(adapted(wrapped), init, knobs, gradients=gradients, keep_residual=keep_residual, seed=seed))
-    for layer in _quantized(wrapped):
+    for layer in quantized(wrapped):
         layer.start = None
     if base_name:  # PEFT puts the folder that the model was loaded from
         wrapped.peft_config["default"].base_model_name_or_path = base_name
@@ -255,7 +255,7 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
     try:
         config = LoraConfig.from_pretrained(str(folder))
         name = config.base_model_name_or_path
-        _know_quantized(config)
+        _knowquantized(config)
         adopt_(model)
         with _quiet():
             wrapped = PeftModel.from_pretrained(cast(Any, model), str(folder), config=config, is_trainable=trainable)
@@ -346,7 +346,8 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _quantized(model: nn.Module) -> list[QuantLinear]:
+def quantized(model: nn.Module) -> list[QuantLinear]:
+    """Its packed linears."""
     return [module for module in model.modules() if isinstance(module, QuantLinear)]
 
 
@@ -362,7 +363,7 @@ def _start_(model: nn.Module) -> None:
             b[:, :rank] = share * start.b[:, :rank]
 
 
-def _know_quantized(config: LoraConfig) -> None:
+def _knowquantized(config: LoraConfig) -> None:
     config._register_custom_module(dict.fromkeys(FROZEN, LoraQuantLinear))
 
 

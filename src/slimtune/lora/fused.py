@@ -2,7 +2,8 @@
 
 One function knows what none of its parts do: that the input is kept once for the whole, that nothing frozen has to be
 brought to the adapter's dtype, and that both products can be added up inside the matrix product. What is saved for the
-backward pass is the input, the `r` numbers a token between A and B, and references to packed tensors and factors.
+backward pass is the input, the `r` numbers a token between A and B, and references to packed tensors and factors; or
+where `keep` says so (`slimtune.quant.decoding.kept_weights`) the decoded weight.
 
 The factors keep their own dtype (float32 under PEFT's default, so that small updates are not lost) and are rounded to
 the dtype of the input for the product, as autocast does. Of the computation orders of RunLoRA (arXiv 2312.03415) the
@@ -39,16 +40,18 @@ class _PackedLora(torch.autograd.Function):
         scaling: float,
         activations: Activations | None,
         layout: Layout,
+        keep: bool,
         names: tuple[str, ...],
         *packed: Tensor,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         read = flat if activations is None else activations(flat)
-        y = read @ layout.dequantize(dict(zip(names, packed, strict=True)), x.dtype).T
+        weight = layout.dequantize(dict(zip(names, packed, strict=True)), x.dtype)
+        y = read @ weight.T
         low = flat @ a.to(x.dtype).T
         y.addmm_(low, b.to(x.dtype).T, alpha=scaling)
-        ctx.save_for_backward(x, low, a, b, *packed)
-        ctx.scaling, ctx.layout, ctx.names = scaling, layout, names
+        ctx.save_for_backward(x, low, a, b, *((weight,) if keep else packed))
+        ctx.scaling, ctx.layout, ctx.keep, ctx.names = scaling, layout, keep, names
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -62,9 +65,11 @@ class _PackedLora(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             to_b = (grad.T @ low).to(b.dtype).mul_(ctx.scaling)
         if ctx.needs_input_grad[0]:
-            weight = ctx.layout.dequantize(dict(zip(ctx.names, packed, strict=True)), grad.dtype)
+            weight = packed[0]
+            if not ctx.keep:
+                weight = ctx.layout.dequantize(dict(zip(ctx.names, packed, strict=True)), grad.dtype)
             to_x = (grad @ weight).addmm_(thin, a.to(grad.dtype)).view_as(x)
-        return (to_x, to_a, to_b, *(None,) * (4 + len(packed)))
+        return (to_x, to_a, to_b, *(None,) * (5 + len(ctx.names)))
 
 
 def fused_lora(x: Tensor, base: QuantLinear | BlackBox, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -80,5 +85,6 @@ def fused_lora(x: Tensor, base: QuantLinear | BlackBox, a: Tensor, b: Tensor, sc
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     packed = (getattr(base, name) for name in base.names)
-    y = cast(Tensor, _PackedLora.apply(x, a, b, scaling, base.activations, base.layout, base.names, *packed))
+    facts = base.activations, base.layout, base.keep, base.names
+    y = cast(Tensor, _PackedLora.apply(x, a, b, scaling, *facts, *packed))
     return y if base.bias is None else y + base.bias.to(y.dtype)

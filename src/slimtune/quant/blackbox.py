@@ -70,6 +70,7 @@ class BlackBox(nn.Module):
     """
 
     names: tuple[str, ...] = ()
+    keep: ClassVar[bool] = False
     activations: ClassVar[None] = None  # what the layer does to its input, it does itself
 
     def __init__(self, inner: nn.Module, decode: Decoder) -> None:

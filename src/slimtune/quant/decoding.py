@@ -7,7 +7,7 @@ where memory allows. Both are copies beside the stored tensors, made at the star
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -48,6 +48,30 @@ def decoding(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.small = None
+
+
+@contextmanager
+def kept_weights(scopes: Iterable[Sequence[QuantLinear]], budget: int) -> Iterator[None]:
+    """Within the block, layers with an adapter keep the weight that forward decoded until their gradient is taken.
+
+    Args:
+        scopes: layers whose weights are held at the same time; the first ones of each for which there is room do.
+        budget: bytes, of weights in 16 bits.
+    """
+    chosen: list[QuantLinear] = []
+    for scope in scopes:
+        left = budget
+        for layer in scope:
+            left -= 2 * layer.in_features * layer.out_features
+            if left >= 0:
+                chosen.append(layer)
+    try:
+        for layer in chosen:
+            layer.keep = True
+        yield
+    finally:
+        for layer in chosen:
+            layer.keep = False
 
 
 class Kept:

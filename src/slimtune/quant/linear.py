@@ -62,6 +62,7 @@ class QuantLinear(nn.Module):
         self.start: Factors | None = None  # what an adapter on this layer may start from; not saved with it
         self.tuning: nn.Module | None = None  # see slimtune.quant.tuning; not saved with the layer
         self.small: SmallProduct | None = None  # see slimtune.quant.decoding
+        self.keep = False  # whether a gradient finds the weight as forward decoded it; see slimtune.quant.decoding
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, weight: QTensor, activations: Activations | None = None) -> QuantLinear:

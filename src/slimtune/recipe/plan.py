@@ -454,6 +454,8 @@ class _Shape:
         passes = (6 if step.gradient_checkpointing else 4) + 2 * step.distill
         workspace = max(2 * width, self.decoding) * self.largest if state.quantized else 0
         workspace += max(step.max_steps, 1) * step.gradient_accumulation_steps * tokens * step.distill_top_k * 12
+        if state.quantized:
+            workspace += min(step.keep_decoded * 10**6, width * self.weights)
         if step.scales:  # a weight's gradient, and for each scale a factor, its gradient and moments
             workspace += 4 * self.largest + self.weights // 64 * 16
         flops = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,14 +16,17 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
+from slimtune.arch import bind
 from slimtune.errors import RecipeError
-from slimtune.lora.attach import base_of
+from slimtune.lora.attach import base_of, quantized
 from slimtune.lora.rounded import Switch, rounded_lora
 from slimtune.prune.options import PruneOptions
 from slimtune.prune.surgery import PruneFacts
+from slimtune.quant.decoding import kept_weights
 from slimtune.quant.tuning import settle_tuning_, tune_
 from slimtune.train.callbacks import Progress, StepLog
 from slimtune.train.checkpoint import CheckpointingTrainer, last_checkpoint
+from slimtune.train.cpu import cpu_kernels
 from slimtune.train.data import Collator, Example
 from slimtune.train.distill import distilled_loss, require_plain_head, unpruned
 from slimtune.train.loss import chunked_loss
@@ -179,7 +182,7 @@ def finetune(
     """
     trainable = _trainable(model, options)
     rounding = nullcontext() if options.fake_quant is None else rounded_lora(model, options.fake_quant)
-    with tempfile.TemporaryDirectory() as scratch, _without_cache(model), _same_flags(model), rounding as switch:
+    with tempfile.TemporaryDirectory() as scratch, for_training(model, options), rounding as switch:
         folder = checkpoints or Path(scratch)
         start = last_checkpoint(folder) if resume else None
         examples = visited(examples, options, seed) if options.distill_top_k else examples
@@ -292,6 +295,20 @@ def _measured(ramp: Ramp | None, *arguments: Any) -> float:
     """The held-out loss, unseen by a ramp."""
     with nullcontext() if ramp is None else ramp.deaf():
         return heldout_loss(*arguments)
+
+
+@contextmanager
+def for_training(model: nn.Module, options: TrainOptions) -> Iterator[None]:
+    """What holds while a model trains, and not before or after."""
+    scopes = [quantized(model)]
+    if options.gradient_checkpointing:  # then one block's are kept at a time
+        blocks = base_of(model)
+        scopes = [quantized(blocks.get_submodule(block.name)) for block in bind(model).blocks]
+    with ExitStack() as stack:
+        for part in (_without_cache(model), _same_flags(model), cpu_kernels(model)):
+            stack.enter_context(part)
+        stack.enter_context(kept_weights(scopes, options.keep_decoded * 10**6))
+        yield
 
 
 @contextmanager

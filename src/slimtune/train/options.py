@@ -39,6 +39,9 @@ class TrainOptions:
     )
     scales: bool = field(default=False, metadata={"help": "packed layers train their scales and signs, too"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations: less memory, slower"})
+    keep_decoded: int = field(
+        default=0, metadata={"help": "megabytes of decoded weights kept from forward to backward: faster"}
+    )
     bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast"})
     fake_quant: FakeQuant | None = field(
         default=None, metadata={"help": "train the adapter as rounded: {weights: 4, activations: 4, warmup_steps: 20}"}
@@ -68,6 +71,6 @@ class TrainOptions:
             raise RecipeError("max_length out of range", got=self.max_length, wanted="at least 2")
         if not 0 <= self.warmup_ratio < 1:
             raise RecipeError("warmup_ratio out of range", got=self.warmup_ratio, wanted="0 to 1, 1 excluded")
-        for name in ("eval_steps", "max_grad_norm", "weight_decay"):
+        for name in ("eval_steps", "max_grad_norm", "weight_decay", "keep_decoded"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise RecipeError(f"{name} out of range", got=getattr(self, name), wanted="0 or above")

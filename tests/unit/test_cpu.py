@@ -1,0 +1,155 @@
+"""What stands in for norms and attention while a model trains on a CPU, against the formulas in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from pico import PICO, pico_inputs, pico_model
+from slimtune.kernels import attention as kernel
+from slimtune.kernels.attention import attention
+from slimtune.kernels.rows import rms_norm
+from slimtune.lora.attach import add_lora
+from slimtune.train import cpu
+from slimtune.train.cpu import cpu_kernels
+
+
+def sides(heads: int, few: int, queries: int, keys: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    def side(of: int, length: int) -> Tensor:
+        return (torch.randn(2, length, of, 8, dtype=torch.float64).to(dtype).transpose(1, 2)).requires_grad_()
+
+    return side(heads, queries), side(few, keys), side(few, keys)
+
+
+def mask_of(kind: str, queries: int, keys: int, heads: int) -> Tensor | None:
+    if kind == "none":
+        return None
+    seen = torch.rand(2, heads if kind == "each head" else 1, queries, keys) < 0.6
+    seen[..., 0] = True
+    if kind == "one of all":
+        seen = seen[:1]
+    return seen if kind != "added" else torch.where(seen, 0.0, -torch.inf).double() + torch.randn(seen.shape).double()
+
+
+@pytest.mark.parametrize("kind", ["none", "seen", "one of all", "each head", "added"])
+@pytest.mark.parametrize(("heads", "few"), [(6, 2), (3, 3), (4, 1)])
+@pytest.mark.parametrize(("queries", "keys"), [(7, 7), (13, 5), (1, 9)])
+def test_attention_is_the_formula(
+    kind: str, heads: int, few: int, queries: int, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "QUERIES", 4)
+    monkeypatch.setattr(kernel, "SCORES", 4 * 7 * 3)
+    q, k, v = sides(heads, few, queries, keys)
+    mask = mask_of(kind, queries, keys, heads)
+    for causal in [False, True] if mask is None and queries == keys else [False]:
+        wide = (t.repeat_interleave(heads // few, 1) for t in (k, v))
+        wanted = scaled_dot_product_attention(q, *wide, attn_mask=mask, is_causal=causal, scale=0.3)
+        got = attention(q, k, v, mask=mask, causal=causal, scale=0.3)
+        torch.testing.assert_close(got, wanted)
+        up = torch.randn_like(wanted)
+        truth = torch.autograd.grad(wanted, (q, k, v), up)
+        for mine, theirs in zip(torch.autograd.grad(got, (q, k, v), up), truth, strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+def test_rows_that_see_nothing_have_no_gradient() -> None:
+    q, k, v = sides(4, 2, 5, 5)
+    mask = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
+    mask[1, :, :2] = False
+    grads = torch.autograd.grad(attention(q, k, v, mask=mask)[:, :, 2:].square().sum(), (q, k, v))
+    assert all(bool(grad.isfinite().all()) for grad in grads)
+    assert not grads[0][1, :, :2].any() and grads[0][0, :, 2:].any()
+
+
+def test_attention_in_bfloat16_is_as_close_as_pytorchs() -> None:
+    q, k, v = sides(6, 2, 150, 150, torch.bfloat16)
+    with torch.no_grad():
+        q.mul_(4)  # scores that bfloat16 alone would not tell apart
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    truth = scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True)
+    up = torch.randn_like(truth).bfloat16()
+    wanted = torch.autograd.grad(truth, exact, up.double())
+
+    def errors(y: Tensor) -> list[float]:
+        grads = torch.autograd.grad(y, (q, k, v), up)
+        return [float((g - w).norm() / w.norm()) for g, w in zip(grads, wanted, strict=True)]
+
+    mine = errors(attention(q, k, v, causal=True))
+    theirs = errors(scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+    assert max(mine) < 0.01
+    assert all(a < 1.1 * b for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (2, 3, 4, 12), (1, 12)])
+def test_norm_is_the_formula(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slimtune.kernels.rows.NUMBERS", 40)
+    x = torch.randn(shape, dtype=torch.float64).mul_(3).requires_grad_()
+    gain = torch.rand(12, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: rms_norm(x, gain, 0.1), (x,))
+    torch.testing.assert_close(rms_norm(x, gain, 0.1), nn.functional.rms_norm(x, (12,), gain, 0.1))
+    half = x.detach().bfloat16()
+    assert rms_norm(half, gain, 0.1).dtype == torch.bfloat16
+    torch.testing.assert_close(
+        rms_norm(half, gain, 0.1).double(), nn.functional.rms_norm(half.double(), (12,), gain, 0.1), rtol=5e-3, atol=0
+    )
+
+
+def gradients(model: Any, inputs: dict[str, Tensor]) -> tuple[float, list[Tensor]]:
+    model.zero_grad()
+    loss = model(**inputs, labels=inputs.get("decoder_input_ids", inputs["input_ids"])).loss
+    loss.backward()
+    return float(loss.detach()), [p.grad for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("family", PICO)
+@pytest.mark.parametrize("padded", [False, True])
+def test_models_learn_what_they_learnt(family: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pico_model(family, dtype=torch.float64)
+    wrapped = add_lora(model, r=2)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    inputs = pico_inputs(model)
+    if padded:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"][1, -3:] = 0
+    wanted, theirs = gradients(wrapped, inputs)
+    used: list[str] = []
+    for name in ("attention", "rms_norm"):
+        real = getattr(cpu, name)
+        monkeypatch.setattr(
+            cpu, name, lambda *args, real=real, name=name, **rest: (used.append(name), real(*args, **rest))[1]
+        )
+    with cpu_kernels(wrapped):
+        got, mine = gradients(wrapped, inputs)
+    assert got == pytest.approx(wanted, rel=1e-6)  # transformers' norms compute in float32
+    for some, other in zip(mine, theirs, strict=True):
+        assert float((some - other).norm()) <= 1e-3 * float(other.norm()) + 1e-9
+    assert ("rms_norm" in used) == (not family.startswith("opt"))
+    assert ("attention" in used) == (family.split("-")[0] not in ("t5", "gemma2"))
+
+
+def test_nothing_stays_behind() -> None:
+    model: Any = add_lora(pico_model("llama"), r=2)
+    before = model.get_base_model().config.to_dict()
+    with cpu_kernels(model), cpu_kernels(model):
+        assert ALL_ATTENTION_FUNCTIONS[cpu.USUAL] is cpu._attention
+    with pytest.raises(RuntimeError), cpu_kernels(model):
+        model(torch.zeros(1, 3))
+    assert ALL_ATTENTION_FUNCTIONS[cpu.USUAL] is sdpa_attention_forward
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert model.get_base_model().config.to_dict() == before
+
+
+def test_gains_that_train_keep_their_gradient() -> None:
+    model = pico_model("llama")
+    inputs = pico_inputs(model)
+    with cpu_kernels(model):
+        _, grads = gradients(model, inputs)
+    assert all(grad is not None for grad in grads)
