@@ -8,6 +8,7 @@
     gate       pruned along LoRA by gate-fisher, taught by the unpruned model
     gate-fit   the same, fitted at every choice
     wanda-fit  pruned along LoRA by wanda, fitted at every choice, taught by the unpruned model
+    wanda-early  the same, with the ramp over after a fifth of the steps
     top-k      gate-fit, taught by what the unpruned model said once (32 likeliest tokens)
 
 Every arm is a recipe with the same rows, rate and number of steps. An arm whose run folder is whole is not run again.
@@ -51,6 +52,7 @@ def arms(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     ramp = {**cut, "schedule": "cubic", "every": arguments.every}
     fisher, wanda = {"importance": "gate-fisher"}, {"importance": "wanda"}
     top_k = {"train": {**options, "distill": True, "distill_top_k": 32}}
+    early = {"warmup": 0.0, "cooldown": 0.8}
     depth = {**cut, "targets": ["layers"], "importance": "loss-change"}
     lora_paper = {"importance": "lora", "normalise": "module"}
     return {
@@ -62,6 +64,7 @@ def arms(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
         "gate": [lora, {"prune": {**ramp, **fisher}}, taught, *end],
         "gate-fit": [lora, {"prune": {**ramp, **fisher, "refit": True}}, taught, *end],
         "wanda-fit": [lora, {"prune": {**ramp, **wanda, "refit": True}}, taught, *end],
+        "wanda-early": [lora, {"prune": {**ramp, **wanda, **early, "refit": True}}, taught, *end],
         "top-k": [lora, {"prune": {**ramp, **fisher, "refit": True}}, top_k, *end],
     }
 
