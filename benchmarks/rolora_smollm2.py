@@ -3,6 +3,7 @@ r"""RoLoRA and the controls its paper lacks: SmolLM2-135M, WikiText-2, one quant
     a  LoRA, merged, 16 bit              d  LoRA, merged, rotated, quantized
     b  LoRA, merged, quantized           e  rotated, LoRA, merged, quantized (RoLoRA)
     c  rotated, quantized, not tuned     f  rotated, LoRA trained on rounded weights and inputs, merged, quantized
+                                         g  as f, with rounded inputs alone
 
 Every arm is a recipe; all train the same rows with the same seed, and b and d start from what a left. An arm whose run
 folder is whole is not run again.
@@ -40,6 +41,7 @@ def arms(arguments: argparse.Namespace, work: Path) -> dict[str, tuple[str, list
     rounding = {"weights": bits, "activations": bits, "warmup_steps": arguments.steps // 4}
     train = {"train": options}
     qat = {"train": {**options, "fake_quant": rounding}}
+    inputs = {"train": {**options, "fake_quant": {**rounding, "weights": 16}}}
     quantize = {
         "quantize": {
             "method": arguments.method,
@@ -57,6 +59,7 @@ def arms(arguments: argparse.Namespace, work: Path) -> dict[str, tuple[str, list
         "d": (tuned, [rotate, quantize, evaluate]),
         "e": (arguments.model, [rotate, lora, train, {"merge": {}}, quantize, evaluate]),
         "f": (arguments.model, [rotate, lora, qat, {"merge": {}}, quantize, evaluate]),
+        "g": (arguments.model, [rotate, lora, inputs, {"merge": {}}, quantize, evaluate]),
     }
 
 
