@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import math
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,20 @@ def test_overwriting_starts_again_and_leaves_nothing_of_the_old(facts: dict[str,
     assert not (out / "export").exists()
     assert "seed: 1" in (out / "recipe.yaml").read_text()
     assert len(json.loads((out / "report.json").read_text())["steps"]) == 1
+
+
+def test_a_run_of_an_older_version_is_resumed(facts: dict[str, Any], tmp_path: Path) -> None:
+    """Its recipe lacks the fields that have come since, which are at their defaults in this one."""
+    out, said = tmp_path / "out", []
+    run(short(facts), out)
+    text = (out / "recipe.yaml").read_text()
+    older = re.sub(r"\n +sym: false", "", text)
+    assert older != text
+    (out / "recipe.yaml").write_text(older)
+    run(short(facts), out, resume=True, say=said.append)
+    assert said == ["every step of this run is done"]
+    with pytest.raises(RecipeError, match="another recipe's run"):
+        run(short(facts, steps=[{"quantize": {"method": "rtn", "group_size": 8, "sym": True}}]), out, resume=True)
 
 
 def test_a_run_that_did_nothing_yet_holds_nothing(facts: dict[str, Any], tmp_path: Path) -> None:

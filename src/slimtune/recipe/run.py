@@ -30,7 +30,7 @@ from slimtune.export.native import write_model
 from slimtune.files import whole_folder, write_json, write_text
 from slimtune.kernels.memory import PeakMemory
 from slimtune.lora.attach import base_of, has_adapter, load_adapter, save_adapter
-from slimtune.recipe.document import write_recipe
+from slimtune.recipe.document import rewritten, write_recipe
 from slimtune.recipe.plan import Plan, plan
 from slimtune.recipe.pruning import RECORD, pending, read_record
 from slimtune.recipe.report import read_report, write_html
@@ -125,7 +125,7 @@ def _held(output: Path) -> str | None:
     names = {path.name for path in output.iterdir()} - {f".{RECIPE}.partial"}
     if RECIPE in names:
         begun = names - {RECIPE, "checkpoints"} or any((output / "checkpoints").glob("*"))
-        return (output / RECIPE).read_text(encoding="utf-8", errors="replace") if begun else None
+        return rewritten((output / RECIPE).read_text(encoding="utf-8", errors="replace")) if begun else None
     if names:
         raise RecipeError(
             "the output folder is not empty and not a run", where=str(output), remedy="choose another --output"
