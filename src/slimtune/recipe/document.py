@@ -84,15 +84,6 @@ def write_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True, width=120)
 
 
-def rewritten(text: str) -> str:
-    """What `write_recipe` wrote, perhaps in an older version, as this one writes it: with fields that have come since
-    at their defaults. What is no recipe of this version stays as it is."""
-    try:
-        return write_recipe(recipe_from(yaml.safe_load(text)))
-    except (RecipeError, yaml.YAMLError):
-        return text
-
-
 def _set(facts: Any, keys: list[str], value: Any, override: str) -> None:
     named = [step for step in _steps(facts) if keys[0] in step]
     if named and len(keys) > 1:

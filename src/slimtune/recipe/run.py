@@ -20,21 +20,34 @@ from typing import Any, cast
 import psutil
 import torch
 import transformers
+import yaml
 from peft import PeftModel
 
 from slimtune import __version__
 from slimtune.arch.weights import Checkpoint
-from slimtune.errors import FormatError, RecipeError
+from slimtune.errors import FormatError, RecipeError, SlimtuneError
 from slimtune.export.load import load, locate
 from slimtune.export.native import write_model
 from slimtune.files import whole_folder, write_json, write_text
 from slimtune.kernels.memory import PeakMemory
 from slimtune.lora.attach import base_of, has_adapter, load_adapter, save_adapter
-from slimtune.recipe.document import rewritten, write_recipe
-from slimtune.recipe.plan import Plan, plan
+from slimtune.recipe.document import write_recipe
+from slimtune.recipe.plan import Plan, plan, resolve
 from slimtune.recipe.pruning import RECORD, pending, read_record
 from slimtune.recipe.report import read_report, write_html
-from slimtune.recipe.schema import Evaluate, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train, to_dict
+from slimtune.recipe.schema import (
+    Evaluate,
+    Lora,
+    Merge,
+    Prune,
+    Quantize,
+    Recipe,
+    Rotate,
+    Step,
+    Train,
+    recipe_from,
+    to_dict,
+)
 from slimtune.recipe.steps import Session, belongs, run_step, size_of
 
 Say = Callable[[str], None]
@@ -125,12 +138,21 @@ def _held(output: Path) -> str | None:
     names = {path.name for path in output.iterdir()} - {f".{RECIPE}.partial"}
     if RECIPE in names:
         begun = names - {RECIPE, "checkpoints"} or any((output / "checkpoints").glob("*"))
-        return rewritten((output / RECIPE).read_text(encoding="utf-8", errors="replace")) if begun else None
+        return _rewritten((output / RECIPE).read_text(encoding="utf-8", errors="replace")) if begun else None
     if names:
         raise RecipeError(
             "the output folder is not empty and not a run", where=str(output), remedy="choose another --output"
         )
     return None
+
+
+def _rewritten(text: str) -> str:
+    """The recipe of a run, perhaps of an older version, as this one writes it: with fields that have come since at
+    their defaults. What is no recipe of this version stays as it is."""
+    try:
+        return write_recipe(resolve(recipe_from(yaml.safe_load(text))))
+    except (SlimtuneError, yaml.YAMLError):
+        return text
 
 
 def _occupied(output: Path, held: str, text: str) -> RecipeError:
