@@ -65,10 +65,10 @@ class _PackedLora(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             to_b = (grad.T @ low).to(b.dtype).mul_(ctx.scaling)
         if ctx.needs_input_grad[0]:
-            weight = packed[0]
-            if not ctx.keep:
-                weight = ctx.layout.dequantize(dict(zip(ctx.names, packed, strict=True)), grad.dtype)
-            to_x = (grad @ weight).addmm_(thin, a.to(grad.dtype)).view_as(x)
+            kept = packed[0] if ctx.keep else None
+            if kept is None:
+                kept = ctx.layout.dequantize(dict(zip(ctx.names, packed, strict=True)), grad.dtype)
+            to_x = (grad @ kept).addmm_(thin, a.to(grad.dtype)).view_as(x)
         return (to_x, to_a, to_b, *(None,) * (5 + len(ctx.names)))
 
 
