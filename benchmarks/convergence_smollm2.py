@@ -294,7 +294,11 @@ def main() -> None:
                 place.write_text(kept + "\n")
     rows = table(cache, setting)
     before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    before[key] = {"environment": environment(), "setting": asdict(setting), "rows": rows}
+    before[f"{key}, held out every {a.every}"] = {
+        "environment": environment(),
+        "setting": asdict(setting),
+        "rows": rows,
+    }
     RESULT.write_text(json.dumps(before, indent=1) + "\n")
     for row in rows:
         print(row)
