@@ -113,9 +113,9 @@ def _open_folder(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool)
     """The state of the run in `output`, which is made, emptied or left as it is; refuses what is not to be replaced."""
     text, path = write_recipe(recipe), output / "checkpoints" / "state.json"
     held = _held(output)
-    if held is not None and not (resume and held == text):
+    if held is not None and not (resume and _rewritten(held) == _rewritten(text)):
         if not overwrite:
-            raise _occupied(output, held, text)
+            raise _occupied(output, _rewritten(held), _rewritten(text))
         _empty(recipe, output)
     elif resume and path.is_file():
         try:
@@ -138,7 +138,7 @@ def _held(output: Path) -> str | None:
     names = {path.name for path in output.iterdir()} - {f".{RECIPE}.partial"}
     if RECIPE in names:
         begun = names - {RECIPE, "checkpoints"} or any((output / "checkpoints").glob("*"))
-        return _rewritten((output / RECIPE).read_text(encoding="utf-8", errors="replace")) if begun else None
+        return (output / RECIPE).read_text(encoding="utf-8", errors="replace") if begun else None
     if names:
         raise RecipeError(
             "the output folder is not empty and not a run", where=str(output), remedy="choose another --output"
