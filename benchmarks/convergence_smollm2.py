@@ -36,6 +36,7 @@ from torch import nn
 import slimtune
 from slimtune.arch import bind
 from slimtune.calib.formats import normalise
+from slimtune.calib.loss import chunked_loss
 from slimtune.calib.rows import DataSource, read_rows
 from slimtune.lora.attach import base_of
 from slimtune.lora.options import LoraOptions
@@ -43,7 +44,6 @@ from slimtune.recipe.gradients import attach_adapter, gradient_batches, gradient
 from slimtune.recipe.record import Curve
 from slimtune.recipe.run import environment
 from slimtune.train.data import Collator, Example, padding_id, tokenize
-from slimtune.train.loss import chunked_loss
 
 RESULT = Path(__file__).parent / "results" / "convergence_smollm2.json"
 PEFT, FULL, PLAIN = "peft-lora-ga", "full", "default"

@@ -28,9 +28,9 @@ from torch import nn
 from transformers import AutoConfig
 
 from slimtune.arch import bind
+from slimtune.calib.loss import chunked_loss
 from slimtune.lora.attach import add_lora, base_of
 from slimtune.quant.size import model_size
-from slimtune.train.loss import chunked_loss
 
 CAP = 24 * 10**9
 MODELS: dict[str, dict[str, int]] = {

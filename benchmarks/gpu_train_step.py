@@ -26,9 +26,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig
 
 from slimtune.arch import bind
+from slimtune.calib.loss import chunked_loss
 from slimtune.kernels import dispatch
 from slimtune.lora.attach import add_lora, base_of
-from slimtune.train.loss import chunked_loss
 
 LLAMA = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
 TINY = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4}

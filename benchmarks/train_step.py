@@ -28,13 +28,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from slimtune.arch import bind
+from slimtune.calib.loss import chunked_loss
 from slimtune.export.load import locate
 from slimtune.lora.attach import add_lora, base_of
 from slimtune.quant.apply import all_linear, quantize_
 from slimtune.quant.rtn import Rtn
 from slimtune.recipe.run import environment
 from slimtune.train.loop import for_training
-from slimtune.train.loss import chunked_loss
 from slimtune.train.options import TrainOptions
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))

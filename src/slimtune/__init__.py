@@ -11,7 +11,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from slimtune.registration import register_when_imported
+from slimtune.registration import import_after
 
 __version__ = "0.1.0"
 
@@ -80,5 +80,5 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-register_when_imported("transformers.quantizers.auto", "slimtune.hub", "register")
+import_after("transformers.quantizers.auto", "slimtune.hub")
 """Importing transformers here would take seconds; instead slimtune registers when transformers' registry is loaded."""

@@ -154,13 +154,6 @@ def _attend(
     return attend(module, query, rounding(key), rounding(value), *args, **options)
 
 
-def register() -> None:
-    """Make transformers know the `slimtune` method. Harmless when it does already."""
-    if METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(METHOD)(SlimtuneConfig)
-        register_quantizer(METHOD)(SlimtuneQuantizer)
-
-
 def _allocate_(model: nn.Module, name: str, facts: dict[str, Any]) -> None:
     import torch
 
@@ -188,3 +181,8 @@ def _allocate_(model: nn.Module, name: str, facts: dict[str, Any]) -> None:
     setattr(owner, leaf, quantized)
     # Where a module draws the weights of its linears itself (T5), transformers would draw packed codes anew.
     cast(Any, owner)._is_hf_initialized = True
+
+
+if METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantization_config(METHOD)(SlimtuneConfig)
+    register_quantizer(METHOD)(SlimtuneQuantizer)

@@ -12,12 +12,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pico import PICO, pico_inputs, pico_model
+from slimtune.calib.cpu import cpu_kernels
 from slimtune.kernels import attention as kernel
 from slimtune.kernels.attention import attention
 from slimtune.kernels.rows import rms_norm
 from slimtune.lora.attach import add_lora
 from slimtune.train import cpu
-from slimtune.train.cpu import cpu_kernels
 
 
 def sides(heads: int, few: int, queries: int, keys: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:

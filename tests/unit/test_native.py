@@ -21,7 +21,7 @@ from slimtune.arch import bind
 from slimtune.errors import FormatError, UnknownArchitecture
 from slimtune.export.load import load, read_model
 from slimtune.export.native import write_model
-from slimtune.hub import SlimtuneConfig, register
+from slimtune.hub import SlimtuneConfig
 from slimtune.lora.attach import add_lora
 from slimtune.quant.apply import all_linear, quantize_
 from slimtune.quant.linear import QuantLinear
@@ -79,7 +79,6 @@ def test_folder_reads_back_bit_for_bit(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_packed_tensors_keep_their_dtype_whatever_the_model_has(folder: Path, dtype: torch.dtype) -> None:
-    register()
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     assert loaded.get_input_embeddings().weight.dtype == dtype
     assert differing(packed(loaded), packed(quantized())) == []

@@ -11,7 +11,7 @@ import torch
 from pico import pico_model, pico_tokenizer, save_pico
 from slimtune import quantize
 from slimtune.export.native import write_model
-from slimtune.registration import register_when_imported
+from slimtune.registration import import_after
 
 SLIMTUNE_FIRST = """
 import sys
@@ -57,34 +57,48 @@ def test_a_quantized_folder_loads_in_a_fresh_process(quantized: tuple[Path, floa
 @pytest.fixture
 def awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "awaited_module.py").write_text("loaded = True\n")
-    (tmp_path / "acting_module.py").write_text("calls = []\ndef act(): calls.append(1)\n")
+    (tmp_path / "following_module.py").write_text("import awaited_module\nseen = awaited_module.loaded\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-    for name in ("awaited_module", "acting_module"):
+    for name in ("awaited_module", "following_module"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return "awaited_module"
 
 
-def test_the_act_follows_the_import_and_happens_once(awaited: str) -> None:
+def test_the_import_follows(awaited: str) -> None:
     finders = list(sys.meta_path)
-    register_when_imported(awaited, "acting_module", "act")
-    assert "acting_module" not in sys.modules
+    import_after(awaited, "following_module")
+    assert "following_module" not in sys.modules
     module = importlib.import_module(awaited)
     assert module.loaded
-    assert sys.modules["acting_module"].calls == [1]
+    assert sys.modules["following_module"].seen
     assert sys.meta_path == finders
 
 
-def test_the_act_is_now_where_the_module_is_there_already(awaited: str) -> None:
+def test_the_import_is_now_where_the_module_is_there_already(awaited: str) -> None:
     importlib.import_module(awaited)
-    register_when_imported(awaited, "acting_module", "act")
-    assert sys.modules["acting_module"].calls == [1]
+    import_after(awaited, "following_module")
+    assert sys.modules["following_module"].seen
+
+
+def test_the_following_module_may_come_first(awaited: str) -> None:
+    import_after(awaited, "following_module")
+    assert importlib.import_module("following_module").seen
+
+
+@pytest.mark.parametrize("name", ["slimtune.hub", "slimtune.export.load", "transformers.quantizers.auto"])
+def test_what_is_imported_first_does_not_matter(name: str) -> None:
+    code = (
+        f"import slimtune, {name}; from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; m['slimtune']"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_another_import_does_not_set_it_off(awaited: str) -> None:
-    register_when_imported("never_imported", "acting_module", "act")
+    import_after("never_imported", "following_module")
     importlib.import_module(awaited)
-    assert "acting_module" not in sys.modules
+    assert "following_module" not in sys.modules
 
 
 def test_evaluate_and_export_are_subpackages_and_functions() -> None:

@@ -40,7 +40,7 @@ from slimtune.export.foreign import PackedFormat, packed_format, read_layers
 from slimtune.export.gguf_config import gguf_config
 from slimtune.export.native import FILES, settle_, write_model
 from slimtune.files import whole_folder
-from slimtune.hub import SlimtuneConfig, register
+from slimtune.hub import SlimtuneConfig
 from slimtune.quant.activation import activations_to_dict
 from slimtune.quant.blackbox import adopt_
 from slimtune.quant.layouts import layout_to_dict
@@ -95,7 +95,6 @@ def load(model: str, *, dtype: str = "float32", lazy: bool = False) -> Loaded:
     """
     if dtype not in DTYPES:
         raise RecipeError("unknown dtype", got=dtype, remedy=nearest(dtype, DTYPES))
-    register()
     folder, name = locate(model)
     config = read_config(folder)
     Checkpoint(folder)  # finds missing, truncated and pickled weights before anything is allocated
@@ -219,7 +218,6 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise FormatError("config.json is not JSON", where=str(path), got=str(error)) from error
     if not isinstance(facts, dict) or "model_type" not in facts:
         raise FormatError("config.json names no model_type", where=str(path))
-    register()
     quantization = facts.get("quantization_config")
     method = quantization.get("quant_method", "bitsandbytes") if isinstance(quantization, dict) else "bitsandbytes"
     if method not in ("bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING):  # transformers would load it as if dense

@@ -26,6 +26,7 @@ from slimtune.quant.activation import Activations
 from slimtune.quant.blackbox import BlackBox
 from slimtune.quant.layouts import Layout
 from slimtune.quant.linear import QuantLinear
+from slimtune.quant.products import times, times_transposed
 
 
 class _PackedLora(torch.autograd.Function):
@@ -46,11 +47,12 @@ class _PackedLora(torch.autograd.Function):
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         read = flat if activations is None else activations(flat)
-        weight = layout.dequantize(dict(zip(names, packed, strict=True)), x.dtype)
-        y = read @ weight.T
+        tensors = dict(zip(names, packed, strict=True))
+        weight = layout.dequantize(tensors, x.dtype) if keep else None
+        y = times_transposed(read, layout, tensors) if weight is None else read @ weight.T
         low = flat @ a.to(x.dtype).T
         y.addmm_(low, b.to(x.dtype).T, alpha=scaling)
-        ctx.save_for_backward(x, low, a, b, *((weight,) if keep else packed))
+        ctx.save_for_backward(x, low, a, b, *(packed if weight is None else (weight,)))
         ctx.scaling, ctx.layout, ctx.keep, ctx.names = scaling, layout, keep, names
         return y.view(*x.shape[:-1], -1)
 
@@ -65,10 +67,9 @@ class _PackedLora(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             to_b = (grad.T @ low).to(b.dtype).mul_(ctx.scaling)
         if ctx.needs_input_grad[0]:
-            kept = packed[0] if ctx.keep else None
-            if kept is None:
-                kept = ctx.layout.dequantize(dict(zip(ctx.names, packed, strict=True)), grad.dtype)
-            to_x = (grad @ kept).addmm_(thin, a.to(grad.dtype)).view_as(x)
+            tensors = {} if ctx.keep else dict(zip(ctx.names, packed, strict=True))
+            to_x = grad @ packed[0] if ctx.keep else times(grad, ctx.layout, tensors)
+            to_x = to_x.addmm_(thin, a.to(grad.dtype)).view_as(x)
         return (to_x, to_a, to_b, *(None,) * (5 + len(ctx.names)))
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.arch import ModelMap
+from slimtune.calib.cpu import cpu_kernels
+from slimtune.calib.loss import chunked_loss
 from slimtune.errors import CalibrationError
 from slimtune.kernels.precision import fast_matmul
 from slimtune.prune.groups import Axis, possible
@@ -61,7 +63,8 @@ def collect(
     if needs_data and tokens is None:
         raise CalibrationError("the importance needs calibration data", wanted=", ".join(sorted(importance.needs)))
     backward = bool(GRADIENTS & importance.needs)
-    with _frozen(model, but_adapters="lora_gradient" in importance.needs), torch.set_grad_enabled(backward):
+    frozen = _frozen(model, but_adapters="lora_gradient" in importance.needs)
+    with frozen, cpu_kernels(model), chunked_loss(model), torch.set_grad_enabled(backward):
         if measured and tokens is not None:
             scores = _measured(model, modelmap, axes, importance, tokens, batch_size, progress)
         else:

@@ -17,6 +17,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from slimtune.arch import ModelMap
 from slimtune.calib.capture import model_inputs
+from slimtune.calib.loss import has_plain_head
 from slimtune.prune.groups import Axis
 from slimtune.prune.importance import Magnitude
 from slimtune.prune.probe import Probe
@@ -30,6 +31,9 @@ Progress = Callable[[int, int], None]
 def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
     """The sum over windows (`[batch, length]`) of the mean loss of their tokens, nats."""
     inputs = model_inputs(model, tokens)
+    if has_plain_head(model):
+        loss = cast(Any, model)(**inputs, labels=inputs["input_ids"], use_cache=False).loss
+        return cast(Tensor, loss) * len(tokens)
     logits = cast(Tensor, cast(Any, model)(**inputs, use_cache=False).logits)
     wanted = inputs.get("decoder_input_ids", inputs["input_ids"])[:, 1:]
     logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))

@@ -235,7 +235,8 @@ def _quantize_stage(
         exact = weight.to(torch.float32)
         error = relative_error(exact, dense, stats.get("hessian"))
         factors = start(exact, dense, stats) if start is not None else None
-        module.get_parameter(name).copy_(dense)
+        if stream is not None:
+            _compute_with_(module.get_parameter(name), dense)
         layers.append(QuantizedLayer(port.name, quantized, error, factors, rounding))
     return layers
 
@@ -280,9 +281,14 @@ class _Inputs:
 def _recall_(module: nn.Module, block: Block, layers: list[QuantizedLayer], until: ExitStack) -> None:
     """Let a block compute with what was kept of it."""
     for layer in layers:
-        dense = module.get_parameter(_within(block, layer.name) + ".weight")
-        dense.copy_(layer.weight.dequantize())
+        _compute_with_(module.get_parameter(_within(block, layer.name) + ".weight"), layer.weight.dequantize())
     _round_inputs(module, block, layers, until)
+
+
+def _compute_with_(parameter: nn.Parameter, weight: Tensor) -> None:
+    """Put `weight` in the place of a parameter's own, which may be pages of a file: writing there would copy them, and
+    the copies would stay for as long as any other tensor of that file does."""
+    parameter.data = weight.to(parameter)
 
 
 def _round_inputs(module: nn.Module, block: Block, layers: list[QuantizedLayer], until: ExitStack) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from slimtune.quant.layouts import Layout
+from slimtune.quant.products import times, times_transposed
 
 
 class DequantizingMatmul(torch.autograd.Function):
@@ -23,7 +24,9 @@ class DequantizingMatmul(torch.autograd.Function):
         """`x` is `[..., in_features]`; `tensors` are the packed tensors in the order of `names`."""
         ctx.save_for_backward(*tensors)
         ctx.layout, ctx.names = layout, names
-        return x @ layout.dequantize(dict(zip(names, tensors, strict=True)), x.dtype).T
+        flat = x.reshape(-1, x.shape[-1])
+        y = times_transposed(flat, layout, dict(zip(names, tensors, strict=True)))
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -31,4 +34,5 @@ class DequantizingMatmul(torch.autograd.Function):
         (grad,) = grads
         tensors = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         nothing = (None,) * (2 + len(tensors))
-        return (grad @ ctx.layout.dequantize(tensors, grad.dtype), *nothing)
+        to_x = times(grad.reshape(-1, grad.shape[-1]), ctx.layout, tensors)
+        return (to_x.view(*grad.shape[:-1], -1), *nothing)

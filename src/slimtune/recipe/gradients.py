@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from slimtune.calib.gradients import Batch, GradientSketch, learnt_tokens, model_loss
+from slimtune.calib.loss import chunked_loss
 from slimtune.errors import CalibrationError
 from slimtune.evaluate.inference import inference
 from slimtune.lora.attach import add_lora, base_of, sketch_targets
@@ -20,7 +21,6 @@ from slimtune.lora.ranks import allocate
 from slimtune.lora.search import Search, line_search
 from slimtune.lora.start import StartFact
 from slimtune.train.data import Collator, Example
-from slimtune.train.loss import chunked_loss
 
 SEARCHED = 2048
 """Learnt tokens on which the size of a start is searched."""
@@ -156,7 +156,7 @@ def gradients_of(
     `checkpointing` recomputes the activations of each block in the backward pass, as the training to come does.
     """
     rank = 2 * options.r if options.ranks == "gradient" else options.r
-    with chunked_loss(base_of(model)), _checkpointing(base_of(model), checkpointing):
+    with _checkpointing(base_of(model), checkpointing):
         return sketch_targets(
             model,
             batches,

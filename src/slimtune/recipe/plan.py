@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from slimtune.arch import ModelMap, Space, bind
+from slimtune.calib.loss import CHUNK
 from slimtune.calib.rows import FILES, DataSource, read_rows
 from slimtune.calib.stats import STATISTICS
 from slimtune.errors import RecipeError, nearest
@@ -38,7 +39,6 @@ from slimtune.recipe.schema import Evaluate, Export, Lora, Prune, Quantize, Reci
 from slimtune.recipe.treatments import Treatment, Treatments, check_patterns
 from slimtune.rotate.options import FOLDED
 from slimtune.rotate.record import KEY
-from slimtune.train.loss import CHUNK
 
 RUNTIME_BYTES = 90_000_000
 """What the matrix libraries set up at the first product, beyond what the imports take (measured)."""

@@ -15,9 +15,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax, pad
 
+from slimtune.calib.loss import CHUNK, has_plain_head
 from slimtune.errors import RecipeError
 from slimtune.lora.attach import base_of
-from slimtune.train.loss import CHUNK, has_plain_head
 from slimtune.train.pruning import Ramp
 from slimtune.train.teacher import Top
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from slimtune.arch import bind
+from slimtune.calib.cpu import cpu_kernels
+from slimtune.calib.loss import chunked_loss
 from slimtune.errors import RecipeError
 from slimtune.lora.attach import base_of, quantized
 from slimtune.lora.rounded import Switch, rounded_lora
@@ -26,10 +28,8 @@ from slimtune.quant.decoding import kept_weights
 from slimtune.quant.tuning import settle_tuning_, tune_
 from slimtune.train.callbacks import Progress, StepLog
 from slimtune.train.checkpoint import CheckpointingTrainer, last_checkpoint
-from slimtune.train.cpu import cpu_kernels
 from slimtune.train.data import Collator, Example
 from slimtune.train.distill import distilled_loss, require_plain_head, unpruned
-from slimtune.train.loss import chunked_loss
 from slimtune.train.optimizers import own_optimizer
 from slimtune.train.options import TrainOptions
 from slimtune.train.pruning import Ramp
@@ -305,7 +305,7 @@ def for_training(model: nn.Module, options: TrainOptions) -> Iterator[None]:
         blocks = base_of(model)
         scopes = [quantized(blocks.get_submodule(block.name)) for block in bind(model).blocks]
     with ExitStack() as stack:
-        for part in (_without_cache(model), _same_flags(model), cpu_kernels(model)):
+        for part in (_without_cache(model), _same_flags(model), cpu_kernels(base_of(model))):
             stack.enter_context(part)
         stack.enter_context(kept_weights(scopes, options.keep_decoded * 10**6))
         yield

@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import linear, log_softmax
 
+from slimtune.calib.loss import CHUNK
 from slimtune.errors import FormatError
 from slimtune.files import whole_file
 from slimtune.lora.attach import base_of
 from slimtune.train.data import IGNORED, Collator, Example
-from slimtune.train.loss import CHUNK
 from slimtune.train.options import TrainOptions
 
 FILE = "teacher.safetensors"

@@ -1,7 +1,7 @@
-"""Training on a CPU: norms and attention that compute the same in less time and memory.
+"""Gradients on a CPU: norms and attention that compute the same in less time and memory.
 
-They stand in for transformers' own while a model trains, and are gone afterwards: nothing of a model or its
-configuration changes.
+They stand in for transformers' own while gradients are taken or a model trains, and are gone afterwards: nothing of a
+model or its configuration changes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from slimtune.arch import bind
 from slimtune.kernels.attention import LONGEST, attention
 from slimtune.kernels.rows import rms_norm
-from slimtune.lora.attach import base_of
 
 USUAL = "sdpa"
 """What transformers calls PyTorch's attention, and a model uses where nothing else is asked for."""
@@ -27,7 +26,7 @@ USUAL = "sdpa"
 
 @contextmanager
 def cpu_kernels(model: nn.Module) -> Iterator[None]:
-    """Within the block, gradients of `model` (a Hugging Face model or a `PeftModel`) on a CPU take less time.
+    """Within the block, gradients of `model` (a Hugging Face model, not its `PeftModel`) on a CPU take less time.
 
     Frozen RMS norms run as `slimtune.kernels.rows.rms_norm`, PyTorch's attention as `slimtune.kernels.attention`, where
     a gradient is wanted of either. Elsewhere than on a CPU nothing changes.
@@ -36,7 +35,7 @@ def cpu_kernels(model: nn.Module) -> Iterator[None]:
         yield
         return
     with ExitStack() as stack:
-        modelmap, modules = bind(model), dict(base_of(model).named_modules())
+        modelmap, modules = bind(model), dict(model.named_modules())
         for norm in modelmap.norms:
             module = modules[norm.name]
             if norm.kind != "layer" and not cast(Tensor, module.weight).requires_grad and "forward" not in vars(module):
