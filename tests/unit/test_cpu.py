@@ -12,12 +12,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pico import PICO, pico_inputs, pico_model
+from slimtune.calib import cpu
 from slimtune.calib.cpu import cpu_kernels
 from slimtune.kernels import attention as kernel
 from slimtune.kernels.attention import attention
 from slimtune.kernels.rows import rms_norm
-from slimtune.lora.attach import add_lora
-from slimtune.train import cpu
+from slimtune.lora.attach import add_lora, base_of
 
 
 def sides(heads: int, few: int, queries: int, keys: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -126,7 +126,7 @@ def test_models_learn_what_they_learnt(family: str, padded: bool, monkeypatch: p
         monkeypatch.setattr(
             cpu, name, lambda *args, real=real, name=name, **rest: (used.append(name), real(*args, **rest))[1]
         )
-    with cpu_kernels(wrapped):
+    with cpu_kernels(base_of(wrapped)):
         got, mine = gradients(wrapped, inputs)
     assert got == pytest.approx(wanted, rel=1e-6)  # transformers' norms compute in float32
     for some, other in zip(mine, theirs, strict=True):
@@ -138,9 +138,9 @@ def test_models_learn_what_they_learnt(family: str, padded: bool, monkeypatch: p
 def test_nothing_stays_behind() -> None:
     model: Any = add_lora(pico_model("llama"), r=2)
     before = model.get_base_model().config.to_dict()
-    with cpu_kernels(model), cpu_kernels(model):
+    with cpu_kernels(base_of(model)), cpu_kernels(base_of(model)):
         assert ALL_ATTENTION_FUNCTIONS[cpu.USUAL] is cpu._attention
-    with pytest.raises(RuntimeError), cpu_kernels(model):
+    with pytest.raises(RuntimeError), cpu_kernels(base_of(model)):
         model(torch.zeros(1, 3))
     assert ALL_ATTENTION_FUNCTIONS[cpu.USUAL] is sdpa_attention_forward
     assert not any("forward" in vars(module) for module in model.modules())

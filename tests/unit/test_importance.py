@@ -76,7 +76,7 @@ def test_a_gates_gradient_is_the_readers_columns_against_their_gradient(name: st
         wanted = torch.stack([
             (of_unit(grads, axis, u)[-1] * of_unit(weights, axis, u)[-1]).sum() for u in range(axis.units)
         ]).detach().abs()  # fmt: skip
-        torch.testing.assert_close(scores[axis.name], wanted, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(scores[axis.name], wanted, rtol=2e-5, atol=1e-8)  # theirs: norms in float32
 
 
 def test_a_gates_gradient_is_the_change_of_the_loss_when_it_closes_a_little() -> None:
@@ -155,7 +155,7 @@ def test_lora_is_the_papers_formula(squared: bool) -> None:
             product = (estimate * (layer.base_layer.weight + 2.0 * b @ a)).detach()
             entries = product.square() if squared else product.abs()
             total += entries.sum(1 - part.dim)
-        torch.testing.assert_close(scores[axis.name], total)
+        torch.testing.assert_close(scores[axis.name], total, rtol=2e-5, atol=1e-8)  # theirs: norms in float32
     assert all(p.grad is not None for n, p in base.named_parameters() if "lora_" in n)  # as it was before
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from pico import PICO, pico_inputs, pico_model
+from slimtune.calib import loss as module
 from slimtune.calib.loss import chunked_loss, head_cross_entropy
 from slimtune.lora.attach import add_lora
-from slimtune.train import loss as module
 
 PLAIN = [family for family in PICO if family not in ("gemma2", "t5", "t5-gated")]
 

@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -24,8 +24,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from slimtune.calib.cpu import cpu_kernels
-from slimtune.calib.loss import chunked_loss
 from slimtune.calib.sums import Kind, LayerSums, Sums
 from slimtune.errors import CalibrationError, FormatError
 from slimtune.files import whole_file
@@ -158,9 +156,7 @@ def sketch_gradients(
     shapes = {name: _shape(module, of) for name, module in layers.items()}
     work = Sums(shapes, of, directions, passes, seed, device)
     watched = _tapped(layers, work) if of == "gradient" else _watched(layers, work)
-    head = cast(Any, model).get_output_embeddings()
-    own_loss = loss is not model_loss or any(layer is head for layer in layers.values())
-    with _frozen(model), watched, cpu_kernels(model), nullcontext() if own_loss else chunked_loss(model):
+    with _frozen(model), watched:
         for turn in range(passes):
             work.begin(turn)
             mean = math.nan

@@ -22,7 +22,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from slimtune.arch import ModelMap, bind
+from slimtune.calib.cpu import cpu_kernels
 from slimtune.calib.gradients import Batch, GradientSketch, sketch_gradients
+from slimtune.calib.loss import chunked_loss
 from slimtune.calib.sums import Kind
 from slimtune.errors import FormatError, RecipeError, nearest
 from slimtune.files import write_json
@@ -211,11 +213,15 @@ def sketch_targets(
     chosen = targets_of(modelmap, target_modules)
     first = _first_readers(modelmap, chosen) if of == "inputs" else {name: name for name in chosen}
     layers = {name: modules[name] for name in dict.fromkeys(first.values())}
+    base = base_of(model)
     with ExitStack() as stack:
+        stack.enter_context(cpu_kernels(base))
+        if "loss" not in options and cast(Any, base).get_output_embeddings() not in layers.values():
+            stack.enter_context(chunked_loss(base))
         for layer in layers.values():
             if keep_residual and isinstance(layer, QuantLinear) and layer.start is not None:
                 stack.callback(layer.register_forward_hook(_adding(layer.start)).remove)
-        found = sketch_gradients(base_of(model), layers, batches, directions=directions, of=of, **options)
+        found = sketch_gradients(base, layers, batches, directions=directions, of=of, **options)
     return replace(found, layers={name: found.layers[first[name]] for name in chosen})
 
 
