@@ -457,6 +457,16 @@ def test_blocks_are_materialised_one_by_one() -> None:
     assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in got)
 
 
+@pytest.mark.parametrize("method", [ROUND, Optq(bits=2, group_size=12)], ids=["without data", "with data"])
+def test_nothing_is_written_where_weights_lie(method: Quantizer) -> None:
+    """They may be pages of a file that is mapped: a page that is written to becomes memory, and stays."""
+    model = pico_model("llama")
+    before = {name: (p.data, p.detach().clone()) for name, p in model.named_parameters()}
+    quantize_(model, bind(model), all_linear(method), tokens=torch.randint(VOCAB_SIZE, (2, 8)))
+    assert all(torch.equal(theirs, copied) for theirs, copied in before.values())
+    assert any(isinstance(module, QuantLinear) for module in model.modules())
+
+
 def test_tokens_are_asked_for_only_where_needed() -> None:
     model = pico_model("llama")
     with pytest.raises(CalibrationError, match="needs calibration data") as caught:

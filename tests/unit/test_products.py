@@ -1,0 +1,84 @@
+"""Products with a packed weight in pieces equal those with the whole weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from slimtune.quant import QTensor, products
+from slimtune.quant.hqq import Hqq
+from slimtune.quant.linear import QuantLinear
+from slimtune.quant.nf4 import Nf4
+from slimtune.quant.products import times, times_transposed
+from slimtune.quant.quip import Quip
+from slimtune.quant.rtn import Rtn
+
+METHODS = {
+    "2 bits": Rtn(bits=2, group_size=-1),
+    "3 bits": Rtn(bits=3, group_size=20),
+    "4 bits symmetric": Rtn(bits=4, group_size=20, sym=True),
+    "hqq": Hqq(bits=4, group_size=20),
+    "nf4": Nf4(block_size=20),
+    "quip": Quip(bits=2),
+}
+
+
+def weight(method: str) -> QTensor:
+    w = torch.randn(13, 40)
+    stats: Mapping[str, Tensor] = {"hessian": torch.eye(40)} if method == "quip" else {}
+    return METHODS[method](w, stats)
+
+
+@pytest.fixture(params=[40, 100, 300, 519])
+def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Pieces of one row, of two, of seven and six, and of twelve and one."""
+    monkeypatch.setattr(products, "PIECE", request.param)
+    return int(request.param)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pieces_equal_the_whole(method: str, piece: int) -> None:
+    q = weight(method)
+    w = q.dequantize(torch.float64)
+    x, grad = torch.randn(5, 40, dtype=torch.float64), torch.randn(5, 13, dtype=torch.float64)
+    torch.testing.assert_close(times_transposed(x, q.layout, q.tensors), x @ w.T)
+    torch.testing.assert_close(times(grad, q.layout, q.tensors), grad @ w)
+
+
+def test_only_rows_that_stand_alone_are_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "PIECE", 100)
+    counts = {}
+    for method in METHODS:
+        q, seen = weight(method), []
+        real = type(q.layout).dequantize
+        monkeypatch.setattr(
+            type(q.layout), "dequantize", lambda self, *a, real=real, seen=seen: (seen.append(1), real(self, *a))[1]
+        )
+        times_transposed(torch.randn(2, 40), q.layout, q.tensors)
+        monkeypatch.setattr(type(q.layout), "dequantize", real)
+        counts[method] = len(seen)
+    assert counts == {method: 1 if method == "quip" else 7 for method in METHODS}
+
+
+def test_pieces_are_added_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, grad = Rtn(bits=4, group_size=32)(torch.randn(512, 64), {}), torch.randn(3, 512).bfloat16()
+    exact = grad.double() @ q.dequantize(torch.float64)
+    whole = (times(grad, q.layout, q.tensors).double() - exact).norm()
+    monkeypatch.setattr(products, "PIECE", 64)
+    rows = (times(grad, q.layout, q.tensors).double() - exact).norm()
+    assert rows <= 2 * whole  # added up in bfloat16 it is eight times as far away
+
+
+@pytest.mark.parametrize("shape", [(3, 40), (2, 3, 40), (40,)])
+def test_a_layer_gives_the_same_gradient(shape: tuple[int, ...], piece: int) -> None:
+    linear = torch.nn.Linear(40, 13)
+    layer = QuantLinear.from_linear(linear, METHODS["4 bits symmetric"](linear.weight.detach(), {}))
+    x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    upstream = torch.randn_like(y)
+    w = layer.dequantize(torch.float64)
+    torch.testing.assert_close(y, x @ w.T + linear.bias.double())
+    torch.testing.assert_close(torch.autograd.grad(y, x, upstream)[0], upstream @ w)
