@@ -6,6 +6,9 @@ the ROUGE of greedy replies to the first N of them. Training on decoded weights 
 packed ones is the same arithmetic (tests/unit/test_fused.py); only speed and memory differ, which `train_step.py`
 measures. `nf4` stands for QLoRA's base: its weights are those of bitsandbytes (docs/LOG.md).
 
+An arm with `+residual` quantizes here (with `--windows`), and its factors, of the same rank, start from what that lost;
+with `+scales` the scales and signs of the packed layers train, too: `slimtune-quip-b2+residual+scales`.
+
     python benchmarks/finetune_smollm2.py --rows alpaca.jsonl.gz --name alpaca --work DIR [--arms NAME ...]
     python benchmarks/finetune_smollm2.py --rows samsum.jsonl.gz --name samsum --work DIR --rouge 64 \\
         --columns 'prompt=Summarize this conversation:\n{dialogue}' 'completion={summary}'
@@ -19,17 +22,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
+from slimtune import quantize
 from slimtune.calib.formats import normalise
 from slimtune.calib.rows import DataSource, read_rows
 from slimtune.evaluate.rouge import rouge
-from slimtune.export.load import load
+from slimtune.export.load import Loaded, load
 from slimtune.lora.attach import add_lora
 from slimtune.recipe.run import environment
 from slimtune.train.data import Collator, padding_id, tokenize
 from slimtune.train.loop import finetune
 from slimtune.train.options import TrainOptions
 
+RANK = 16
 RESULTS = Path(__file__).parent / "results"
 ARMS = (
     "16bit", "slimtune-nf4-b4-g64", "gptqmodel-mse-b4-g64", "gptqmodel-mse-b3-g64", "gptqmodel-mse-b2-g64",
@@ -38,18 +44,30 @@ ARMS = (
 )  # fmt: skip
 
 
-def arm(folder: str, rows: list[Any], arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
+def packed(name: str, arguments: argparse.Namespace) -> Loaded:
+    """The model, quantized here as the name of the arm says: `slimtune-METHOD-bBITS[-gGROUP]+...`."""
+    loaded = load(arguments.model, dtype="bfloat16")
+    _, method, bits, *group = name.partition("+")[0].split("-")
+    fields = {"bits": int(bits[1:]), **({"group_size": int(group[0][1:])} if group else {})}
+    windows = load_file(arguments.windows)["tokens"]
+    quantize(loaded.model, method, **fields, calibration=windows, residual_rank=RANK if "+residual" in name else 0)
+    return loaded
+
+
+def arm(name: str, folder: str, rows: list[Any], arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Train on the base in `folder`; its losses."""
-    loaded = load(folder, dtype="bfloat16")
+    loaded = packed(name, arguments) if "+" in name else load(folder, dtype="bfloat16")
     conversations = normalise(rows, where="rows")
     examples, _ = tokenize(conversations, loaded.tokenizer, arguments.length, completion_only_loss=True, where="rows")
     held_out, examples = examples[: arguments.held_out], examples[arguments.held_out :]
-    model = add_lora(loaded.model, r=16, lora_alpha=32, seed=seed)
+    init = "residual" if "+residual" in name else "default"
+    model = add_lora(loaded.model, r=RANK, lora_alpha=2 * RANK, init=init, seed=seed)
     options = TrainOptions(
         max_steps=arguments.steps,
         per_device_train_batch_size=4,
         learning_rate=arguments.learning_rate,
         max_length=arguments.length,
+        scales="+scales" in name,
     )
     result = finetune(model, examples, Collator(padding_id(loaded.tokenizer)), options, held_out=held_out, seed=seed)
     facts = result.to_dict()
@@ -74,6 +92,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=96)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rouge", type=int, default=0, help="held-out rows to reply to")
+    parser.add_argument("--windows", help="safetensors with calibration windows, for arms that quantize here")
     parser.add_argument("--columns", nargs="*", default=[], metavar="NAME=TEXT", help="as `columns` of a data source")
     arguments = parser.parse_args()
     columns = dict(pair.replace("\\n", "\n").split("=", 1) for pair in arguments.columns)
@@ -82,13 +101,13 @@ def main() -> None:
     found = []
     for name in arguments.arms:
         folder = arguments.model if name == "16bit" else str(arguments.work / name)
-        if name != "16bit" and not (arguments.work / name / "result.json").is_file():
+        if name != "16bit" and "+" not in name and not (arguments.work / name / "result.json").is_file():
             print(f"left out: {name} (no folder)")
             continue
         for seed in range(arguments.seeds):
             kept = arguments.work / f"{name}.{arguments.name}.{arguments.steps}.{arguments.rouge}.{seed}.json"
             if not kept.is_file():
-                kept.write_text(json.dumps(arm(folder, rows, arguments, seed)))
+                kept.write_text(json.dumps(arm(name, folder, rows, arguments, seed)))
             facts = json.loads(kept.read_text())
             found.append({"arm": name, "seed": seed, **facts})
             print(f"{name:28} {facts['eval_loss_before']:.4f} -> {facts['eval_loss_after']:.4f}", flush=True)
