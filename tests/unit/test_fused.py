@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pico import pico_inputs, pico_model
+from pico import PICO, pico_inputs, pico_model
 from slimtune.arch import bind
-from slimtune.lora import attach
+from slimtune.lora import attach, fused
 from slimtune.lora.attach import LoraQuantLinear, add_lora
-from slimtune.lora.fused import fused_lora
+from slimtune.lora.fused import Adapted
+from slimtune.quant.activation import Activations
 from slimtune.quant.apply import all_linear, quantize_
 from slimtune.quant.decoding import kept_weights
 from slimtune.quant.layouts import Affine
@@ -23,6 +24,10 @@ from slimtune.quant.rtn import Rtn
 def layer(columns: int = 40, rows: int = 12, bias: bool = False, bits: int = 4) -> QuantLinear:
     linear = nn.Linear(columns, rows, bias=bias)
     return QuantLinear.from_linear(linear, Rtn(bits=bits, group_size=16)(linear.weight.detach(), {}))
+
+
+def fused_lora(x: Tensor, base: QuantLinear, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    return fused.fused_lora(x, [Adapted(base, a, b, scaling)])[0]
 
 
 def factors(r: int, columns: int = 40, rows: int = 12, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -92,7 +97,7 @@ def peft_model(dropout: float = 0.0) -> tuple[Any, dict[str, Tensor]]:
 
 
 def outputs(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
-    loss = model(**inputs, labels=inputs["input_ids"]).loss
+    loss = model(**inputs, labels=inputs.get("decoder_input_ids", inputs["input_ids"])).loss
     return loss.detach(), list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
 
 
@@ -100,9 +105,9 @@ def test_a_model_computes_what_peft_computes(monkeypatch: pytest.MonkeyPatch) ->
     model, inputs = peft_model()
     calls = []
 
-    def counted(*args: Any) -> Tensor:
+    def counted(*args: Any) -> tuple[Tensor, ...]:
         calls.append(1)
-        return fused_lora(*args)
+        return fused.fused_lora(*args)
 
     monkeypatch.setattr(attach, "fused_lora", counted)
     loss, grads = outputs(model, inputs)
@@ -149,3 +154,82 @@ def test_a_kept_weight_gives_the_same_gradients() -> None:
         assert torch.equal(got[0], wanted[0])
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(got[1], wanted[1], strict=True))
     assert not any(layer.keep for layer in layers)
+
+
+def test_linears_side_by_side_are_each_alone() -> None:
+    torch.manual_seed(0)
+    rows, ranks = (12, 5, 7), (3, 2, 4)
+    bases = [layer(rows=n, bias=n == 5, bits=bits) for n, bits in zip(rows, (4, 3, 2), strict=True)]
+    bases[1].keep = True
+    bases[2].activations = Activations(bits=8)
+    pairs = [factors(r, rows=n) for r, n in zip(ranks, rows, strict=True)]
+    x = torch.randn(2, 3, 40, dtype=torch.float64, requires_grad=True)
+    upstream = [torch.randn(2, 3, n, dtype=torch.float64) for n in rows]
+    inputs = [x, *(factor for pair in pairs for factor in pair)]
+    alone = [fused_lora(x, base, a, b, 0.5 + i) for i, (base, (a, b)) in enumerate(zip(bases, pairs, strict=True))]
+    readers = [Adapted(base, a, b, 0.5 + i) for i, (base, (a, b)) in enumerate(zip(bases, pairs, strict=True))]
+    together = fused.fused_lora(x, readers)
+    for mine, theirs in zip(together, alone, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    wanted = torch.autograd.grad(alone, inputs, upstream, retain_graph=True)
+    for mine, theirs in zip(torch.autograd.grad(together, inputs, upstream), wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    some = fused.fused_lora(x, readers)  # where one is not used, its factors get no gradient
+    found = torch.autograd.grad(some[::2], inputs, upstream[::2], allow_unused=True)
+    wanted = torch.autograd.grad(alone[::2], inputs, upstream[::2], allow_unused=True)
+    assert [grad is None for grad in found] == [False, False, False, True, True, False, False]
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine is None or theirs is None or torch.allclose(mine, theirs)
+
+
+@pytest.mark.parametrize("family", [name for name in PICO if name not in ("llava",)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_learns_the_same_side_by_side(
+    family: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = pico_model(family)
+    quantize_(model, bind(model), all_linear(Rtn(bits=4, group_size=8)))
+    wrapped: Any = add_lora(model, r=2)
+    for name, p in wrapped.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.1)
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    inputs = pico_inputs(model)
+    wanted = outputs(wrapped, inputs)
+    calls: list[int] = []
+    real = fused._PackedLora.apply
+    monkeypatch.setattr(fused._PackedLora, "apply", lambda *args: (calls.append(len(args[1])), real(*args))[1])
+    with attach.side_by_side(wrapped):
+        got = outputs(wrapped, inputs)
+    stages = [stage for block in bind(model).blocks for stage in block.stages]
+    assert sorted(calls) == sorted([len(stage) for stage in stages] * (1 + checkpointing))
+    torch.testing.assert_close(got[0], wanted[0])
+    for mine, theirs in zip(got[1], wanted[1], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert not any(getattr(module, "side_by_side", None) for module in wrapped.modules())
+
+
+def test_layers_that_read_different_tensors_part() -> None:
+    model, _ = peft_model()
+    layers = [m for m in model.modules() if isinstance(m, LoraQuantLinear)][:2]
+    group = fused.SideBySide(layers)
+    assert layers[0].in_features == layers[1].in_features
+    x, other = torch.randn(3, layers[0].in_features), torch.randn(3, layers[0].in_features)
+    wanted = [layers[0](x), layers[1](x), layers[1](other)]
+    for each in layers:
+        each.side_by_side = group
+    assert torch.allclose(layers[0](x), wanted[0], 1e-4) and torch.allclose(layers[1](x), wanted[1], 1e-4)
+    assert torch.allclose(layers[0](x), wanted[0], 1e-4) and torch.equal(layers[1](other), wanted[2])
+    assert group.output(layers[0], x) is None  # from then on each for itself
+    with torch.no_grad():
+        assert fused.SideBySide(layers).output(layers[0], x) is None
+
+
+def test_nothing_is_held_between_steps() -> None:
+    model, inputs = peft_model()
+    with attach.side_by_side(model):
+        groups = {id(g): g for m in model.modules() if (g := getattr(m, "side_by_side", None)) is not None}
+        outputs(model, inputs)
+        assert groups and all(group._x is None and not group._ready for group in groups.values())

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -29,7 +30,7 @@ from slimtune.calib.sums import Kind
 from slimtune.errors import FormatError, RecipeError, nearest
 from slimtune.files import write_json
 from slimtune.linalg.lowrank import Factors
-from slimtune.lora.fused import fused_lora
+from slimtune.lora.fused import Adapted, SideBySide, fused_lora
 from slimtune.lora.inits import INITS, PLAIN, WORDS, Knobs
 from slimtune.lora.pooled import pool_
 from slimtune.lora.start import StartFact, live_ranks, parts, split_layer_, start_, total_alpha
@@ -48,18 +49,27 @@ LoraLayer = PeftLoraLinear
 class LoraQuantLinear(PeftLoraLinear):
     """PEFT's LoRA layer around a `QuantLinear` or `BlackBox`. It saves as PEFT's own; it cannot merge into codes.
 
-    With one plain adapter, base and adapter run as one function (`slimtune.lora.fused`) in the dtype of the input. All
-    else (dropout in training, several adapters, DoRA and other variants, prepared layers) runs as in PEFT.
+    With one plain adapter, base and adapter run as one function (`slimtune.lora.fused`) in the dtype of the input, in
+    training together with the others that read it. All else (dropout in training, several adapters, DoRA and other
+    variants, prepared layers) runs as in PEFT.
     """
+
+    side_by_side: SideBySide | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`x` is `[..., in_features]`; returns `[..., out_features]`."""
+        own = None if args or kwargs else self.plain_parts()
+        if own is None:
+            return super().forward(x, *args, **kwargs)
+        together = self.side_by_side.output(self, x) if self.side_by_side is not None else None
+        return fused_lora(x, [own])[0] if together is None else together
+
+    def plain_parts(self) -> Adapted | None:
+        """The packed base and its one plain adapter; `None` where there is more or less to do than with those."""
         base, active = self.get_base_layer(), self.active_adapters
         if (
             len(active) != 1
             or active[0] not in self.lora_A
-            or args
-            or kwargs
             or self.disable_adapters
             or self.merged
             or self.lora_variant
@@ -69,10 +79,10 @@ class LoraQuantLinear(PeftLoraLinear):
             or (isinstance(base, QuantLinear) and base.small is not None and not torch.is_grad_enabled())
             or (self.training and not isinstance(self.lora_dropout[active[0]], nn.Identity))
         ):
-            return super().forward(x, *args, **kwargs)
+            return None
         name = active[0]
         a, b = (cast(nn.Linear, factors.get_submodule(name)).weight for factors in (self.lora_A, self.lora_B))
-        return fused_lora(x, base, a, b, self.scaling[name])
+        return Adapted(base, a, b, self.scaling[name])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Packed codes cannot take a low-rank update: merge with `slimtune.merge`, which makes the base dense first."""
@@ -82,6 +92,30 @@ class LoraQuantLinear(PeftLoraLinear):
                 remedy="use slimtune.merge (or the recipe step merge: {}), which writes a dense 16-bit model",
             )
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+
+@contextmanager
+def side_by_side(model: nn.Module) -> Iterator[None]:
+    """Within the block, adapted packed linears of `model` that read one input compute as one function.
+
+    Not where processes share a model: there the weights of one linear may be at hand while another runs, and no more.
+    """
+    modules, together = adapted(model), []
+    if not (dist.is_available() and dist.is_initialized()):
+        for block in bind(model).blocks:
+            stages = [[modules.get(port.name) for port in ports] for ports in block.stages]
+            found = [[each for each in stage if type(each) is LoraQuantLinear] for stage in stages]
+            together += [SideBySide(layers) for layers in found if len(layers) > 1]
+    try:
+        for group in together:
+            for layer in group.layers:
+                layer.side_by_side = group
+        yield
+    finally:
+        for group in together:
+            group.forget()
+            for layer in group.layers:
+                layer.side_by_side = None
 
 
 def add_lora(

@@ -38,15 +38,17 @@ def times_transposed(x: Tensor, layout: Layout, tensors: Mapping[str, Tensor]) -
     return y
 
 
-def times(grad: Tensor, layout: Layout, tensors: Mapping[str, Tensor]) -> Tensor:
-    """`dy W`: `grad` `[tokens, out_features]` to `[tokens, in_features]`, in its dtype. Pieces add up in float32."""
+def times(grad: Tensor, layout: Layout, tensors: Mapping[str, Tensor], onto: Tensor | None = None) -> Tensor:
+    """`dy W`: `grad` `[tokens, out_features]` to `[tokens, in_features]`, in its dtype; where `onto` is given, added to
+    it in place. Pieces add up in float32."""
     if not _in_pieces(grad, layout):
-        return grad @ layout.dequantize(tensors, grad.dtype)
+        weight = layout.dequantize(tensors, grad.dtype)
+        return grad @ weight if onto is None else onto.addmm_(grad, weight)
     wide = torch.promote_types(grad.dtype, torch.float32)
     total = torch.zeros(len(grad), layout.in_features, dtype=wide, device=grad.device)
     for rows, piece, stored in _pieces(layout, tensors):
         total += grad[:, rows] @ piece.dequantize(stored, grad.dtype)
-    return total.to(grad.dtype)
+    return total.to(grad.dtype) if onto is None else onto.add_(total)
 
 
 def _in_pieces(x: Tensor, layout: Layout) -> bool:

@@ -20,7 +20,7 @@ from slimtune.arch import bind
 from slimtune.calib.cpu import cpu_kernels
 from slimtune.calib.loss import chunked_loss
 from slimtune.errors import RecipeError
-from slimtune.lora.attach import base_of, quantized
+from slimtune.lora.attach import base_of, quantized, side_by_side
 from slimtune.lora.rounded import Switch, rounded_lora
 from slimtune.prune.options import PruneOptions
 from slimtune.prune.surgery import PruneFacts
@@ -305,7 +305,7 @@ def for_training(model: nn.Module, options: TrainOptions) -> Iterator[None]:
         blocks = base_of(model)
         scopes = [quantized(blocks.get_submodule(block.name)) for block in bind(model).blocks]
     with ExitStack() as stack:
-        for part in (_without_cache(model), _same_flags(model), cpu_kernels(base_of(model))):
+        for part in (_without_cache(model), _same_flags(model), cpu_kernels(base_of(model)), side_by_side(model)):
             stack.enter_context(part)
         stack.enter_context(kept_weights(scopes, options.keep_decoded * 10**6))
         yield
