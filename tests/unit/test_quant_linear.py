@@ -246,6 +246,7 @@ class Signs:
     """A layout that slimtune does not have: a sign for every weight and a magnitude for every row."""
 
     tag: ClassVar[str] = "signs"
+    rowwise: ClassVar[bool] = True
     out_features: int
     in_features: int
 

@@ -53,7 +53,7 @@ def times(grad: Tensor, layout: Layout, tensors: Mapping[str, Tensor], onto: Ten
 
 def _in_pieces(x: Tensor, layout: Layout) -> bool:
     large = layout.out_features * layout.in_features > PIECE
-    return layout.rowwise and large and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return large and layout.rowwise and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _pieces(layout: Layout, tensors: Mapping[str, Tensor]) -> Iterator[tuple[slice, Layout, dict[str, Tensor]]]:
