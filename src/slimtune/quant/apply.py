@@ -184,7 +184,7 @@ def quantize_(
                         stream.settle(block, index)
                 if store is not None:
                     store.save(block, layers)
-            else:
+            elif stream is not None:
                 _recall_(module, block, layers, rounding)
             if stream is not None:
                 stream.advance(block, last=number == len(modelmap.blocks))
