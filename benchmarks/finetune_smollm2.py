@@ -6,8 +6,9 @@ the ROUGE of greedy replies to the first N of them. Training on decoded weights 
 packed ones is the same arithmetic (tests/unit/test_fused.py); only speed and memory differ, which `train_step.py`
 measures. `nf4` stands for QLoRA's base: its weights are those of bitsandbytes (docs/LOG.md).
 
-An arm with `+residual` quantizes here (with `--windows DIR/tokens128.safetensors`, which `--timing` left there), and its factors, of the same rank, start from what that lost;
-with `+scales` the scales and signs of the packed layers train, too: `slimtune-quip-b2+residual+scales`.
+An arm with `+residual` quantizes here (with `--windows DIR/tokens128.safetensors`, which `--timing` left there), and
+its factors, of the same rank, start from what that lost; with `+scales` the scales and signs of the packed layers
+train, too: `slimtune-quip-b2+residual+scales`.
 
     python benchmarks/finetune_smollm2.py --rows alpaca.jsonl.gz --name alpaca --work DIR [--arms NAME ...]
     python benchmarks/finetune_smollm2.py --rows samsum.jsonl.gz --name samsum --work DIR --rouge 64 \\
