@@ -40,6 +40,7 @@ from slimtune.calib.loss import chunked_loss
 from slimtune.calib.rows import DataSource, read_rows
 from slimtune.lora.attach import base_of
 from slimtune.lora.options import LoraOptions
+from slimtune.quant import QUANTIZERS
 from slimtune.recipe.gradients import attach_adapter, gradient_batches, gradients_of, wants_gradients
 from slimtune.recipe.record import Curve
 from slimtune.recipe.run import environment
@@ -280,7 +281,10 @@ def main() -> None:
         model, tokenizer = slimtune.load(a.model, dtype=a.dtype)
         if a.base != "dense":
             method, _, bits = a.base.partition("-")
-            slimtune.quantize(model, method, residual_rank=a.r, **({"bits": int(bits)} if bits else {}))
+            options = {"residual_rank": a.r, **({"bits": int(bits)} if bits else {})}
+            if QUANTIZERS[method].needs:
+                options |= {"tokenizer": tokenizer, "calibration": DataSource(path=a.data, samples=32, length=512)}
+            slimtune.quantize(model, method, **options)
         return model, tokenizer
 
     key = f"{Path(a.model).name}, {a.base}, r={a.r}, {a.steps} steps of {a.batch} x {a.length}, {a.dtype}"

@@ -5,7 +5,9 @@
 Decoding: affine weights of 2, 3 and 4 bits, E8P and trellis codes, in shapes of LLaMA-7B and odd ones; weights must be
 equal to the last bit. `decode` is codes to numbers, `weight` a whole layer, transforms of rotated layouts included.
 Products: 1, 4 and 16 rows times a packed affine weight, beside decoding and multiplying, and beside a dense bfloat16
-product; errors are relative to float32. Leaves with status 1 where a weight differs.
+product; errors are relative to float32. Integers: 1, 16 and 512 tokens rounded to 8 or 4 bits, times weights of as
+many (W8A8, W4A8, W4A4), beside the reference, which rounds and multiplies in floats, and a dense bfloat16 product.
+Leaves with status 1 where a weight differs.
 
 With `--device cpu` Triton interprets the kernels at a tiny size; times mean nothing then. Its interpreter cuts bfloat16
 off, so equality is asked of float16.
@@ -24,17 +26,21 @@ if "cpu" in sys.argv:
 
 import torch
 from card import OPTIONS, chosen, microseconds, options, random_codes, write
-from torch import Tensor
+from torch import Tensor, nn
 
 from slimtune.kernels import dispatch
 from slimtune.kernels.reference import apply_grid_
 from slimtune.linalg.packing import unpack
+from slimtune.quant.activation import Activations
 from slimtune.quant.base import QTensor
 from slimtune.quant.layouts import LAYOUTS, Affine
+from slimtune.quant.linear import QuantLinear
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (1000, 1504), (333, 720))
 TINY = ((33, 72),)
 TOKENS = (1, 4, 16)
+INTEGERS = ((8, 8), (4, 8), (4, 4))
+ROUNDED = (1, 16, 512)
 
 
 @contextmanager
@@ -132,12 +138,40 @@ def products(shapes: Sequence[tuple[int, int]], device: torch.device) -> list[di
     return rows
 
 
+@torch.no_grad()
+def integers(shapes: Sequence[tuple[int, int]], device: torch.device) -> list[dict[str, Any]]:
+    """Rounded tokens times a packed weight with one scale a row, rounding included."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    rows = []
+    for out, into in shapes:
+        for bits, activations in INTEGERS:
+            kind = Affine(out_features=out, in_features=into, bits=bits, group_size=into, symmetric=True)
+            tensors = random_codes(kind, device, torch.Generator(device).manual_seed(bits))
+            with torch.device(device):
+                linear = nn.Linear(into, out, bias=False, dtype=dtype)
+            layer = QuantLinear.from_linear(linear, QTensor(tensors, kind), Activations(activations))
+            for tokens in ROUNDED if device.type == "cuda" else (3,):
+                x = torch.randn(tokens, into, device=device, dtype=dtype)
+                with triton(True), dispatch.reference():
+                    wanted = layer(x)
+                    facts = {"reference_us": microseconds(lambda x=x, w=layer: w(x), device)}  # type: ignore[misc]
+                with triton(True):
+                    error = float((layer(x).double() - wanted.double()).norm() / wanted.double().norm())
+                    facts["integers_us"] = microseconds(lambda x=x, w=layer: w(x), device)  # type: ignore[misc]
+                facts["dense_us"] = microseconds(lambda x=x, w=linear: w(x), device)  # type: ignore[misc]
+                named = {"bits": bits, "activations": activations, "shape": [out, into], "tokens": tokens}
+                rows.append({**named, "error": error, **facts})
+                print(rows[-1], flush=True)
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run all cases, and write the JSON result."""
     args = options(__doc__ or "").parse_args(arguments)
     device = chosen(args.device)
     shapes = SHAPES if device.type == "cuda" else TINY
     facts = {"decoding": decoding(shapes, device), "products": products(shapes, device)}
+    facts["integers"] = integers(shapes, device)
     write("kernels", device, args.output, facts)
     wrong = [row for row in facts["decoding"] if not (row["decode"]["equal"] and row["weight"]["equal"])]
     if wrong:

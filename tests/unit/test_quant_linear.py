@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from slimtune.quant import QTensor, QuantLinear
+from slimtune.quant.activation import Activations
 from slimtune.quant.rtn import Rtn
 
 IN, OUT = 100, 12
@@ -270,3 +271,14 @@ def test_serves_any_layout() -> None:
     assert torch.autograd.gradcheck(q, x.requires_grad_())
     dense = w.double().sign() * w.double().abs().mean(1, keepdim=True)
     torch.testing.assert_close(q(x), x @ dense.T + linear.bias.half().double())
+
+
+@pytest.mark.parametrize("activations", [None, Activations(8), Activations(8, group_size=32)], ids=str)
+def test_no_tokens_are_no_error(activations: Activations | None) -> None:
+    linear = torch.nn.Linear(64, 33)
+    layer = QuantLinear.from_linear(linear, Rtn(bits=4, group_size=-1)(linear.weight.detach(), {}), activations)
+    x = torch.randn(2, 0, 64, requires_grad=True)
+    layer(x).sum().backward()
+    with torch.no_grad():
+        assert layer(x).shape == (2, 0, 33)
+    assert x.grad is not None and x.grad.shape == x.shape

@@ -85,6 +85,7 @@ def test_a_wrong_type_names_the_key_the_value_and_what_was_wanted(
         ("evaluate", "length", 1),
         ("evaluate", "max_tokens", 0),
         ("evaluate", "limit", -2),
+        ("evaluate", "num_fewshot", -2),
         ("rotate", "seed", -2),
         ("rotate", "steps", 0),
         ("lora", "r", 0),

@@ -89,6 +89,37 @@ def test_a_generic_row_takes_an_index_or_a_text() -> None:
     assert multiple_choice({**row, "answer": "0"}) == {**wanted, "gold": 1}, "a text that looks like an index is a text"
 
 
+MMLU = {"question": "Which is\nhot? ", "subject": "high_school_physics", "choices": ["ice", " lava"], "answer": 1}
+
+
+def test_a_row_with_a_subject_is_asked_as_mmlu_is() -> None:
+    text = (
+        "The following are multiple choice questions (with answers) about high school physics.\n\n"
+        "Which is\nhot?\nA. ice\nB. lava\nAnswer:"
+    )
+    assert multiple_choice(MMLU) == {"query": text, "choices": ["A", "B"], "gold": 1}
+    assert multiple_choice({**MMLU, "answer": "B"}) == multiple_choice(MMLU)
+    with pytest.raises(CalibrationError):
+        multiple_choice({**MMLU, "answer": "C"})
+
+
+@pytest.mark.parametrize("ending", [".csv", ".csv.gz"])
+def test_the_files_of_mmlus_authors(tmp_path: Path, ending: str) -> None:
+    text = '"Which is\nhot? ",ice, lava,B\r\n\r\n"one ""\u2028"" two",1,2,A\r\n'
+    path = tmp_path / f"high_school_physics_test{ending}"
+    path.write_bytes(gzip.compress(text.encode()) if ending.endswith(".gz") else text.encode())
+    config = local_task(path)
+    assert config["task"] == "high_school_physics_test"
+    assert [metric["metric"] for metric in config["metric_list"]] == ["acc"], "letters are of one length"
+    first, second = config["custom_dataset"]()["test"]
+    assert first == multiple_choice(MMLU)
+    assert 'one "\u2028" two\nA. 1\nB. 2\nAnswer:' in second["query"]
+    for bad in ("alone\n", 'a,b,c\n"open,b,c'):
+        (tmp_path / "bad.csv").write_text(bad)
+        with pytest.raises(FormatError, match=r"bad\.csv"):
+            local_task(tmp_path / "bad.csv")
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -283,11 +314,16 @@ def test_a_folder_is_the_sets_in_it_and_limit_takes_the_first_rows(tmp_path: Pat
     (tmp_path / "readme.txt").write_text("no questions here")
     results = tasks(model, tokenizer, [str(tmp_path)])
     assert accuracy(results)["blanks", "acc"] == 1 / 4
+    mean = f"{tmp_path.name}_mean"
     assert {(result.task, result.metric) for result in results} == {
         ("blanks", "acc"),
         ("sums", "acc"),
         ("sums", "acc_norm"),
+        (mean, "acc"),
     }
+    assert accuracy(results)[mean, "acc"] == (1 / 4 + accuracy(results)["sums", "acc_norm"]) / 2
+    assert results[-1].samples == 10
+    assert accuracy(results)["sums", "acc"] != accuracy(results)["sums", "acc_norm"]
     first = tasks(model, tokenizer, [str(tmp_path / "blanks.json.gz")], limit=1)
     assert first == [TaskResult("blanks", "acc", 1.0, None, 1)], "one sample has no standard error"
 

@@ -14,6 +14,7 @@ from slimtune.kernels.reference import apply_grid_
 from slimtune.linalg import lattice, trellis
 from slimtune.linalg.packing import pack
 from slimtune.quant import QUANTIZERS
+from slimtune.quant.activation import Activations
 from slimtune.quant.decoding import decoding
 from slimtune.quant.linear import QuantLinear
 from slimtune.quant.rtn import Rtn
@@ -84,6 +85,64 @@ def test_a_layer_is_the_same_with_and_without(name: str, monkeypatch: pytest.Mon
     monkeypatch.setenv(dispatch.WANTED, "0")
     without = torch.autograd.grad(layer(x).square().sum(), x)[0]
     torch.testing.assert_close(with_triton, without)
+
+
+TOKENS = [
+    Activations(8),
+    Activations(4, sym=False),
+    Activations(6, clip_ratio=0.7),
+    Activations(8, sym=False, clip_ratio=0.4),
+    Activations(3, sym=False, static=True, low=-1.5, high=2.0),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", TOKENS, ids=str)
+def test_rounded_tokens_are_the_references(kind: Activations, dtype: torch.dtype) -> None:
+    for shape in ((1, 5), (7, 1024), (3, 2500)):
+        x = (3 * torch.randn(shape, device=DEVICE)).to(dtype)
+        x[-1] = 0
+        found, scale, zero = dispatch.round_tokens(x, kind.bits, kind.grid, symmetric=kind.sym)
+        codes, wanted, middle = (part.flatten(1) for part in kind.codes(x))
+        assert torch.equal(found.to(torch.float32), codes - 2 ** (kind.bits - 1))
+        assert torch.equal(scale, wanted)
+        assert zero is None if kind.sym else torch.equal(zero, middle - 2 ** (kind.bits - 1))
+
+
+@pytest.mark.parametrize("kind", TOKENS[:2], ids=str)
+@pytest.mark.parametrize(("out", "features", "count"), [(33, 100, 1), (64, 128, 17), (5, 7, 3), (70, 65, 70)])
+def test_products_in_integers(kind: Activations, out: int, features: int, count: int) -> None:
+    x = torch.randn(count, features, device=DEVICE)
+    rounded = kind(x).double()
+    tokens = dispatch.round_tokens(x, kind.bits, kind.grid, symmetric=kind.sym)
+    for bits, sym in ((2, False), (3, False), (4, True), (7, False), (8, True)):
+        codes, scale, zero = affine(bits, out, features, features, sym)
+        wanted = rounded @ apply_grid_(codes.double(), scale, zero, bits=bits, group_size=features).T
+        grid = {"codes": pack(codes, bits), "scale": scale, "zero": zero}
+        found = dispatch.integer_product(tokens, **grid, bits=bits, dtype=torch.float32)
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", TOKENS, ids=str)
+@pytest.mark.parametrize("sym", [False, True])
+def test_a_layer_with_rounded_inputs_runs_in_integers(
+    kind: Activations, sym: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear = torch.nn.Linear(100, 33)
+    weight = Rtn(bits=4, group_size=-1, sym=sym)(linear.weight.detach(), {})
+    layer = QuantLinear.from_linear(linear, weight, kind).to(DEVICE)
+    asked: list[int] = []
+    product = dispatch.integer_product
+    monkeypatch.setattr(dispatch, "integer_product", lambda *a, **k: (asked.append(1), product(*a, **k))[1])
+    for shape in ((2, 9, 100), (0, 100)):
+        x = torch.randn(shape, device=DEVICE)
+        with torch.no_grad():
+            with_triton = layer(x)
+            with dispatch.reference():
+                torch.testing.assert_close(with_triton, layer(x))
+    assert len(asked) == 2
+    layer(x.requires_grad_())  # a gradient is that of the reference
+    assert len(asked) == 2
 
 
 def test_prepared_layers_multiply_packed() -> None:

@@ -1,9 +1,11 @@
 """Accuracy on tasks through EleutherAI's lm-evaluation-harness, in process; its own tasks, and local files.
 
 A local file needs no network: it is read, each row is turned into one form (`multiple_choice`), and the set becomes an
-ordinary lm-eval multiple-choice task. Two kinds of row are read:
+ordinary lm-eval multiple-choice task. Three kinds of row are read:
 
 - `{question, choices, answer}`: `choices` a list of texts, `answer` an index into it or one of its texts;
+- `{question, subject, choices, answer}`, and the lines of a .csv file, question, choices, letter: MMLU (Hendrycks et
+  al. 2021, arXiv:2009.03300), as the hub has it and as its authors do, where the file is named after the subject;
 - `{instruction, input, output, answer}`: the commonsense sets of LLM-Adapters (Hu et al. 2023, arXiv:2304.01933).
 
 Scoring is the field's, by log-likelihood: each candidate *text* is a continuation of the question, and the most likely
@@ -13,14 +15,17 @@ scored on the form and not on the knowledge. Contexts are those of lm-eval's tas
 Answer:" for ARC, PIQA and the like; for a sentence with a blank (WinoGrande), the candidates stand in the blank and
 what is scored is the rest of the sentence (Trinh & Le 2018, arXiv:1806.02847), so only `acc` means anything there.
 Two differences: OpenBookQA's context is the bare question in lm-eval, and the BoolQ rows of LLM-Adapters have no
-passage.
+passage. MMLU's questions list their choices, and what is scored is the letter, as in lm-eval; the line that names the
+subject stands there once before the examples, here with each of them.
 """
 
 from __future__ import annotations
 
 import copy
+import csv
 import difflib
 import gzip
+import io
 import json
 import math
 import os
@@ -43,8 +48,9 @@ from slimtune.evaluate.inference import inference
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-FORMS = "{question, choices, answer}, or LLM-Adapters' {instruction, input, output, answer}"
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".csv.gz")
+FORMS = "{question, choices, answer}, MMLU's with a subject, or LLM-Adapters' {instruction, input, output, answer}"
+LETTERS = "ABCDEFGHIJ"
 
 
 @dataclass(frozen=True)
@@ -71,9 +77,10 @@ def tasks(
     """Run `names` and return every metric of each, in lm-eval's order (a group's own rows come after its tasks').
 
     A name is a local file of questions, a folder of such files, or a task, group or tag of lm-eval or of the YAML files
-    under `include_path`. `limit` takes the first rows of each task; `num_fewshot` is lm-eval's, and a local set draws
-    its examples from itself without the row asked. The model, the tokenizer and the random states of Python, numpy and
-    torch (CPU) are left as they were.
+    under `include_path`. After all others stands the mean score of each folder, whose sets count alike. `limit`
+    takes the first rows of each task; `num_fewshot` is lm-eval's, and a local set draws its examples from itself
+    without the row asked. The model, the tokenizer and the random states of Python, numpy and torch (CPU) are left as
+    they were.
 
     Raises `BackendMissing` without lm-eval, `RecipeError` for an unknown or repeated name or a count too small,
     `FormatError` and `CalibrationError` for a bad local file, and `CalibrationError` where a task's data cannot be had.
@@ -114,11 +121,13 @@ def tasks(
                 got=error,
                 remedy="run once with the hub reachable (HF_HUB_OFFLINE unset), or name a local file of questions",
             ) from error
-    return [row for name, metrics in results["results"].items() for row in _results(name, metrics)]
+    found = [row for name, metrics in results["results"].items() for row in _results(name, metrics)]
+    means = [_mean(Path(name).resolve().name, [spec["task"] for spec in local[name]], found) for name in names]
+    return found + [mean for mean in means if mean is not None]
 
 
 def local_task(path: str | os.PathLike[str], *, num_fewshot: int = 0) -> dict[str, Any]:
-    """The multiple-choice set in a .json, .jsonl or gzip-compressed file as an lm-eval task config.
+    """The multiple-choice set in a .json, .jsonl or .csv file, or in one compressed by gzip, as an lm-eval task config.
 
     The task is called like the file, without its ending. Raises `FormatError` for a file that is not JSON;
     `CalibrationError` for one without rows, with a row that is no multiple-choice question, or with questions and
@@ -140,6 +149,7 @@ def local_task(path: str | os.PathLike[str], *, num_fewshot: int = 0) -> dict[st
             wanted=f"more than num_fewshot, {num_fewshot}",
         )
     fill_in = "ending" in rows[0]
+    lettered = not fill_in and all(len(choice) == 1 for row in rows for choice in row["choices"])
     fields = ("gold", "contexts", "ending") if fill_in else ("query", "choices", "gold")
 
     def dataset(**_: object) -> dict[str, Any]:
@@ -156,7 +166,7 @@ def local_task(path: str | os.PathLike[str], *, num_fewshot: int = 0) -> dict[st
         **dict(zip(("doc_to_text", "doc_to_choice", "doc_to_target"), fields, strict=True)),
         "metric_list": [
             {"metric": metric, "aggregation": "mean", "higher_is_better": True}
-            for metric in (["acc"] if fill_in else ["acc", "acc_norm"])
+            for metric in (["acc"] if fill_in or lettered else ["acc", "acc_norm"])
         ],
     }
 
@@ -170,6 +180,7 @@ def multiple_choice(row: object, *, where: str = "") -> dict[str, Any]:
     {'query': 'Question: What is 2 + 2?\\nAnswer:', 'choices': ['3', '4'], 'gold': 1}
     """
     lead, question, choices, labels, answer = _parts(row)
+    subject = row.get("subject") if isinstance(row, dict) else None
     fill_in = "fill in the blank" in lead
     whole = not fill_in or "_" in question
     gold = answer if type(answer) is int else labels.index(answer) if answer in labels else -1
@@ -181,6 +192,11 @@ def multiple_choice(row: object, *, where: str = "") -> dict[str, Any]:
     if fill_in:
         before, _, after = question.partition("_")
         return {"contexts": [before + choice for choice in choices], "ending": after.strip(), "gold": gold}
+    if isinstance(subject, str):
+        about = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}."
+        listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
+        query = f"{about}\n\n{question.strip()}\n{listed}\nAnswer:"
+        return {"query": query, "choices": list(LETTERS[: len(choices)]), "gold": gold}
     sentence = "complete the given sentence" in lead
     return {"query": question if sentence else f"Question: {question}\nAnswer:", "choices": choices, "gold": gold}
 
@@ -192,6 +208,8 @@ def _parts(row: object) -> tuple[str, str, list[Any], list[Any], Any]:
     Answer1: this Answer2: that Answer format: answer1/answer2", or with the labels alone: "... true/false".
     """
     match row:
+        case {"question": str(question), "subject": str(), "choices": list(choices), "answer": answer}:
+            return "", question, choices, list(LETTERS[: len(choices)]), answer
         case {"question": str(question), "choices": list(choices), "answer": answer}:
             return "", question, choices, choices, answer
         case {"instruction": str(instruction), "answer": str(answer), **rest} if not rest.get("input"):
@@ -204,15 +222,20 @@ def _parts(row: object) -> tuple[str, str, list[Any], list[Any], Any]:
 
 
 def _read(path: Path) -> list[Any]:
-    """The rows of a JSON list or of JSON lines."""
+    """The rows of a JSON list, of JSON lines, or of MMLU's own files."""
     opener = gzip.open if path.suffix == ".gz" else open
+    name = path.name.removesuffix(".gz")
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rt", encoding="utf-8", newline="" if name.endswith(".csv") else None) as file:
             text = file.read()
+        if name.endswith(".csv"):
+            subject = re.sub(r"_(test|dev|val)$", "", name.removesuffix(".csv"))
+            lines = filter(None, csv.reader(io.StringIO(text, newline=""), strict=True))
+            return [{"question": q, "subject": subject, "choices": c, "answer": a} for q, *c, a in lines]
         if text.lstrip().startswith("["):
             return list(json.loads(text))
         return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:  # ValueError: not UTF-8, or not JSON
+    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile, csv.Error) as error:  # ValueError: no UTF-8, no JSON
         raise FormatError(
             "not a file of questions", where=str(path), got=error, wanted=f"a JSON list or JSON lines of {FORMS}"
         ) from error
@@ -266,6 +289,16 @@ def _results(task: str, metrics: dict[str, Any]) -> Iterator[TaskResult]:
             stderr=float(stderr) if isinstance(stderr, (int, float)) and math.isfinite(stderr) else None,
             samples=int(metrics["sample_len"]),
         )
+
+
+def _mean(folder: str, sets: Sequence[str], found: Sequence[TaskResult]) -> TaskResult | None:
+    """The mean score of several sets: of each its `acc_norm` where it has one (as RoLoRA and QuaRot average)."""
+    if len(sets) < 2:
+        return None
+    scores = {(row.task, row.metric): row for row in found}
+    rows = [scores.get((name, "acc_norm"), scores[name, "acc"]) for name in sets]
+    value, samples = sum(row.value for row in rows) / len(rows), sum(row.samples for row in rows)
+    return TaskResult(f"{folder}_mean", "acc", value, None, samples)
 
 
 @contextmanager

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from slimtune.errors import BackendMissing
+from slimtune.kernels import int8
 from slimtune.kernels.cpu import TABLED, has_zeros, unpack_half
-from slimtune.kernels.int8 import fast
 from slimtune.kernels.reference import apply_grid_
 from slimtune.linalg import lattice, trellis
 from slimtune.linalg.packing import unpack
@@ -89,7 +89,27 @@ def affine_product(
     from slimtune.kernels import triton
 
     rows = x.reshape(-1, x.shape[-1])
-    return triton.affine_product(rows, codes, scale, zero, bits=bits, group_size=group_size).view(*x.shape[:-1], -1)
+    return triton.affine_product(rows, codes, scale, zero, bits=bits, group_size=group_size).view(
+        *x.shape[:-1], len(codes)
+    )
+
+
+def round_tokens(x: Tensor, bits: int, grid: int8.Gridder, *, symmetric: bool) -> int8.Tokens:
+    """The tokens `x` (float `[n, in]`) on their grids, as the product on their device wants them."""
+    if triton_runs(x.device):
+        from slimtune.kernels import triton
+
+        return int8.Tokens(*triton.round_tokens(x, bits, grid, symmetric=symmetric))
+    return int8.round_tokens(x, bits, grid, symmetric=symmetric)
+
+
+def integer_product(
+    tokens: int8.Tokens, *, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, dtype: torch.dtype
+) -> Tensor:
+    """`x Wᵀ` in integers, where `triton_runs`: of rounded tokens and a packed weight with one scale a row."""
+    from slimtune.kernels import triton
+
+    return triton.integer_product(*tokens, codes, scale, zero, bits=bits, dtype=dtype)
 
 
 def decode_lattice(codes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -126,11 +146,10 @@ def reference() -> Iterator[None]:
 
 
 def integers_wanted(x: Tensor) -> bool:
-    """Whether a product with `x`, rounded to at most 8 bits, runs in integers: in inference, on a CPU with units for
-    it. A graph is captured, and a gradient taken, of the reference."""
+    """Whether a product with `x`, rounded to at most 8 bits, runs in integers: in inference, by Triton's kernels or on
+    a CPU with units for it. A graph is captured, and a gradient taken, of the reference."""
     return (
         not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _references[-1])
-        and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and fast()
+        and (triton_runs(x.device) or (x.device.type == "cpu" and int8.fast()))
     )

@@ -38,7 +38,8 @@ MIDDLE = 128
 
 class Tokens(NamedTuple):
     """Rounded tokens: codes, uint8 `[n, in]`; scales, float32 `[n, 1]`; and zero points `[n, 1]`, or `None` where they
-    are 0. Codes are `MIDDLE` more, and zero points no more, than with zeros in the middle of the grid."""
+    are 0. Codes are `MIDDLE` more, and zero points no more, than with zeros in the middle of the grid; Triton's codes
+    are int8, and no more either."""
 
     codes: Tensor
     scale: Tensor

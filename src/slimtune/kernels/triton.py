@@ -1,4 +1,5 @@
-"""GPU kernels in Triton: packed weights decoded in one pass, and multiplied by a few rows without being written out.
+"""GPU kernels in Triton: packed weights decoded in one pass, and multiplied by a few rows without being written out;
+inputs rounded to at most 8 bits, and multiplied by packed weights in integers.
 
 Each equals the plain torch it stands for, for odd shapes too: codes less zero points are whole and products with the
 scale are rounded once, so weights are equal to the last bit. They have been run by Triton's interpreter only
@@ -7,6 +8,7 @@ scale are rounded once, so weights are equal to the last bit. They have been run
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +24,25 @@ TOKENS = 16
 
 POINTS, WALKS = 256, 4
 """Lattice points, and trellis sequences, that one program decodes."""
+
+VALUES = 1024
+"""Values of a token that are looked at together."""
+
+MANY = 64
+"""Tokens that one program multiplies in integers, where there are more than `TOKENS`."""
+
+
+@triton.jit
+def _codes(codes: Any, r: Any, c: Any, rows: Any, columns: Any, row_bytes: Any, BITS: tl.constexpr) -> Any:
+    """The codes at rows `r` and columns `c`, int32; anything outside the weight."""
+    inside = (r < rows)[:, None] & (c < columns)[None, :]
+    bit = c * BITS
+    at = r[:, None] * row_bytes + (bit // 8)[None, :]
+    word = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
+    if 8 % BITS != 0:  # a code may end in the next byte
+        more = inside & ((bit // 8 + 1) < row_bytes)[None, :]
+        word = word | (tl.load(codes + at + 1, mask=more, other=0).to(tl.int32) << 8)
+    return (word >> (bit % 8)[None, :]) & ((1 << BITS) - 1)
 
 
 @triton.jit
@@ -41,13 +62,7 @@ def _weights(
 ) -> Any:
     """`(q - zero) * scale` at rows `r` and columns `c`, float32; anything outside the weight."""
     inside = (r < rows)[:, None] & (c < columns)[None, :]
-    bit = c * BITS
-    at = r[:, None] * row_bytes + (bit // 8)[None, :]
-    word = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
-    if 8 % BITS != 0:  # a code may end in the next byte
-        more = inside & ((bit // 8 + 1) < row_bytes)[None, :]
-        word = word | (tl.load(codes + at + 1, mask=more, other=0).to(tl.int32) << 8)
-    q = ((word >> (bit % 8)[None, :]) & ((1 << BITS) - 1)).to(tl.float32)
+    q = _codes(codes, r, c, rows, columns, row_bytes, BITS).to(tl.float32)
     group = r[:, None] * groups + (c // group_size)[None, :]
     s = tl.load(scale + group, mask=inside, other=0).to(tl.float32)
     z = tl.load(zero + group, mask=inside, other=0).to(tl.float32) if HAS_ZERO else 1 << (BITS - 1)
@@ -107,6 +122,73 @@ def _product(
         total = tl.dot(some, tl.trans(w.to(some.dtype)), total, input_precision="ieee")
     inside = (t < tokens)[:, None] & (r < rows)[None, :]
     tl.store(y + t[:, None] * rows + r[None, :], total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _ends(x: Any, low: Any, high: Any, columns: Any, VALUES: tl.constexpr) -> None:
+    token = tl.program_id(0)
+    least, most = tl.zeros((VALUES,), tl.float32), tl.zeros((VALUES,), tl.float32)
+    for start in range(0, columns, VALUES):
+        c = start + tl.arange(0, VALUES)
+        some = tl.load(x + token * columns + c, mask=c < columns, other=0).to(tl.float32)
+        least, most = tl.minimum(least, some), tl.maximum(most, some)
+    tl.store(low + token, tl.min(least, 0))
+    tl.store(high + token, tl.max(most, 0))
+
+
+@triton.jit
+def _round(x: Any, scale: Any, zero: Any, out: Any, columns: Any, MIDDLE: tl.constexpr, VALUES: tl.constexpr) -> None:
+    token, c = tl.program_id(0), tl.program_id(1) * VALUES + tl.arange(0, VALUES)
+    some = tl.load(x + token * columns + c, mask=c < columns, other=0).to(tl.float32)
+    q = tl.div_rn(some, tl.load(scale + token))
+    # Half to even: floats this large are whole. What is further out than the clamp may be rounded as it likes.
+    q = tl.minimum(tl.maximum(q, -1024.0), 1024.0)
+    q = (q + 12582912.0) - 12582912.0 + tl.load(zero + token)
+    q = tl.minimum(tl.maximum(q, -MIDDLE), MIDDLE - 1)
+    tl.store(out + token * columns + c, q.to(tl.int8), mask=c < columns)
+
+
+@triton.jit
+def _integers(
+    tokens: Any,
+    token_scale: Any,
+    token_zero: Any,
+    codes: Any,
+    scale: Any,
+    zero: Any,
+    y: Any,
+    count: Any,
+    rows: Any,
+    columns: Any,
+    row_bytes: Any,
+    BITS: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    z = tl.load(zero + r, mask=r < rows, other=0).to(tl.int32)[:, None] if HAS_ZERO else 1 << (BITS - 1)
+    total, sums = tl.zeros((TOKENS, ROWS), tl.int32), tl.zeros((ROWS,), tl.int32)
+    for start in range(0, columns, COLUMNS):
+        c = start + tl.arange(0, COLUMNS)
+        w = _codes(codes, r, c, rows, columns, row_bytes, BITS) - z
+        w = tl.where((c < columns)[None, :], w, 0)
+        inside = (t < count)[:, None] & (c < columns)[None, :]
+        some = tl.load(tokens + t[:, None] * columns + c[None, :], mask=inside, other=0)
+        total = tl.dot(some, tl.trans(w.to(tl.int8)), total, out_dtype=tl.int32)
+        if SHIFTED:
+            sums += tl.sum(w, 1)
+    found = total.to(tl.float32)
+    if SHIFTED:
+        shift = tl.load(token_zero + t, mask=t < count, other=0)
+        found -= shift[:, None] * sums.to(tl.float32)[None, :]
+    s = tl.load(scale + r, mask=r < rows, other=0).to(tl.float32)
+    found = found * s[None, :] * tl.load(token_scale + t, mask=t < count, other=0)[:, None]
+    inside = (t < count)[:, None] & (r < rows)[None, :]
+    tl.store(y + t[:, None] * rows + r[None, :], found.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -176,6 +258,49 @@ def affine_product(
     grid = triton.cdiv(rows, ROWS), triton.cdiv(tokens, TOKENS)
     given = scale if zero is None else zero
     _product[grid](x, codes, scale, given, y, *sizes, bits, zero is not None, TOKENS, ROWS, COLUMNS)
+    return y
+
+
+def round_tokens(
+    x: Tensor, bits: int, grid: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], *, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The tokens `x` (float `[n, in]`) on their grids, in whole numbers around zero: codes, int8; scales, float32
+    `[n, 1]`; and zero points, or None where they are 0. `grid` is given the ends of each token, `[n, 1]`."""
+    x, middle = x.contiguous(), 2 ** (bits - 1)
+    low, high = (torch.empty(len(x), 1, dtype=torch.float32, device=x.device) for _ in range(2))
+    if len(x):
+        _ends[(len(x),)](x, low, high, x.shape[1], VALUES)
+    scale, zero = grid(low, high)
+    shift, codes = (zero - middle).contiguous(), torch.empty_like(x, dtype=torch.int8)
+    if len(x):
+        _round[(len(x), triton.cdiv(x.shape[1], VALUES))](
+            x, scale.contiguous(), shift, codes, x.shape[1], middle, VALUES
+        )
+    return codes, scale, None if symmetric else shift
+
+
+def integer_product(
+    tokens: Tensor,
+    token_scale: Tensor,
+    token_zero: Tensor | None,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    *,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`x Wᵀ` of what `round_tokens` made and a packed weight with one scale a row (`[out, 1]`), added up in int32."""
+    (count, features), rows = tokens.shape, len(codes)
+    y = torch.empty(count, rows, dtype=dtype, device=tokens.device)
+    sizes = count, rows, features, codes.shape[1]
+    together = TOKENS if count <= TOKENS else MANY
+    shift = token_scale if token_zero is None else token_zero
+    given = scale if zero is None else zero
+    kinds = bits, zero is not None, token_zero is not None, together, COLUMNS, COLUMNS
+    if count:
+        cells = triton.cdiv(rows, COLUMNS), triton.cdiv(count, together)
+        _integers[cells](tokens, token_scale, shift, codes, scale, given, y, *sizes, *kinds)
     return y
 
 

@@ -71,7 +71,7 @@ class _PackedLora(torch.autograd.Function):
             else:
                 y = times_transposed(read[fact.activations], fact.layout, stored)
             y.addmm_(part, b.to(x.dtype).T, alpha=fact.scaling)
-            outputs.append(y.view(*x.shape[:-1], -1))
+            outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
             saved += [a, b, *packed]
         ctx.save_for_backward(x, low, *saved)
         ctx.set_materialize_grads(False)

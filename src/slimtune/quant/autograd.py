@@ -26,7 +26,7 @@ class DequantizingMatmul(torch.autograd.Function):
         ctx.layout, ctx.names = layout, names
         flat = x.reshape(-1, x.shape[-1])
         y = times_transposed(flat, layout, dict(zip(names, tensors, strict=True)))
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -35,4 +35,4 @@ class DequantizingMatmul(torch.autograd.Function):
         tensors = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         nothing = (None,) * (2 + len(tensors))
         to_x = times(grad.reshape(-1, grad.shape[-1]), ctx.layout, tensors)
-        return (to_x.view(*grad.shape[:-1], -1), *nothing)
+        return (to_x.view(*grad.shape[:-1], to_x.shape[-1]), *nothing)

@@ -1,9 +1,10 @@
 """Linears that multiply whole numbers, where weight and input are both in at most 8 bits.
 
-Only in inference (no gradients), on CPUs with units for it, for affine weights with one scale a row and inputs with one
-scale a token. It is faster there than decoding the weight and multiplying floats at any number of tokens; elsewhere,
-and for weights or inputs in groups, the reference computes. The integers are those that the reference rounds to; sums
-of them are exact, so the result is within float rounding of it. `slimtune.kernels.dispatch.reference` turns it off.
+Only in inference (no gradients), on CPUs with units for it and by Triton's kernels, for affine weights with one scale a
+row and inputs with one scale a token. On CPUs it is faster than decoding the weight and multiplying floats at any count
+of tokens; elsewhere, and for weights or inputs in groups, the reference computes. The integers are those that the
+reference rounds to; sums of them are exact, so the result is within float rounding of it.
+`slimtune.kernels.dispatch.reference` turns it off.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from slimtune.kernels import int8
-from slimtune.kernels.dispatch import integers_wanted
+from slimtune.kernels import dispatch, int8
+from slimtune.kernels.dispatch import integers_wanted, triton_runs
 from slimtune.linalg.packing import unpack
 from slimtune.quant.activation import Activations
 from slimtune.quant.layouts import Affine, Layout
@@ -38,13 +39,18 @@ def integer_product(x: Tensor, activations: Activations, layout: Affine, tensors
     """`x Wᵀ` in the dtype of `x` (`[..., in_features]`), where `in_integers`."""
     rounding = partial(_tokens, x, activations)
     tokens = int8.same_tokens(x, activations, rounding)
+    shape = *x.shape[:-1], layout.out_features
+    if triton_runs(x.device):
+        codes, scale, zero = tensors["codes"], tensors["scale"], tensors.get("zero")
+        y = dispatch.integer_product(tokens, codes=codes, scale=scale, zero=zero, bits=layout.bits, dtype=x.dtype)
+        return y.view(shape)
     weight = int8.kept_weight(list(tensors.values()), partial(_weight, layout, tensors))
-    return int8.multiply(tokens, weight, x.dtype).view(*x.shape[:-1], layout.out_features)
+    return int8.multiply(tokens, weight, x.dtype).view(shape)
 
 
 def _tokens(x: Tensor, activations: Activations) -> int8.Tokens:
     flat = x.reshape(-1, x.shape[-1])
-    return int8.round_tokens(flat, activations.bits, activations.grid, symmetric=activations.sym)
+    return dispatch.round_tokens(flat, activations.bits, activations.grid, symmetric=activations.sym)
 
 
 def _weight(layout: Affine, tensors: Mapping[str, Tensor]) -> int8.Weight:

@@ -132,9 +132,12 @@ class Evaluate:
         default=(), metadata={"help": "lm-eval task names, or files of multiple-choice rows"}
     )
     limit: int = field(default=-1, metadata={"help": "items of a task or file; -1: all"})
+    num_fewshot: int = field(default=-1, metadata={"help": "examples before each item of a task; -1: the task's own"})
     speed: bool = field(default=False, metadata={"help": "measure prefill and decode tokens per second"})
 
     def __post_init__(self) -> None:
+        if self.num_fewshot < -1:
+            raise RecipeError("num_fewshot out of range", got=self.num_fewshot, wanted="at least 0, or -1")
         if self.length < 2:
             raise RecipeError("length out of range", got=self.length, wanted="at least 2")
         if self.max_tokens != -1 and self.max_tokens < 2:

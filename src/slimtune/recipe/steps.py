@@ -424,7 +424,8 @@ def _evaluate(session: Session, step: Evaluate, number: int) -> Facts:
         found += [{"name": f"{name}_{kind}", "value": value, "samples": len(pairs)} for kind, value in f1.items()]
     if step.tasks:
         limit = step.limit if step.limit > 0 else None
-        for item in tasks(model, session.loaded.tokenizer, step.tasks, limit=limit):
+        shots = step.num_fewshot if step.num_fewshot >= 0 else None
+        for item in tasks(model, session.loaded.tokenizer, step.tasks, limit=limit, num_fewshot=shots):
             found.append(
                 {
                     "name": f"{item.task}_{item.metric}",
