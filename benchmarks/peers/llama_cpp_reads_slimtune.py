@@ -32,6 +32,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+import slimtune
 from slimtune.arch import bind
 from slimtune.export import Source, export
 from slimtune.export.gguf import GgufExporter
@@ -155,11 +156,16 @@ def families(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     sys.path.insert(0, str(args.pico))
     pico: Any = importlib.import_module("pico")
     rows = []
-    for family in FAMILIES:
+    cases: list[tuple[str, dict[str, Any]]] = [(family, {}) for family in FAMILIES]
+    cases += [("llama", {"multiple_of": 1, "ratio": 0.5}), ("llama", {"targets": ["sublayers"], "ratio": 0.4})]
+    for family, pruned in cases:
+        format = "gguf-deci" if pruned else "gguf"
         width = {"head_dim": 8} if family in ("qwen2", "phi3") else {}  # llama.cpp fixes it there
         model = pico.pico_model(family, vocab_size=pico.VOCAB_SIZE + 1, **width)
-        folder = scratch / f"pico-{family}"
-        export(Source(model, merging(pico.pico_tokenizer()), "pico"), "gguf", folder, "f32")
+        if pruned:
+            slimtune.prune(model, importance="random", widths="allocated", **pruned)
+        folder = scratch / f"pico-{len(rows)}"
+        made = export(Source(model, merging(pico.pico_tokenizer()), "pico"), format, folder, "f32")
         prompt = pico.pico_inputs(model, batch=1, length=4 if family == "mistral" else 12)["input_ids"][0].tolist()
         theirs = peer(args, folder, {"prompts": [prompt], "texts": [], "new_tokens": 0, "context": 16}, None)
         with torch.no_grad():
@@ -168,6 +174,8 @@ def families(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
         rows.append(
             {
                 "family": family,
+                "format": format,
+                **{key: made.facts[key] for key in ("heads", "kv_heads", "ffn") if key in made.facts},
                 "max_logit_difference": round(difference, 5),
                 "largest": round(float(wanted.abs().max()), 3),
             }

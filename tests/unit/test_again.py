@@ -12,10 +12,10 @@ import slimtune
 from pico import logits, pico_inputs, pico_model
 from slimtune.arch import bind
 from slimtune.errors import FormatError, RecipeError
-from slimtune.linalg.packing import unpack
+from slimtune.linalg.packing import pack, unpack
 from slimtune.lora.attach import add_lora, plain
 from slimtune.lora.merge import merge_packed
-from slimtune.quant.again import requantize
+from slimtune.quant.again import UPDATE, judged, requantize
 from slimtune.quant.apply import all_linear, quantize_
 from slimtune.quant.base import QTensor, relative_error
 from slimtune.quant.hqq import Hqq
@@ -73,6 +73,49 @@ def test_small_change_keeps_the_codes_where_that_is_better() -> None:
     fresh = Quip(bits=2)(target, {"hessian": hessian})
     assert relative_error(target, fresh.dequantize(), hessian) > 1e-3
     assert requantize(old, target, hessian) is old
+
+
+def share_of(new: QTensor, old: QTensor, change: Tensor, hessian: Tensor) -> float:
+    """How much of a change arrived, in the Hessian's metric; float64."""
+    added, change, hessian = (t.double() for t in (new.dequantize() - old.dequantize(), change, hessian))
+    return float((added @ hessian * change).sum() / (change @ hessian * change).sum())
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_a_change_smaller_than_a_step_arrives_whole_on_average(bits: int, calibrated: bool) -> None:
+    weight, change, hessian = problem()
+    used = hessian if calibrated else torch.eye(64)
+    old = Rtn(bits=bits, group_size=16)(weight, {})
+    change = 0.1 * change  # up to 0.3; the steps are some 0.5 and 0.25
+    target = old.dequantize() + change
+    grid = {"zero": old.tensors["zero"], "scale": old.tensors["scale"]}
+    group = torch.arange(64) // 16
+    plain = codes_on_grid(target, used, grid["scale"].float(), grid["zero"].float(), group, bits)
+    rounded = QTensor({**old.tensors, "codes": pack(plain.to(torch.uint8), bits)}, old.layout)
+    assert share_of(rounded, old, change, used) < 0.7, "error feedback loses much of it, or this shows nothing"
+    new = requantize(old, target, hessian if calibrated else None)
+    assert 0.85 < share_of(new, old, change, used) < 1.15
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_what_a_way_costs(calibrated: bool) -> None:
+    weight, change, hessian = (t.double() for t in problem(2))
+    metric = hessian if calibrated else torch.eye(64, dtype=torch.float64)
+    old = Rtn(bits=4, group_size=16)(weight, {})
+    way = Rtn(bits=3, group_size=16)(weight + change, {})
+    before = old.dequantize(torch.float64)
+    found = judged(way, before, change, hessian if calibrated else None)
+    added = way.dequantize(torch.float64) - before
+    energy = torch.trace(change @ metric @ change.T)
+    share = torch.trace(added @ metric @ change.T) / energy
+    noise = added - share * change
+    assert torch.trace(noise @ metric @ change.T).abs() < 1e-9 * energy
+    assert found.share == pytest.approx(float(share))
+    assert found.cost == pytest.approx(
+        float(torch.trace(noise @ metric @ noise.T) / energy + UPDATE * (1 - share) ** 2)
+    )
+    assert judged(old, before, change, hessian).cost == UPDATE
 
 
 def textbook(w: Tensor, h: Tensor, scale: Tensor, zero: Tensor, group: Tensor, bits: int) -> Tensor:

@@ -132,7 +132,8 @@ def gguf_updates(folder: Path, model: Any) -> dict[str, Tensor]:
     found = {}
     for port in bind(model).linears:
         tensor = naming.name(f"{port.name}.weight")
-        a, b = read[f"{tensor}.lora_a"], naming.restored(f"{port.name}.weight", read[f"{tensor}.lora_b"])
+        a, b = read[f"{tensor}.lora_a"], read[f"{tensor}.lora_b"]
+        b = naming.restored(f"{port.name}.weight", b, b.shape)
         found[port.name] = (alpha / len(a) if alpha else 1.0) * b @ a
     return found
 

@@ -131,6 +131,58 @@ def test_adapter_is_merged_into_the_model(tmp_path: Path) -> None:
         assert float((logits(merged, inputs) - logits(model, inputs)).abs().max()) > 0.01
 
 
+def silence_(model: Any, heads: dict[int, list[int]], channels: dict[int, list[int]]) -> None:
+    """Zeros where query heads and channels of blocks are read."""
+    width = model.config.head_dim
+    with torch.no_grad():
+        for block, units in heads.items():
+            for unit in units:
+                model.model.layers[block].self_attn.o_proj.weight[:, unit * width : (unit + 1) * width] = 0
+        for block, units in channels.items():
+            model.model.layers[block].mlp.down_proj.weight[:, units] = 0
+
+
+SILENT = {  # silent heads and channels by block; heads, groups and channels in the file
+    "nothing": ({}, {}, (4, 4), (2, 2), (44, 44)),
+    "a group and channels": ({1: [0, 1]}, {0: [3, 43], 1: [0]}, (4, 2), (2, 1), (42, 43)),
+    "a head of each group": ({0: [1, 2]}, {}, (2, 4), (2, 2), (44, 44)),
+    "a head of one group stays": ({0: [1]}, {}, (4, 4), (2, 2), (44, 44)),
+    "a group and a head of the other": ({1: [0, 1, 3]}, {}, (4, 1), (2, 1), (44, 44)),
+    "sub-layers": ({1: [0, 1, 2, 3]}, {0: list(range(44))}, (4, 0), (2, 0), (0, 44)),
+    "the first attention": ({0: [0, 1, 2, 3]}, {}, (1, 4), (1, 2), (44, 44)),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "llama-biased"])
+@pytest.mark.parametrize("case", SILENT)
+def test_blocks_of_different_widths(family: str, case: str, tmp_path: Path) -> None:
+    heads, channels, *wanted = SILENT[case]
+    model = model_of(family, num_attention_heads=4, num_key_value_heads=2, intermediate_size=44)
+    silence_(model, heads, channels)
+    manifest = export(of(model), "gguf-deci", tmp_path / "out", "f32")
+    found = [manifest.facts[name] for name in ("heads", "kv_heads", "ffn")]
+    if family == "llama-biased":  # what a sub-layer adds at all events keeps it
+        wanted = [tuple(max(width, 1) for width in widths) for widths in wanted]
+    assert found == wanted and manifest.max_logit_difference <= 1e-5
+    assert read_header(tmp_path / "out" / "model.gguf").architecture == "deci"
+    keys = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+    reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
+    assert [tuple(reader.fields[f"deci.{key}"].contents()) for key in keys] == wanted
+    shapes = {t.name: tuple(map(int, t.shape[::-1])) for t in reader.tensors}
+    hidden, width = model.config.hidden_size, model.config.head_dim
+    for block in range(2):
+        for name, size in (("attn_q", found[0]), ("attn_k", found[1]), ("ffn_up", found[2])):
+            rows = size[block] * (1 if name == "ffn_up" else width)
+            assert shapes.get(f"blk.{block}.{name}.weight", (0, hidden)) == (rows, hidden)
+        assert (f"blk.{block}.attn_norm.weight" in shapes) == (found[0][block] > 0)
+        assert (f"blk.{block}.ffn_norm.weight" in shapes) == (found[2][block] > 0)
+
+
+def test_other_kinds_of_models_have_blocks_alike(tmp_path: Path) -> None:
+    with pytest.raises(UnknownArchitecture, match="all blocks of this kind of model alike"):
+        export(of(model_of("qwen3")), "gguf-deci", tmp_path / "out")
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
 def test_adapter_alone_is_that_of_peft_in_the_order_of_llama_cpp(family: str, tmp_path: Path) -> None:
     model = adapted(model_of(family))
@@ -516,7 +568,7 @@ def test_files_of_every_type_are_bases(kind: str, tmp_path: Path) -> None:
     naming = Naming(model)
     found = tensors_of(tmp_path / "out" / "model.gguf")
     for name, tensor in loaded.state_dict().items():
-        assert torch.equal(tensor, naming.restored(name, found[naming.name(name)]))
+        assert torch.equal(tensor, naming.restored(name, found[naming.name(name)], tensor.shape))
 
 
 def test_verbs_write_a_file_and_take_it_as_a_model(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, cast, get_args, get_type_hints
 from slimtune.errors import RecipeError, nearest
 from slimtune.export.base import Exporter, Manifest, Source, Written, largest_difference, probe_logits
 from slimtune.export.compressed_tensors import CompressedTensorsExporter
-from slimtune.export.gguf import GgufExporter, GgufLoraExporter
+from slimtune.export.gguf import GgufDeciExporter, GgufExporter, GgufLoraExporter
 from slimtune.export.gptq import GptqExporter
 from slimtune.export.peft import PeftExporter
 from slimtune.export.safetensors import SafetensorsExporter
@@ -23,6 +23,7 @@ EXPORTERS: Table[type[Exporter]] = Table(
     {
         "compressed-tensors": CompressedTensorsExporter,
         "gguf": GgufExporter,
+        "gguf-deci": GgufDeciExporter,
         "gguf-lora": GgufLoraExporter,
         "gptq": GptqExporter,
         "peft": PeftExporter,

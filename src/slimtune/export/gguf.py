@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -25,10 +25,11 @@ from slimtune.export.ggml import BLOCK, Array, decode, encode, packed, slack
 from slimtune.export.gguf_facts import ROPE_FREQUENCIES, Naming, add_facts, rope_frequencies
 from slimtune.export.gguf_file import read_header
 from slimtune.export.gguf_vocab import add_vocabulary
+from slimtune.export.gguf_widths import own_widths
 from slimtune.export.load import empty_model
-from slimtune.export.safetensors import merged_weight
 from slimtune.lora.attach import base_of, has_adapter, plain
 from slimtune.lora.cut import Cut, Update, cut_all, updates
+from slimtune.lora.merge import merged_weight
 from slimtune.quant.blackbox import FROZEN
 from slimtune.quant.linear import QuantLinear
 from slimtune.rotate.record import rotation_of
@@ -62,12 +63,12 @@ class GgufExporter:
     def write(self, source: Source, folder: Path) -> Written:
         """Write one tensor after the other; `source.model` is not changed."""
         refuse_rounding(source.model, "gguf")
-        naming = Naming(source.model)
+        naming = self._naming(source.model)
         kinds: Counter[str] = Counter()
         with _writer(folder / MODEL_FILE, naming, source, "model") as writer:
             add_facts(writer, naming)
             add_vocabulary(writer, source.tokenizer, naming.config.vocab_size, _stops(source.model))
-            for tensor, value, layer in _weights(source.model):
+            for tensor, value, layer in _weights(source.model, naming):
                 kind, data = self._stored(naming, tensor, value, layer)
                 writer.add_tensor(naming.name(tensor), data, raw_dtype=gguf.GGMLQuantizationType[kind])
                 kinds[kind] += 1
@@ -82,19 +83,22 @@ class GgufExporter:
 
         llama.cpp itself is not asked: `benchmarks/peers/llama_cpp_reads_slimtune.py` does that.
         """
-        naming = Naming(source.model)
+        naming = self._naming(source.model)
         read = _tensors(folder / MODEL_FILE)
         state: dict[str, Tensor] = {}
-        for tensor, value, _ in _weights(source.model):
+        for tensor, value, _ in _weights(source.model, naming):
             kind, data = read[naming.name(tensor)]
-            state[tensor] = naming.restored(tensor, decode(data, kind).reshape(value.shape))
-            wanted = naming.restored(tensor, naming.stored(tensor, value))
+            stored = naming.stored(tensor, value)
+            state[tensor] = naming.restored(tensor, decode(data, kind).reshape(stored.shape), value.shape)
+            wanted = naming.restored(tensor, stored, value.shape)
             if not bool(((state[tensor] - wanted).abs() <= slack(wanted, kind)).all()):
                 raise FormatError("an exported weight does not read back", where=tensor, got=kind)
         config = naming.config.__class__.from_dict(
             {key: value for key, value in naming.config.to_dict().items() if key != "quantization_config"}
         )
         model = empty_model(config)
+        left_out = {n: t for n, t in model.state_dict().items() if n not in {*state, *model.all_tied_weights_keys}}
+        state |= {name: torch.zeros(tensor.shape) for name, tensor in left_out.items()}
         model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()
         return model.eval()
@@ -102,16 +106,19 @@ class GgufExporter:
     def restore_(self, source: Source) -> None:
         """Nothing was done to the source."""
 
+    def _naming(self, model: nn.Module) -> Naming:
+        return Naming(model)
+
     def _stored(self, naming: Naming, tensor: str, value: Tensor, layer: QuantLinear | None) -> tuple[str, Array]:
         """The type and the data of one tensor."""
-        kept = packed(layer) if layer is not None else None
+        stored = naming.stored(tensor, value)
+        kept = packed(layer) if layer is not None and stored.shape == value.shape else None
         if kept is not None:
             kind, data = kept
             if not torch.equal(decode(data, kind), value):
                 raise FormatError("a packed weight does not decode to itself", where=tensor, got=kind)
             order = naming.rows(naming.name(tensor), len(value))
             return kind, data if order is None else data[order.numpy()]
-        stored = naming.stored(tensor, value)
         kind = self._kind(naming.name(tensor), stored)
         data = encode(stored, kind)
         if not bool(decode(data, kind).isfinite().all()):
@@ -128,6 +135,29 @@ class GgufExporter:
             return "F16"
         embeds = name.split(".")[0] in ("token_embd", "output")
         return "Q8_0" if embeds and kind.startswith("Q4") else kind  # as llama.cpp does: they suffer most
+
+
+@dataclass(frozen=True)
+class GgufDeciExporter(GgufExporter):
+    """`model.gguf` without the zeros that stand for pruned units: blocks of different widths, for llama.cpp."""
+
+    loads_in: ClassVar[str] = (
+        "A GGUF file made from `{name}`: weights, configuration and tokenizer. Its blocks have as many heads and"
+        " channels as pruning left each, in llama.cpp's architecture `deci`. An adapter of the run does not fit it.\n\n"
+        "- llama.cpp: `llama-cli -m model.gguf`, `llama-server -m model.gguf`\n"
+        "- llama-cpp-python: `Llama('model.gguf')`\n"
+        "- Ollama: `ollama create mine -f Modelfile`, with the line `FROM ./model.gguf` in `Modelfile`\n"
+        "- not transformers, nor vLLM: export `safetensors`, zeros included\n"
+    )
+
+    def write(self, source: Source, folder: Path) -> Written:
+        """Write one tensor after the other; `source.model` is not changed."""
+        written, widths = super().write(source, folder), own_widths(source.model)
+        facts = {"heads": widths.heads, "kv_heads": widths.kv_heads, "ffn": widths.ffn}
+        return replace(written, facts={**written.facts, **facts})
+
+    def _naming(self, model: nn.Module) -> Naming:
+        return Naming(model, own_widths(model))
 
 
 @dataclass(frozen=True)
@@ -170,7 +200,7 @@ class GgufLoraExporter:
         alpha = float(read_header(folder / ADAPTER_FILE).values["adapter.lora.alpha"])
         for name, a, b, scale in self._factors(source.model)[0]:
             tensor = naming.name(f"{name}.weight")
-            found = naming.restored(f"{name}.weight", read[f"{tensor}.lora_b"])
+            found = naming.restored(f"{name}.weight", read[f"{tensor}.lora_b"], b.shape)
             if not torch.equal(read[f"{tensor}.lora_a"], a) or not torch.equal(found, b if alpha else scale * b):
                 raise FormatError("an exported factor does not read back", where=name)
         return source.model
@@ -215,8 +245,9 @@ def _stops(model: nn.Module) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, QuantLinear | None]]:
-    """Every tensor of the merged model, float32, by its name; and the packed layer that it is the weight of."""
+def _weights(model: nn.Module, naming: Naming) -> Iterator[tuple[str, Tensor, QuantLinear | None]]:
+    """Every tensor of the merged model that the file has, float32, by its name; and the packed layer that it is the
+    weight of."""
     base = base_of(model)
     tied = cast(Any, base).all_tied_weights_keys
     for name, layer in plain(model).items():
@@ -228,6 +259,6 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, QuantLinear | None
         if isinstance(layer, FROZEN) or adapted:
             tensors["weight"] = merged_weight(module, layer)
         for leaf, tensor in tensors.items():
-            if (full := f"{name}.{leaf}") not in tied:
+            if (full := f"{name}.{leaf}") not in tied and naming.holds(full):
                 own = leaf == "weight" and isinstance(layer, QuantLinear) and not adapted
                 yield full, tensor.float(), cast(QuantLinear, layer) if own else None

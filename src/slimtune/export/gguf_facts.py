@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from slimtune.arch import bind
 from slimtune.arch.spec import attention_heads, head_width, key_value_heads
 from slimtune.errors import FormatError, UnknownArchitecture
+from slimtune.export.gguf_widths import Widths
 from slimtune.lora.attach import base_of
 
 ROPE_FREQUENCIES = "rope_freqs.weight"
@@ -52,9 +53,11 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Naming:
-    """How a model's tensors are called and stored in GGUF. Raises `UnknownArchitecture` where llama.cpp has none."""
+    """How a model's tensors are called and stored in GGUF; with `widths`, without what those leave out. Raises
+    `UnknownArchitecture` where llama.cpp has none."""
 
     model: nn.Module
+    widths: Widths | None = None
 
     @cached_property
     def config(self) -> Any:
@@ -67,7 +70,17 @@ class Naming:
         kind = str(self.config.model_type)
         if kind not in ARCHITECTURES:
             raise UnknownArchitecture("GGUF export does not know this kind of model", got=kind, wanted=[*ARCHITECTURES])
-        return ARCHITECTURES[kind]
+        found = ARCHITECTURES[kind]
+        if self.widths is None:
+            return found
+        if found.name != "llama":
+            raise UnknownArchitecture(
+                "llama.cpp wants all blocks of this kind of model alike",
+                got=kind,
+                wanted=[kind for kind, known in ARCHITECTURES.items() if known.name == "llama"],
+                remedy="export gguf, zeros included",
+            )
+        return replace(found, name="deci")
 
     def require_computed(self) -> None:
         """Raise `FormatError`, naming everything that llama.cpp would compute differently."""
@@ -101,6 +114,10 @@ class Naming:
         """Gains that transformers adds one to, and llama.cpp does not."""
         return frozenset(f"{norm.name}.weight" for norm in bind(self.model).norms if norm.kind == "rms_plus_one")
 
+    def holds(self, tensor: str) -> bool:
+        """Whether the file has a tensor for the model's `tensor`: not where its whole sub-layer is left out."""
+        return self.widths is None or not self.name(tensor).startswith(self.widths.missing)
+
     def name(self, tensor: str) -> str:
         """llama.cpp's name for a tensor of the model. Raises `FormatError` where there is none."""
         name = self._names.get_name(tensor, try_suffixes=(".weight", ".bias"))
@@ -108,32 +125,30 @@ class Naming:
             raise FormatError(f"llama.cpp's {self.architecture.name} has no such tensor", got=tensor)
         return name
 
-    def _heads(self, name: str) -> int:
-        """How many heads the rows of the tensor called `name` are turned in; 0 where they are not."""
-        if not self.architecture.pairs:
-            return 0
-        return {"attn_q": attention_heads, "attn_k": key_value_heads}.get(name.split(".")[-2], lambda _: 0)(self.config)
-
     def rows(self, name: str, rows: int) -> Tensor | None:
         """The order in which llama.cpp wants the rows of the tensor that it calls `name`, where it wants another.
 
         A rotary embedding turns number `i` of a head together with number `i + width / 2`, and in llama.cpp's `llama`
         with its neighbour.
         """
-        heads = self._heads(name)
-        return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten() if heads else None
+        turned = self.architecture.pairs and name.split(".")[-2] in ("attn_q", "attn_k")
+        heads = rows // head_width(self.config)
+        return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten() if turned else None
 
     def stored(self, tensor: str, value: Tensor) -> Tensor:
         """The tensor of the model called `tensor` as llama.cpp wants it."""
+        if self.widths is not None:
+            value = self.widths.cut(tensor, value)
         order = self.rows(self.name(tensor), len(value))
         value = value + 1 if tensor in self._plus_one else value
         return value if order is None else value[order]
 
-    def restored(self, tensor: str, value: Tensor) -> Tensor:
-        """The inverse of `stored`."""
+    def restored(self, tensor: str, value: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of `stored`, for a tensor of `shape`; zeros where something was left out."""
         order = self.rows(self.name(tensor), len(value))
         value = value - 1 if tensor in self._plus_one else value
-        return value if order is None else value[order.argsort()]
+        value = value if order is None else value[order.argsort()]
+        return value if self.widths is None else self.widths.filled(tensor, value, shape)
 
 
 def add_facts(writer: GGUFWriter, naming: Naming) -> None:
@@ -147,9 +162,10 @@ def add_facts(writer: GGUFWriter, naming: Naming) -> None:
     writer.add_context_length(context if architecture.every or not window else min(context, window))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(attention_heads(config))
-    writer.add_head_count_kv(key_value_heads(config))
+    own = naming.widths
+    writer.add_feed_forward_length(config.intermediate_size if own is None else own.ffn)
+    writer.add_head_count(attention_heads(config) if own is None else own.heads)
+    writer.add_head_count_kv(key_value_heads(config) if own is None else own.kv_heads)
     writer.add_key_length(width)
     writer.add_value_length(width)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)

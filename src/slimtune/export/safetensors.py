@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from slimtune.export.base import Source, own_state, refuse_rounding, write_folder
 from slimtune.export.load import read_model
 from slimtune.lora.attach import base_of, plain
+from slimtune.lora.merge import merged_weight
 from slimtune.quant.blackbox import FROZEN
 
 
@@ -52,17 +53,3 @@ def merged_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
             tensors["weight"] = merged_weight(module, layer).to(dtype)
         state.update({f"{name}.{leaf}" if name else leaf: tensor for leaf, tensor in tensors.items()})
     return state
-
-
-@torch.no_grad()
-def merged_weight(module: nn.Module, layer: nn.Module) -> Tensor:
-    """The float32 weight of the plain `layer`, with what an adapter in `module` adds to it."""
-    if isinstance(layer, FROZEN):
-        weight = layer.dequantize(torch.float32)
-    else:
-        weight = cast(Tensor, layer.weight).detach().to(torch.float32, copy=True)
-    if isinstance(module, BaseTunerLayer):
-        for adapter in module.active_adapters:
-            if adapter in cast(Any, module).lora_A:
-                weight += cast(Any, module).get_delta_weight(adapter).to(torch.float32)
-    return weight

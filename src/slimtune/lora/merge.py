@@ -20,7 +20,7 @@ from slimtune.lora.pooled import fold_
 from slimtune.quant.again import Again, AgainBlind
 from slimtune.quant.apply import QuantizeFacts, dequantize_, quantize_
 from slimtune.quant.base import Quantizer
-from slimtune.quant.blackbox import BlackBox
+from slimtune.quant.blackbox import FROZEN, BlackBox
 from slimtune.quant.linear import QuantLinear
 from slimtune.rotate.online import attach_online_
 
@@ -99,3 +99,18 @@ def merge_packed(
             if not isinstance(module, QuantLinear) or parameter is module.bias:
                 parameter.data = parameter.data.to(dtype)
     return merged, facts
+
+
+@torch.no_grad()
+def merged_weight(module: nn.Module, layer: nn.Module) -> Tensor:
+    """The float32 weight of the plain `layer`, with what an adapter in `module` adds to it."""
+    if isinstance(layer, FROZEN):
+        weight = layer.dequantize(torch.float32)
+    else:
+        weight = cast(Tensor, layer.weight).detach().to(torch.float32, copy=True)
+    if module is not layer:
+        tuner = cast(Any, module)
+        for adapter in tuner.active_adapters:
+            if adapter in tuner.lora_A:
+                weight += tuner.get_delta_weight(adapter).to(torch.float32)
+    return weight

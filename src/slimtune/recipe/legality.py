@@ -79,14 +79,14 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
             return "there is no adapter to export", "put export: {format: gguf-lora} after lora, before merge"
         case Export(format="compressed-tensors" | "gptq") if not state.quantized:
             return "there are no packed weights to export", "put a quantize step before, or export safetensors"
-        case Export(format="safetensors" | "compressed-tensors" | "gptq" | "gguf") if state.online:
+        case Export(format="safetensors" | "compressed-tensors" | "gptq" | "gguf" | "gguf-deci") if state.online:
             return (
                 f"no other engine runs the online transform {', '.join(state.online)}: it would load another model",
                 "rotate with online: [], or keep the run's own model folder",
             )
-        case Export(format="gptq" | "safetensors" | "compressed-tensors" | "gguf") if state.cache:
+        case Export(format="gptq" | "safetensors" | "compressed-tensors" | "gguf" | "gguf-deci") if state.cache:
             return "this format cannot say that the cache is rounded", "use the model folder"
-        case Export(format="gptq" | "safetensors" | "gguf") if state.rounded:
+        case Export(format="gptq" | "safetensors" | "gguf" | "gguf-deci") if state.rounded:
             return (
                 "this format cannot say that inputs are rounded",
                 "export compressed-tensors, or use the model folder",

@@ -23,6 +23,7 @@ from slimtune.errors import RecipeError, nearest
 from slimtune.evaluate.inference import require_positions
 from slimtune.export import EXPORTERS, compressed_tensors, exporter_of, gptq
 from slimtune.export.gguf_facts import Naming
+from slimtune.export.gguf_widths import Widths
 from slimtune.export.load import DTYPES, empty_model, model_config
 from slimtune.hub import METHOD
 from slimtune.kernels.precision import bfloat16_units
@@ -216,8 +217,8 @@ def _check_fit(step: Step, number: int, recipe: Recipe, model: Any, modelmap: Mo
             raise RecipeError(
                 "the teacher has fewer logits", where=f"{where}.distill_top_k", got=step.distill_top_k, wanted=wanted
             )
-        case Export(format="gguf" | "gguf-lora"):
-            Naming(model).require_computed()
+        case Export(format="gguf" | "gguf-deci" | "gguf-lora"):
+            Naming(model, Widths() if step.format == "gguf-deci" else None).require_computed()
         case Quantize():
             _check_packable(step, recipe.steps[number + 1 :], modelmap, where)
 

@@ -160,7 +160,9 @@ class Export:
     name: ClassVar[str] = "export"
 
     format: str = field(default="safetensors", metadata={"help": "a name from `slimtune list exporters`"})
-    quantization: str = field(default="", metadata={"help": "gguf: f32, f16 (default), bf16, q8_0, q4_0 or q4_1"})
+    quantization: str = field(
+        default="", metadata={"help": "gguf(-deci): f32, f16 (default), bf16, q8_0, q4_0 or q4_1"}
+    )
     rank: int = field(default=0, metadata={"help": "peft, gguf-lora: cut to this rank, the loss stated; 0: whole"})
 
     def __post_init__(self) -> None:
