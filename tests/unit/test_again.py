@@ -12,14 +12,15 @@ import slimtune
 from pico import logits, pico_inputs, pico_model
 from slimtune.arch import bind
 from slimtune.errors import FormatError, RecipeError
+from slimtune.linalg.levels import LEVELS
 from slimtune.linalg.packing import pack, unpack
 from slimtune.lora.attach import add_lora, plain
 from slimtune.lora.merge import merge_packed
-from slimtune.quant.again import UPDATE, judged, requantize
+from slimtune.quant.again import UPDATE, _codebook, judged, requantize
 from slimtune.quant.apply import all_linear, quantize_
 from slimtune.quant.base import QTensor, relative_error
 from slimtune.quant.hqq import Hqq
-from slimtune.quant.layouts import Affine
+from slimtune.quant.layouts import Affine, Codebook
 from slimtune.quant.linear import QuantLinear
 from slimtune.quant.nf4 import Nf4
 from slimtune.quant.optq import codes_on_grid
@@ -81,19 +82,28 @@ def share_of(new: QTensor, old: QTensor, change: Tensor, hessian: Tensor) -> flo
     return float((added @ hessian * change).sum() / (change @ hessian * change).sum())
 
 
-@pytest.mark.parametrize("bits", [3, 4])
+def rounded_once(old: QTensor, target: Tensor, hessian: Tensor) -> QTensor:
+    """The target on the grid that is there, by error feedback alone."""
+    if isinstance(old.layout, Codebook):
+        return _codebook(old, target, hessian)
+    zero, scale = (old.tensors[name].float() for name in ("zero", "scale"))
+    bits = old.layout.bits
+    codes = codes_on_grid(target, hessian, scale, zero, torch.arange(64) // 16, bits)
+    return QTensor({**old.tensors, "codes": pack(codes.to(torch.uint8), bits)}, old.layout)
+
+
+@pytest.mark.parametrize(
+    "method", [Rtn(bits=3, group_size=16), Rtn(bits=4, group_size=16), Nf4(block_size=16)], ids=str
+)
 @pytest.mark.parametrize("calibrated", [True, False])
-def test_a_change_smaller_than_a_step_arrives_whole_on_average(bits: int, calibrated: bool) -> None:
+def test_a_change_smaller_than_a_step_arrives_whole_on_average(method: Any, calibrated: bool) -> None:
     weight, change, hessian = problem()
     used = hessian if calibrated else torch.eye(64)
-    old = Rtn(bits=bits, group_size=16)(weight, {})
+    old = method(weight, {})
     change = 0.1 * change  # up to 0.3; the steps are some 0.5 and 0.25
     target = old.dequantize() + change
-    grid = {"zero": old.tensors["zero"], "scale": old.tensors["scale"]}
-    group = torch.arange(64) // 16
-    plain = codes_on_grid(target, used, grid["scale"].float(), grid["zero"].float(), group, bits)
-    rounded = QTensor({**old.tensors, "codes": pack(plain.to(torch.uint8), bits)}, old.layout)
-    assert share_of(rounded, old, change, used) < 0.7, "error feedback loses much of it, or this shows nothing"
+    once = share_of(rounded_once(old, target, used), old, change, used)
+    assert once < 0.7, "error feedback loses much of it, or this shows nothing"
     new = requantize(old, target, hessian if calibrated else None)
     assert 0.85 < share_of(new, old, change, used) < 1.15
 
@@ -143,6 +153,25 @@ def test_codes_on_a_grid_are_those_of_the_textbook() -> None:
     zero = 3 * torch.rand(48, 5, generator=g, dtype=torch.float64)
     got = codes_on_grid(weight, hessian, scale, zero, group, 2)
     assert torch.equal(got, textbook(weight, hessian, scale, zero, group, 2))
+
+
+def test_codes_of_levels_are_those_of_the_textbook() -> None:
+    weight, _, hessian = (t.double() for t in problem(1))
+    old = Nf4(block_size=16)(weight, {})
+    levels = torch.tensor(LEVELS["nf4"], dtype=torch.float64)
+    scale = old.layout.scales(old.tensors, torch.float64).repeat_interleave(16, 1)  # type: ignore[attr-defined]
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(64, dtype=torch.float64)
+    w, wanted = weight.clone(), torch.empty(48, 64, dtype=torch.int64)
+    for place, j in enumerate(order.tolist()):
+        left = order[place:]
+        inverse = torch.linalg.inv(damped[left][:, left])
+        wanted[:, j] = (w[:, j, None] / scale[:, j, None] - levels).abs().argmin(1)
+        off = (w[:, j] - levels[wanted[:, j]] * scale[:, j]) / inverse[0, 0]
+        w[:, left] -= off[:, None] * inverse[0]
+    got = _codebook(old, weight, hessian)
+    assert torch.equal(unpack(got.tensors["codes"], 4, 64).long(), wanted)
+    assert all(torch.equal(got.tensors[name], old.tensors[name]) for name in ("scale", "step", "offset"))
 
 
 def test_grid_of_scattered_groups_is_kept() -> None:

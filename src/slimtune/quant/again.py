@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from slimtune.errors import FormatError
+from slimtune.linalg.levels import LEVELS
 from slimtune.linalg.packing import pack
 from slimtune.quant.base import QTensor, Stats
 from slimtune.quant.hqq import Hqq
 from slimtune.quant.layouts import Affine, Codebook, Layout
 from slimtune.quant.nf4 import Nf4
-from slimtune.quant.optq import Optq, codes_on_grid
+from slimtune.quant.optq import Optq, codes_by, codes_on_grid
 from slimtune.quant.quip import Quip
 from slimtune.quant.rotated import Lattice
 from slimtune.quant.rotated import Trellis as TrellisLayout
@@ -91,7 +92,7 @@ def requantize(old: QTensor, weight: Tensor, hessian: Tensor | None) -> QTensor:
         return old
     change = w - before
     found = [judged(old, before, change, hessian)]
-    if type(old.layout) is Affine and (fresh := _fresh(old, w, hessian)) is not None:
+    if (fresh := _fresh(old, w, hessian)) is not None:
         found.append(judged(fresh, before, change, hessian))
     tried: list[tuple[float, float]] = []
     while (factor := _next(tried, SLOW if type(old.layout) in TURNED else QUICK)) is not None:
@@ -148,8 +149,12 @@ def _affine(old: QTensor, w: Tensor, hessian: Tensor | None) -> QTensor:
 
 
 def _fresh(old: QTensor, w: Tensor, hessian: Tensor | None) -> QTensor | None:
-    """`w` on a new grid; None where others made the old one, in a way that no quantizer here has."""
-    layout = cast(Affine, old.layout)
+    """`w` on a new grid; None where there is none, or others made the old one, in a way that no quantizer here has."""
+    layout = old.layout
+    if isinstance(layout, Codebook) and layout.levels == "nf4":
+        return Nf4(block_size=layout.group_size, double_quant=layout.nested)(w, {})
+    if not isinstance(layout, Affine):
+        return None
     bits, size = layout.bits, layout.group_size
     if layout.scale_dtype != "bfloat16" or bits not in AFFINE_BITS:
         return None
@@ -176,7 +181,21 @@ def _on_grid(old: QTensor, w: Tensor, hessian: Tensor | None, grid: dict[str, Te
 
 def _codebook(old: QTensor, w: Tensor, hessian: Tensor | None) -> QTensor:
     layout = cast(Codebook, old.layout)
-    return Nf4(block_size=layout.group_size, double_quant=layout.nested)(w, {})
+    levels = torch.tensor(LEVELS[layout.levels], dtype=w.dtype, device=w.device)
+    between = (levels[1:] + levels[:-1]) / 2
+    scale = layout.scales(old.tensors, w.dtype)
+    scale = torch.where(scale > 0, scale, 1).repeat_interleave(layout.group_size, 1)[:, : layout.in_features]
+    if hessian is None:
+        codes = torch.bucketize((w / scale).contiguous(), between)
+    else:
+        scales = scale.T.contiguous()
+
+        def nearest(column: Tensor, place: int) -> tuple[Tensor, Tensor]:
+            found = torch.bucketize(column / scales[place], between)
+            return found.to(w.dtype), levels[found] * scales[place]
+
+        codes = codes_by(w, hessian, nearest)
+    return QTensor({**old.tensors, "codes": pack(codes.to(torch.uint8), layout.bits)}, layout)
 
 
 def _lattice(old: QTensor, w: Tensor, hessian: Tensor | None) -> QTensor:

@@ -12,7 +12,7 @@ At 2 and 3 bits rounds of `slimtune.quant.refine` follow: scales refitted to the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -125,26 +125,44 @@ class Optq:
         return affine_qtensor(codes.T, scale.T, zero.T, self.bits, size, self.sym)
 
 
-def codes_on_grid(
-    weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, group: Tensor, bits: int, damp_percent: float = 0.01
-) -> Tensor:
-    """Codes, whole floats `[out, in]`, of `weight` (`[out, in]`) on a grid that is there already: OPTQ in act-order.
+Nearest = Callable[[Tensor, int], "tuple[Tensor, Tensor]"]
+"""Codes of a column `[out]`, whole floats, and what they decode to; the number is the column's place in the weight."""
 
-    `scale` and `zero` are `[out, groups]`, `group` (`[in]`) says which one a column has. `hessian` is `[in, in]`.
+
+def codes_by(weight: Tensor, hessian: Tensor, nearest: Nearest, damp_percent: float = 0.01) -> Tensor:
+    """Codes, whole floats `[out, in]`, of `weight` (`[out, in]`): OPTQ in act-order, whatever rounds a column.
+
+    `hessian` is `[in, in]`.
     """
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     upper = inverse_cholesky(hessian[order.unsqueeze(1), order], damp_percent)[0].to(weight.dtype)
-    scales, zeros = (values.T.to(weight.dtype).contiguous() for values in (scale, zero))
-    w, groups = weight.T[order], group[order].tolist()
+    w, places = weight.T[order], order.tolist()
     codes = torch.empty_like(w)
     for start, stop in _spans(len(w), len(w)):
         inside, corner = w[start:stop], upper[start:stop, start:stop]
         errors = torch.empty_like(inside)
         for k, pivot in enumerate(corner.diagonal().tolist()):
-            s, z = scales[groups[start + k]], zeros[groups[start + k]]
-            _round_column_(inside, corner, errors, codes[start + k], k, pivot, s, z, bits)
+            codes[start + k], value = nearest(inside[k], places[start + k])
+            torch.sub(inside[k], value, out=errors[k]).div_(pivot)
+            inside[k + 1 :].addr_(corner[k, k + 1 :], errors[k], alpha=-1)
         w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     return torch.empty_like(codes).index_copy_(0, order, codes).T
+
+
+def codes_on_grid(
+    weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, group: Tensor, bits: int, damp_percent: float = 0.01
+) -> Tensor:
+    """`codes_by` on a grid that is there already: `scale` and `zero` are `[out, groups]`, `group` (`[in]`) says which
+    one a column has."""
+    scales, zeros = (values.T.to(weight.dtype).contiguous() for values in (scale, zero))
+    groups = group.tolist()
+
+    def nearest(column: Tensor, place: int) -> tuple[Tensor, Tensor]:
+        s, z = scales[groups[place]], zeros[groups[place]]
+        q = (column / s).add_(z).round_().clamp_(0, 2**bits - 1)
+        return q, (q - z).mul_(s)
+
+    return codes_by(weight, hessian, nearest, damp_percent)
 
 
 def _round_column_(
