@@ -260,3 +260,10 @@ def test_lora_pro_holds_moments_of_whole_weights(config_only: Path, monkeypatch:
 def test_a_rank_that_a_format_lacks_is_refused_by_the_plan(config_only: Path) -> None:
     with pytest.raises(RecipeError, match="takes no rank"):
         planned(config_only, "lora", {"export": {"format": "gguf", "rank": 4}})
+
+
+def test_a_plan_knows_whose_blocks_may_differ_in_width(config_only: Path, tmp_path: Path) -> None:
+    planned(config_only, {"export": {"format": "gguf-deci"}})
+    pico_config("qwen3").save_pretrained(tmp_path)
+    with pytest.raises(UnknownArchitecture, match="all blocks of this kind of model alike"):
+        planned(tmp_path, {"export": {"format": "gguf-deci"}})
