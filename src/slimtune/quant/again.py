@@ -43,7 +43,7 @@ LARGEST = 6.0
 
 @dataclass(frozen=True)
 class Again:
-    """A quantizer for one weight: into the layout of `old`, with the least error of the layer's outputs."""
+    """A quantizer for one weight: into the layout of `old`, what changed and noise measured on the layer's outputs."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
@@ -59,7 +59,7 @@ class Again:
 
 @dataclass(frozen=True)
 class AgainBlind:
-    """The same without calibration: with the least error of the weights."""
+    """The same without calibration: measured on the weights."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
@@ -71,7 +71,7 @@ class AgainBlind:
 
 
 def requantize(old: QTensor, weight: Tensor, hessian: Tensor | None) -> QTensor:
-    """`weight` (float `[out, in]`) in the layout of `old`: of all ways, the one that costs least.
+    """`weight` (float `[out, in]`) in the layout of `old`: of all ways, the one that costs least (`judged`).
 
     Raises `FormatError` for a layout that nothing here makes.
 
