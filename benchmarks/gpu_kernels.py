@@ -140,7 +140,8 @@ def products(shapes: Sequence[tuple[int, int]], device: torch.device) -> list[di
 
 @torch.no_grad()
 def integers(shapes: Sequence[tuple[int, int]], device: torch.device) -> list[dict[str, Any]]:
-    """Rounded tokens times a packed weight with one scale a row, rounding included."""
+    """Rounded tokens times a packed weight with one scale a row, rounding included: an input that was written to is
+    rounded again (`add_` is in all three times)."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     rows = []
     for out, into in shapes:
@@ -154,11 +155,11 @@ def integers(shapes: Sequence[tuple[int, int]], device: torch.device) -> list[di
                 x = torch.randn(tokens, into, device=device, dtype=dtype)
                 with triton(True), dispatch.reference():
                     wanted = layer(x)
-                    facts = {"reference_us": microseconds(lambda x=x, w=layer: w(x), device)}  # type: ignore[misc]
+                    facts = {"reference_us": microseconds(lambda x=x, w=layer: w(x.add_(0)), device)}  # type: ignore[misc]
                 with triton(True):
                     error = float((layer(x).double() - wanted.double()).norm() / wanted.double().norm())
-                    facts["integers_us"] = microseconds(lambda x=x, w=layer: w(x), device)  # type: ignore[misc]
-                facts["dense_us"] = microseconds(lambda x=x, w=linear: w(x), device)  # type: ignore[misc]
+                    facts["integers_us"] = microseconds(lambda x=x, w=layer: w(x.add_(0)), device)  # type: ignore[misc]
+                facts["dense_us"] = microseconds(lambda x=x, w=linear: w(x.add_(0)), device)  # type: ignore[misc]
                 named = {"bits": bits, "activations": activations, "shape": [out, into], "tokens": tokens}
                 rows.append({**named, "error": error, **facts})
                 print(rows[-1], flush=True)

@@ -157,7 +157,8 @@ def families(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     pico: Any = importlib.import_module("pico")
     rows = []
     cases: list[tuple[str, dict[str, Any]]] = [(family, {}) for family in FAMILIES]
-    cases += [("llama", {"multiple_of": 1, "ratio": 0.5}), ("llama", {"targets": ["sublayers"], "ratio": 0.4})]
+    cases += [("llama", {"multiple_of": 1, "ratio": 0.5})]
+    cases += [("llama", {"targets": ["sublayers"], "ratio": ratio}) for ratio in (0.2, 0.4, 0.7)]
     for family, pruned in cases:
         format = "gguf-deci" if pruned else "gguf"
         width = {"head_dim": 8} if family in ("qwen2", "phi3") else {}  # llama.cpp fixes it there

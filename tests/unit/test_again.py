@@ -16,7 +16,7 @@ from slimtune.linalg.levels import LEVELS
 from slimtune.linalg.packing import pack, unpack
 from slimtune.lora.attach import add_lora, plain
 from slimtune.lora.merge import merge_packed
-from slimtune.quant.again import UPDATE, _codebook, judged, requantize
+from slimtune.quant.again import LARGEST, UPDATE, _codebook, _next, judged, requantize
 from slimtune.quant.apply import all_linear, quantize_
 from slimtune.quant.base import QTensor, relative_error
 from slimtune.quant.hqq import Hqq
@@ -126,6 +126,30 @@ def test_what_a_way_costs(calibrated: bool) -> None:
         float(torch.trace(noise @ metric @ noise.T) / energy + UPDATE * (1 - share) ** 2)
     )
     assert judged(old, before, change, hessian).cost == UPDATE
+
+
+def test_how_much_to_enlarge_a_change() -> None:
+    assert _next([], 4) == 1
+    assert _next([(1, 0.2)], 4) == 2, "shares rise late"
+    assert _next([(1, 0.2)], 2) == pytest.approx(5) and _next([(1, 0.01)], 2) == LARGEST
+    assert _next([(1, 0.2), (2, 1.4)], 4) == pytest.approx(5 / 3)
+    assert _next([(1, 0.7), (2, 1.9), (1.25, 1.30)], 4) == pytest.approx(0.875), "back, and back again"
+    assert _next([(1, 1.9)], 4) == pytest.approx(1 / 1.9)
+    assert _next([(1, 0.7), (2, 1.9), (1.25, 1.95)], 4) is None, "no slope to follow"
+    assert _next([(1, 1.03)], 4) is None and _next([(1, 0.2), (2, 0.99)], 4) is None
+    assert _next([(1, 0.2), (2, 0.5)], 2) is None and _next([(1, 0.0), (2, 0.0)], 4) is None
+
+
+def test_a_group_of_zeros_feeds_its_true_error_back() -> None:
+    weight, _, hessian = problem()
+    weight[:, 16:32] = 0
+    change = torch.zeros_like(weight)
+    change[:, 16:32] = 0.1  # which the group cannot hold: it decodes to 0 whatever its codes
+    old = Nf4(block_size=16, double_quant=False)(weight, {})
+    made = _codebook(old, weight + change, hessian).dequantize()
+    assert torch.equal(made[:, 16:32], torch.zeros(48, 16))
+    blind = _codebook(old, weight + change, None).dequantize()
+    assert relative_error(weight + change, made, hessian) < relative_error(weight + change, blind, hessian)
 
 
 def textbook(w: Tensor, h: Tensor, scale: Tensor, zero: Tensor, group: Tensor, bits: int) -> Tensor:

@@ -148,7 +148,8 @@ SILENT = {  # silent heads and channels by block; heads, groups and channels in 
     "a head of each group": ({0: [1, 2]}, {}, (2, 4), (2, 2), (44, 44)),
     "a head of one group stays": ({0: [1]}, {}, (4, 4), (2, 2), (44, 44)),
     "a group and a head of the other": ({1: [0, 1, 3]}, {}, (4, 1), (2, 1), (44, 44)),
-    "sub-layers": ({1: [0, 1, 2, 3]}, {0: list(range(44))}, (4, 0), (2, 0), (0, 44)),
+    "sub-layers": ({1: [0, 1, 2, 3]}, {0: list(range(44))}, (4, 0), (2, 0), (1, 44)),
+    "the last block": ({1: [0, 1, 2, 3]}, {1: list(range(44))}, (4, 0), (2, 0), (44, 1)),
     "the first attention": ({0: [0, 1, 2, 3]}, {}, (1, 4), (1, 2), (44, 44)),
 }
 
@@ -175,7 +176,29 @@ def test_blocks_of_different_widths(family: str, case: str, tmp_path: Path) -> N
             rows = size[block] * (1 if name == "ffn_up" else width)
             assert shapes.get(f"blk.{block}.{name}.weight", (0, hidden)) == (rows, hidden)
         assert (f"blk.{block}.attn_norm.weight" in shapes) == (found[0][block] > 0)
-        assert (f"blk.{block}.ffn_norm.weight" in shapes) == (found[2][block] > 0)
+        assert f"blk.{block}.ffn_norm.weight" in shapes
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("lost", [12, 64])
+def test_narrower_blocks_in_every_type(kind: str, lost: int, tmp_path: Path) -> None:
+    model = model_of("llama", hidden_size=64, head_dim=16, num_attention_heads=4, intermediate_size=128)
+    silence_(model, {1: [0, 1]}, {0: list(range(1, 2 * lost, 2))})
+    manifest = export(of(model), "gguf-deci", tmp_path / "out", kind)
+    assert manifest.facts["ffn"] == (128 - lost, 128)
+    assert (manifest.facts["types"].get("F16", 0) > 0) == (kind == "f16" or lost % 32 > 0)
+
+
+def test_narrower_blocks_stay_packed(tmp_path: Path) -> None:
+    model = model_of("llama", hidden_size=64, head_dim=16, num_attention_heads=4, intermediate_size=128)
+    silence_(model, {1: [0, 1]}, {0: list(range(96))})
+    quantize_(model, bind(model), all_linear(Rtn(bits=4, group_size=32, sym=True)))
+    whole = export(of(model), "gguf", tmp_path / "whole").facts["types"]
+    manifest = export(of(model), "gguf-deci", tmp_path / "out")
+    assert manifest.facts["ffn"] == (32, 128) and manifest.facts["heads"] == (4, 2)
+    # Rows are taken as they are; of the two layers whose columns went, codes are widened.
+    assert manifest.facts["types"] == {**whole, "Q4_0": whole["Q4_0"] - 2, "Q8_0": 2}
+    assert (tmp_path / "out" / "model.gguf").stat().st_size < (tmp_path / "whole" / "model.gguf").stat().st_size
 
 
 def test_other_kinds_of_models_have_blocks_alike(tmp_path: Path) -> None:

@@ -101,6 +101,8 @@ def test_a_row_with_a_subject_is_asked_as_mmlu_is() -> None:
     assert multiple_choice({**MMLU, "answer": "B"}) == multiple_choice(MMLU)
     with pytest.raises(CalibrationError):
         multiple_choice({**MMLU, "answer": "C"})
+    generic = {"question": "Hot?", "subject": "physics", "choices": ["ice", "lava"], "answer": "lava"}
+    assert multiple_choice(generic)["choices"] == ["ice", "lava"], "an answer in words is no letter"
 
 
 @pytest.mark.parametrize("ending", [".csv", ".csv.gz"])

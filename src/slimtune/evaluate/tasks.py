@@ -100,7 +100,9 @@ def tasks(
         include_path=None if include_path is None else str(include_path), include_defaults=not all(local.values())
     )
     specs = [spec for name in names for spec in local[name] or [_registered(name, manager.all_tasks)]]
-    _require_distinct([spec if isinstance(spec, str) else spec["task"] for spec in specs])
+    folders = [name for name in names if len(local[name]) > 1]
+    means = [_mean_name(name) for name in folders]
+    _require_distinct([spec if isinstance(spec, str) else spec["task"] for spec in specs] + means)
     if not specs:
         return []
     with inference(model), _random_states_kept():
@@ -122,8 +124,9 @@ def tasks(
                 remedy="run once with the hub reachable (HF_HUB_OFFLINE unset), or name a local file of questions",
             ) from error
     found = [row for name, metrics in results["results"].items() for row in _results(name, metrics)]
-    means = [_mean(Path(name).resolve().name, [spec["task"] for spec in local[name]], found) for name in names]
-    return found + [mean for mean in means if mean is not None]
+    return found + [
+        _mean(name, [spec["task"] for spec in local[name]], found) for name in names if len(local[name]) > 1
+    ]
 
 
 def local_task(path: str | os.PathLike[str], *, num_fewshot: int = 0) -> dict[str, Any]:
@@ -149,7 +152,7 @@ def local_task(path: str | os.PathLike[str], *, num_fewshot: int = 0) -> dict[st
             wanted=f"more than num_fewshot, {num_fewshot}",
         )
     fill_in = "ending" in rows[0]
-    lettered = not fill_in and all(len(choice) == 1 for row in rows for choice in row["choices"])
+    lettered = all(row.get("choices") == list(LETTERS[: len(row["choices"])]) for row in rows) if not fill_in else False
     fields = ("gold", "contexts", "ending") if fill_in else ("query", "choices", "gold")
 
     def dataset(**_: object) -> dict[str, Any]:
@@ -180,7 +183,7 @@ def multiple_choice(row: object, *, where: str = "") -> dict[str, Any]:
     {'query': 'Question: What is 2 + 2?\\nAnswer:', 'choices': ['3', '4'], 'gold': 1}
     """
     lead, question, choices, labels, answer = _parts(row)
-    subject = row.get("subject") if isinstance(row, dict) else None
+    subject = _subject(row)
     fill_in = "fill in the blank" in lead
     whole = not fill_in or "_" in question
     gold = answer if type(answer) is int else labels.index(answer) if answer in labels else -1
@@ -192,13 +195,21 @@ def multiple_choice(row: object, *, where: str = "") -> dict[str, Any]:
     if fill_in:
         before, _, after = question.partition("_")
         return {"contexts": [before + choice for choice in choices], "ending": after.strip(), "gold": gold}
-    if isinstance(subject, str):
+    if subject:
         about = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}."
         listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
         query = f"{about}\n\n{question.strip()}\n{listed}\nAnswer:"
         return {"query": query, "choices": list(LETTERS[: len(choices)]), "gold": gold}
     sentence = "complete the given sentence" in lead
     return {"query": question if sentence else f"Question: {question}\nAnswer:", "choices": choices, "gold": gold}
+
+
+def _subject(row: object) -> str:
+    """The subject of a row of MMLU, whose answer is an index or a letter; "" for other rows."""
+    match row:
+        case {"subject": str(subject), "choices": list(choices), "answer": answer}:
+            return subject if type(answer) is int or answer in list(LETTERS[: len(choices)]) else ""
+    return ""
 
 
 def _parts(row: object) -> tuple[str, str, list[Any], list[Any], Any]:
@@ -208,7 +219,7 @@ def _parts(row: object) -> tuple[str, str, list[Any], list[Any], Any]:
     Answer1: this Answer2: that Answer format: answer1/answer2", or with the labels alone: "... true/false".
     """
     match row:
-        case {"question": str(question), "subject": str(), "choices": list(choices), "answer": answer}:
+        case {"question": str(question), "choices": list(choices), "answer": answer} if _subject(row):
             return "", question, choices, list(LETTERS[: len(choices)]), answer
         case {"question": str(question), "choices": list(choices), "answer": answer}:
             return "", question, choices, choices, answer
@@ -226,7 +237,7 @@ def _read(path: Path) -> list[Any]:
     opener = gzip.open if path.suffix == ".gz" else open
     name = path.name.removesuffix(".gz")
     try:
-        with opener(path, "rt", encoding="utf-8", newline="" if name.endswith(".csv") else None) as file:
+        with opener(path, "rt", encoding="utf-8-sig", newline="" if name.endswith(".csv") else None) as file:
             text = file.read()
         if name.endswith(".csv"):
             subject = re.sub(r"_(test|dev|val)$", "", name.removesuffix(".csv"))
@@ -291,14 +302,16 @@ def _results(task: str, metrics: dict[str, Any]) -> Iterator[TaskResult]:
         )
 
 
-def _mean(folder: str, sets: Sequence[str], found: Sequence[TaskResult]) -> TaskResult | None:
-    """The mean score of several sets: of each its `acc_norm` where it has one (as RoLoRA and QuaRot average)."""
-    if len(sets) < 2:
-        return None
+def _mean_name(folder: str) -> str:
+    return f"{Path(folder).resolve().name}_mean"
+
+
+def _mean(folder: str, sets: Sequence[str], found: Sequence[TaskResult]) -> TaskResult:
+    """The mean score of a folder's sets: of each its `acc_norm` where it has one, as RoLoRA and QuaRot average."""
     scores = {(row.task, row.metric): row for row in found}
     rows = [scores.get((name, "acc_norm"), scores[name, "acc"]) for name in sets]
     value, samples = sum(row.value for row in rows) / len(rows), sum(row.samples for row in rows)
-    return TaskResult(f"{folder}_mean", "acc", value, None, samples)
+    return TaskResult(_mean_name(folder), "acc", value, None, samples)
 
 
 @contextmanager

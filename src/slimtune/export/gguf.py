@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -76,7 +76,10 @@ class GgufExporter:
                 writer.add_tensor(ROPE_FREQUENCIES, frequencies.numpy())
             writer.add_file_type(FILE_TYPES[max(kinds, key=lambda kind: (kind != "F32", kinds[kind]))])
         exact = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-        return Written({"quantization": self.quantization, "types": dict(kinds)}, exact.get(self.quantization))
+        own = naming.widths
+        blocks = {} if own is None else {"heads": own.heads, "kv_heads": own.kv_heads, "ffn": own.ffn}
+        facts = {"quantization": self.quantization, "types": dict(kinds), **blocks}
+        return Written(facts, exact.get(self.quantization))
 
     def read_back(self, source: Source, folder: Path) -> nn.Module:
         """The model in `model.gguf`. Raises `FormatError` where a weight is not what rounding to its type explains.
@@ -88,11 +91,11 @@ class GgufExporter:
         state: dict[str, Tensor] = {}
         for tensor, value, _ in _weights(source.model, naming):
             kind, data = read[naming.name(tensor)]
-            stored = naming.stored(tensor, value)
-            state[tensor] = naming.restored(tensor, decode(data, kind).reshape(stored.shape), value.shape)
-            wanted = naming.restored(tensor, stored, value.shape)
-            if not bool(((state[tensor] - wanted).abs() <= slack(wanted, kind)).all()):
+            wanted = naming.stored(tensor, value)
+            found = decode(data, kind).reshape(wanted.shape)
+            if not bool(((found - wanted).abs() <= slack(wanted, kind)).all()):
                 raise FormatError("an exported weight does not read back", where=tensor, got=kind)
+            state[tensor] = naming.restored(tensor, found, value.shape)
         config = naming.config.__class__.from_dict(
             {key: value for key, value in naming.config.to_dict().items() if key != "quantization_config"}
         )
@@ -111,15 +114,16 @@ class GgufExporter:
 
     def _stored(self, naming: Naming, tensor: str, value: Tensor, layer: QuantLinear | None) -> tuple[str, Array]:
         """The type and the data of one tensor."""
-        stored = naming.stored(tensor, value)
-        kept = packed(layer) if layer is not None and stored.shape == value.shape else None
-        if kept is not None:
+        kept = packed(layer) if layer is not None else None
+        if kept is not None and not naming.cuts_columns(tensor, value.shape[-1]):
             kind, data = kept
             if not torch.equal(decode(data, kind), value):
                 raise FormatError("a packed weight does not decode to itself", where=tensor, got=kind)
-            order = naming.rows(naming.name(tensor), len(value))
+            order = naming.order(tensor, len(value))
             return kind, data if order is None else data[order.numpy()]
-        kind = self._kind(naming.name(tensor), stored)
+        stored = naming.stored(tensor, value)
+        # Columns that go take blocks apart: of few bits become 8.
+        kind = self._kind(naming.name(tensor), stored, "Q8_0" if kept is not None else self.quantization.upper())
         data = encode(stored, kind)
         if not bool(decode(data, kind).isfinite().all()):
             raise FormatError(
@@ -127,10 +131,9 @@ class GgufExporter:
             )
         return kind, data
 
-    def _kind(self, name: str, value: Tensor) -> str:
+    def _kind(self, name: str, value: Tensor, kind: str) -> str:
         if value.ndim == 1:
             return "F32"
-        kind = self.quantization.upper()
         if kind.startswith("Q") and value.shape[-1] % BLOCK:
             return "F16"
         embeds = name.split(".")[0] in ("token_embd", "output")
@@ -149,12 +152,6 @@ class GgufDeciExporter(GgufExporter):
         "- Ollama: `ollama create mine -f Modelfile`, with the line `FROM ./model.gguf` in `Modelfile`\n"
         "- not transformers, nor vLLM: export `safetensors`, zeros included\n"
     )
-
-    def write(self, source: Source, folder: Path) -> Written:
-        """Write one tensor after the other; `source.model` is not changed."""
-        written, widths = super().write(source, folder), own_widths(source.model)
-        facts = {"heads": widths.heads, "kv_heads": widths.kv_heads, "ffn": widths.ffn}
-        return replace(written, facts={**written.facts, **facts})
 
     def _naming(self, model: nn.Module) -> Naming:
         return Naming(model, own_widths(model))

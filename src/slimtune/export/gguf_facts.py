@@ -125,30 +125,41 @@ class Naming:
             raise FormatError(f"llama.cpp's {self.architecture.name} has no such tensor", got=tensor)
         return name
 
-    def rows(self, name: str, rows: int) -> Tensor | None:
-        """The order in which llama.cpp wants the rows of the tensor that it calls `name`, where it wants another.
+    def order(self, tensor: str, rows: int) -> Tensor | None:
+        """Which rows of the model's `tensor` the file has, in its order; None where it has all as they are.
 
         A rotary embedding turns number `i` of a head together with number `i + width / 2`, and in llama.cpp's `llama`
         with its neighbour.
         """
-        turned = self.architecture.pairs and name.split(".")[-2] in ("attn_q", "attn_k")
-        heads = rows // head_width(self.config)
-        return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten() if turned else None
+        kept = self._kept(tensor, 0, rows)
+        if not self.architecture.pairs or self.name(tensor).split(".")[-2] not in ("attn_q", "attn_k"):
+            return kept
+        count = rows if kept is None else len(kept)
+        paired = torch.arange(count).view(count // head_width(self.config), 2, -1).transpose(1, 2).flatten()
+        return paired if kept is None else kept[paired]
+
+    def _kept(self, tensor: str, dim: int, size: int) -> Tensor | None:
+        return None if self.widths is None else self.widths.kept(tensor, dim, size)
+
+    def cuts_columns(self, tensor: str, columns: int) -> bool:
+        """Whether the file has not all columns of the model's `tensor`."""
+        return self._kept(tensor, 1, columns) is not None
 
     def stored(self, tensor: str, value: Tensor) -> Tensor:
         """The tensor of the model called `tensor` as llama.cpp wants it."""
-        if self.widths is not None:
-            value = self.widths.cut(tensor, value)
-        order = self.rows(self.name(tensor), len(value))
         value = value + 1 if tensor in self._plus_one else value
+        order, columns = self.order(tensor, len(value)), self._kept(tensor, 1, value.shape[-1])
+        value = value if columns is None else value[:, columns]
         return value if order is None else value[order]
 
     def restored(self, tensor: str, value: Tensor, shape: torch.Size) -> Tensor:
         """The inverse of `stored`, for a tensor of `shape`; zeros where something was left out."""
-        order = self.rows(self.name(tensor), len(value))
         value = value - 1 if tensor in self._plus_one else value
-        value = value if order is None else value[order.argsort()]
-        return value if self.widths is None else self.widths.filled(tensor, value, shape)
+        for dim, kept in ((0, self.order(tensor, shape[0])), (1, self._kept(tensor, 1, shape[-1]))):
+            if kept is not None:
+                size = (*value.shape[:dim], shape[dim], *value.shape[dim + 1 :])
+                value = value.new_zeros(size).index_copy_(dim, kept, value)
+        return value
 
 
 def add_facts(writer: GGUFWriter, naming: Naming) -> None:

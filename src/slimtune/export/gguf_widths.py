@@ -2,12 +2,12 @@
 
 A configuration of transformers has one width for all blocks, so a model pruned with `widths: allocated`, or of whole
 sub-layers, has zeros where the units that went were read (`slimtune.prune.surgery`). llama.cpp's `deci` computes what
-its `llama` does with heads and FFN channels counted for each block, none included.
+its `llama` does with heads and FFN channels counted for each block: no heads included, but not no channels (it then
+leaves out the block's attention as well, and fails where that is the last), so one of those stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -33,60 +33,49 @@ class Widths:
     gone: Gone = field(default_factory=Gone)
     missing: tuple[str, ...] = ()
 
-    def cut(self, tensor: str, value: Tensor) -> Tensor:
-        """The tensor of the model called `tensor`, without what is left out."""
-        for dim, indices in self._kept(tensor, value.shape):
-            value = value.index_select(dim, indices)
-        return value
-
-    def filled(self, tensor: str, value: Tensor, shape: torch.Size) -> Tensor:
-        """The inverse of `cut`: of `shape`, with zeros."""
-        for dim, indices in self._kept(tensor, shape):
-            whole = value.new_zeros(*value.shape[:dim], shape[dim], *value.shape[dim + 1 :])
-            value = whole.index_copy(dim, indices, value)
-        return value
-
-    def _kept(self, tensor: str, shape: torch.Size) -> Iterator[tuple[int, Tensor]]:
+    def kept(self, tensor: str, dim: int, size: int) -> Tensor | None:
+        """The indices that stay of one dimension of the tensor called `tensor`; None where all do."""
         port, _, leaf = tensor.rpartition(".")
-        for dim, lost in self.gone.get(port, {}).items():
-            if dim == 0 or leaf == "weight":
-                yield dim, torch.tensor([i for i in range(shape[dim]) if i not in lost], dtype=torch.long)
+        lost = self.gone.get(port, {}).get(dim)
+        if lost is None or (dim == 1 and leaf != "weight"):
+            return None
+        return torch.tensor([i for i in range(size) if i not in lost], dtype=torch.long)
 
 
 def own_widths(model: nn.Module) -> Widths:
     """The widths that the blocks of `model` (its adapter merged in thought) need to compute what it computes."""
-    modelmap, gone = bind(model), Gone()
-    parts = axes(modelmap, ("heads",)) if modelmap.heads != modelmap.kv_heads else ()
+    modelmap, gone, modules = bind(model), Gone(), plain(model)
     count = len(modelmap.blocks)
     heads, kv_heads, ffn = ([width] * count for width in (modelmap.heads, modelmap.kv_heads, 0))
+    inside = axes(modelmap, ("heads",)) if modelmap.heads != modelmap.kv_heads else ()
+    thin = {axis.name: axis for axis in inside}
     missing = []
     for axis in axes(modelmap, ("kv", "ffn")):
         block = axis.blocks[0]
-        biased = modelmap[axis.name].bias
-        silent = _silent(model, axis)
+        read = _read(base_of(model).get_submodule(axis.name), modules[axis.name])
+        silent = _silent(read, axis)
         # llama.cpp takes the width of a head from the first block, where it has any; and a bias is added at all events.
-        least = 1 if biased or (axis.kind == "kv" and block == 0) else 0
+        least = 1 if axis.kind == "ffn" or modelmap[axis.name].bias or block == 0 else 0
         lost = silent[: axis.units - least]
         _add_(gone, axis, lost)
         left = axis.units - len(lost)
         if axis.kind == "ffn":
             ffn[block] = left
-        else:
-            kv_heads[block] = left
-            heads[block] = left * (modelmap.heads // modelmap.kv_heads)
+            continue
+        kv_heads[block], heads[block] = left, left * (modelmap.heads // modelmap.kv_heads)
+        if axis.name in thin:
+            heads[block] -= _thin_(gone, thin[axis.name], read)
         if not left:
-            missing.append(f"blk.{block}.{'ffn' if axis.kind == 'ffn' else 'attn'}_")
-    for axis in parts:
-        heads[axis.blocks[0]] -= _thin_(gone, model, axis)
+            missing.append(f"blk.{block}.attn_")
     return Widths(tuple(heads), tuple(kv_heads), tuple(ffn), gone, tuple(missing))
 
 
-def _thin_(gone: Gone, model: nn.Module, axis: Axis) -> int:
+def _thin_(gone: Gone, axis: Axis, read: Tensor) -> int:
     """Leave out query heads inside the groups that stay, as many in each; how many went."""
     run, reader = axis.units // axis.buckets, axis.readers[0]
     out = gone.get(axis.name, {}).get(1, set())
     inside: list[list[int]] = [[] for _ in range(axis.buckets)]
-    for unit in _silent(model, axis):
+    for unit in _silent(read, axis):
         inside[unit // run].append(unit)
     stay = [units for b, units in enumerate(inside) if not out.issuperset(reader.indices((b * run,)))]
     each = min((min(len(units), run - 1) for units in stay), default=0)
@@ -94,13 +83,15 @@ def _thin_(gone: Gone, model: nn.Module, axis: Axis) -> int:
     return each * len(stay)
 
 
-@torch.no_grad()
-def _silent(model: nn.Module, axis: Axis) -> list[int]:
-    """The units whose features are read with weights of zero."""
-    module = base_of(model).get_submodule(axis.name)
-    read = (merged_weight(module, plain(model)[axis.name]) != 0).any(0)
-    size = axis.readers[0].size
-    return (~read.view(-1, size).any(1)).nonzero().flatten().tolist()
+def _read(module: nn.Module, layer: nn.Module) -> Tensor:
+    """Which features are read with weights other than zero: bool `[in]`."""
+    return (merged_weight(module, layer) != 0).any(0)
+
+
+def _silent(read: Tensor, axis: Axis) -> list[int]:
+    """The units none of whose features are read."""
+    silent: list[int] = (~read.view(-1, axis.readers[0].size).any(1)).nonzero().flatten().tolist()
+    return silent
 
 
 def _add_(gone: Gone, axis: Axis, units: list[int]) -> None:

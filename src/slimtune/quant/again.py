@@ -3,8 +3,9 @@
 Rounding to the nearest codes, or with error feedback, is the wrong thing for a change that is small beside the steps of
 a grid: most codes stay, and with them most of the change is gone. What is left out then is no noise, but the very
 direction in which the loss fell. So a change is made larger before it is rounded, until what arrives of it (measured by
-the Hessian) is all of it, on average; and of several ways the one is taken that adds the least noise, where a part of
-the change that is lost weighs `UPDATE` times as much. The old codes are among the ways, and so is a new grid.
+the Hessian) is all of it, on average, or as near as a few trials come; and of several ways the one is taken that adds
+the least noise, where a part of the change that is lost weighs `UPDATE` times as much. The old codes are among the
+ways, and so is a new grid.
 """
 
 from __future__ import annotations
@@ -126,17 +127,27 @@ def judged(way: QTensor, before: Tensor, change: Tensor, hessian: Tensor | None)
 
 
 QUICK, SLOW = 4, 2
-"""How often a change is rounded: where that is quick, and where it takes as long as quantizing anew."""
+"""How often a change is rounded at most: where that is quick, and where it takes as long as quantizing anew."""
+
+NEAR, FLAT = 0.05, 0.01
+"""A share this near to 1 will do; and where a factor larger by one adds less than this, there is nothing to gain."""
 
 
 def _next(tried: list[tuple[float, float]], most: int) -> float | None:
-    """By how much to enlarge the change, after factors and the shares that arrived; None when that is enough."""
-    if len(tried) < 2:
-        return float(len(tried) + 1)
-    (a, low), (b, high) = tried[-2:]
-    if len(tried) >= most or abs(high - 1) < 0.05 or not high - low > 0.01 * (b - a):
+    """By how much to enlarge the change, after factors and the shares that arrived; None when that is enough.
+
+    >>> _next([(1.0, 0.25)], 2), _next([(1.0, 0.2), (2.0, 1.2)], 4), _next([(1.0, 1.02)], 4)
+    (4.0, 1.8, None)
+    """
+    if not tried:
+        return 1.0
+    (b, high), (a, low) = tried[-1], tried[-2] if len(tried) > 1 else (0.0, 0.0)
+    slope = (high - low) / (b - a) if a != b else 0.0
+    if len(tried) >= most or abs(high - 1) < NEAR or (len(tried) > 1 and slope < FLAT):
         return None
-    return min(max(b + (1 - high) * (b - a) / (high - low), 0.5), LARGEST)
+    if len(tried) == 1 and most > 2 and high < 1:
+        return 2.0  # shares of small changes rise late: a line through nothing would overshoot
+    return min(max(b + (1 - high) / max(slope, FLAT), 0.5), LARGEST)
 
 
 def _affine(old: QTensor, w: Tensor, hessian: Tensor | None) -> QTensor:
@@ -171,9 +182,10 @@ def _on_grid(old: QTensor, w: Tensor, hessian: Tensor | None, grid: dict[str, Te
     """`w` on a grid that is there: to the nearest level, or with error feedback."""
     layout = cast("Affine | Scattered", old.layout)
     scale, zero = grid["scale"].to(w.dtype), grid["zero"].to(w.dtype)
-    scale = torch.where(scale == 0, 1, scale)
     if hessian is None:
-        codes = (w / scale[:, group] + zero[:, group]).round_().clamp_(0, 2**layout.bits - 1)
+        codes = (
+            (w / torch.where(scale == 0, 1, scale)[:, group] + zero[:, group]).round_().clamp_(0, 2**layout.bits - 1)
+        )
     else:
         codes = codes_on_grid(w, hessian, scale, zero, group, layout.bits)
     return QTensor({**old.tensors, "codes": pack(codes.to(torch.uint8), layout.bits)}, layout)
@@ -183,15 +195,15 @@ def _codebook(old: QTensor, w: Tensor, hessian: Tensor | None) -> QTensor:
     layout = cast(Codebook, old.layout)
     levels = torch.tensor(LEVELS[layout.levels], dtype=w.dtype, device=w.device)
     between = (levels[1:] + levels[:-1]) / 2
-    scale = layout.scales(old.tensors, w.dtype)
-    scale = torch.where(scale > 0, scale, 1).repeat_interleave(layout.group_size, 1)[:, : layout.in_features]
+    scale = layout.scales(old.tensors, w.dtype).repeat_interleave(layout.group_size, 1)[:, : layout.in_features]
+    apart = torch.where(scale > 0, scale, 1)  # where it is 0 every level decodes to 0: any code will do
     if hessian is None:
-        codes = torch.bucketize((w / scale).contiguous(), between)
+        codes = torch.bucketize((w / apart).contiguous(), between)
     else:
-        scales = scale.T.contiguous()
+        scales, steps = scale.T.contiguous(), apart.T.contiguous()
 
         def nearest(column: Tensor, place: int) -> tuple[Tensor, Tensor]:
-            found = torch.bucketize(column / scales[place], between)
+            found = torch.bucketize(column / steps[place], between)
             return found.to(w.dtype), levels[found] * scales[place]
 
         codes = codes_by(w, hessian, nearest)

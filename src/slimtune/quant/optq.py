@@ -155,11 +155,12 @@ def codes_on_grid(
     """`codes_by` on a grid that is there already: `scale` and `zero` are `[out, groups]`, `group` (`[in]`) says which
     one a column has."""
     scales, zeros = (values.T.to(weight.dtype).contiguous() for values in (scale, zero))
+    steps = torch.where(scales == 0, 1, scales)  # what has a scale of 0 decodes to 0, whatever its code
     groups = group.tolist()
 
     def nearest(column: Tensor, place: int) -> tuple[Tensor, Tensor]:
         s, z = scales[groups[place]], zeros[groups[place]]
-        q = (column / s).add_(z).round_().clamp_(0, 2**bits - 1)
+        q = (column / steps[groups[place]]).add_(z).round_().clamp_(0, 2**bits - 1)
         return q, (q - z).mul_(s)
 
     return codes_by(weight, hessian, nearest, damp_percent)
