@@ -288,11 +288,20 @@ def test_scales_that_float16_lacks_are_rounded_instead() -> None:
     assert packed(layer) is None
 
 
-def test_packed_model_is_written_as_it_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [({"bits": 3}, "Q4_0"), ({"bits": 4}, "Q5_0"), ({"bits": 8, "sym": True}, "Q8_0")],
+)
+def test_packed_model_is_written_as_it_is(fields: dict[str, Any], kind: str, tmp_path: Path) -> None:
     model = model_of("llama")
-    quantize_(model, bind(model), all_linear(Rtn(bits=3, group_size=32), ignore=("*o_proj", "*down_proj")))
+    with torch.no_grad():
+        for port in bind(model).linears:
+            model.get_submodule(port.name).weight.add_(-0.03)  # so that zero points are off the middle
+    method = Rtn(group_size=32, **fields)
+    quantize_(model, bind(model), all_linear(method, ignore=("*o_proj", "*down_proj")))
     manifest = export(of(model), "gguf", tmp_path / "out", "f32")
-    assert manifest.facts["types"] == {"F32": 11, "Q4_0": 10}
+    types = manifest.facts["types"]
+    assert types["F32"] == 11 and kind in types and types.keys() <= {"F32", "Q4_1", kind}
     assert manifest.max_logit_difference <= 1e-5
     wanted = {name: m.dequantize(torch.float32) for name, m in model.named_modules() if isinstance(m, QuantLinear)}
     other = read(tmp_path / "out", type(model.config)(**model_of("llama").config.to_dict())).state_dict()

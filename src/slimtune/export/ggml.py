@@ -94,7 +94,7 @@ def slack(weight: Tensor, kind: str) -> Tensor:
     largest = blocks.abs().amax(-1, keepdim=True)
     spread = blocks.amax(-1, keepdim=True) - blocks.amin(-1, keepdim=True)
     # The rounding of d and m to float16 comes on top.
-    step = {"Q8_0": largest / 127, "Q4_0": 2 * largest / 8, "Q4_1": spread / 15}[kind]
+    step = {"Q8_0": largest / 127, "Q5_0": 2 * largest / 16, "Q4_0": 2 * largest / 8, "Q4_1": spread / 15}[kind]
     return (0.502 * step + 2**-10 * largest).expand_as(blocks).flatten(-2)
 
 
