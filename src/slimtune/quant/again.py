@@ -183,9 +183,8 @@ def _on_grid(old: QTensor, w: Tensor, hessian: Tensor | None, grid: dict[str, Te
     layout = cast("Affine | Scattered", old.layout)
     scale, zero = grid["scale"].to(w.dtype), grid["zero"].to(w.dtype)
     if hessian is None:
-        codes = (
-            (w / torch.where(scale == 0, 1, scale)[:, group] + zero[:, group]).round_().clamp_(0, 2**layout.bits - 1)
-        )
+        steps = torch.where(scale == 0, 1, scale)[:, group]
+        codes = (w / steps + zero[:, group]).round_().clamp_(0, 2**layout.bits - 1)
     else:
         codes = codes_on_grid(w, hessian, scale, zero, group, layout.bits)
     return QTensor({**old.tensors, "codes": pack(codes.to(torch.uint8), layout.bits)}, layout)
