@@ -18,6 +18,13 @@ from typing import Any
 from slimtune.errors import RecipeError
 
 
+def cache_folder() -> Path:
+    """Where models that were converted and loops that were compiled are kept: `$SLIMTUNE_CACHE`, or `slimtune` in the
+    user's cache folder."""
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("SLIMTUNE_CACHE") or Path(root) / "slimtune").expanduser()
+
+
 @contextmanager
 def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A new folder, written beside `path` and renamed to it when the block ends without an error.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
 
 from pico import PICO, pico_inputs, pico_model
 from slimtune.calib import cpu
@@ -100,6 +101,9 @@ def test_norm_is_the_formula(shape: tuple[int, ...], monkeypatch: pytest.MonkeyP
     )
 
 
+SILU = ("llama", "llava", "mistral", "qwen2", "qwen3")  # phi3 has both of its halves in one linear
+
+
 def gradients(model: Any, inputs: dict[str, Tensor]) -> tuple[float, list[Tensor]]:
     model.zero_grad()
     loss = model(**inputs, labels=inputs.get("decoder_input_ids", inputs["input_ids"])).loss
@@ -121,7 +125,7 @@ def test_models_learn_what_they_learnt(family: str, padded: bool, monkeypatch: p
         inputs["attention_mask"][1, -3:] = 0
     wanted, theirs = gradients(wrapped, inputs)
     used: list[str] = []
-    for name in ("attention", "rms_norm"):
+    for name in ("attention", "rms_norm", "gated_silu", "rotary"):
         real = getattr(cpu, name)
         monkeypatch.setattr(
             cpu, name, lambda *args, real=real, name=name, **rest: (used.append(name), real(*args, **rest))[1]
@@ -133,16 +137,20 @@ def test_models_learn_what_they_learnt(family: str, padded: bool, monkeypatch: p
         assert float((some - other).norm()) <= 1e-3 * float(other.norm()) + 1e-9
     assert ("rms_norm" in used) == (not family.startswith("opt"))
     assert ("attention" in used) == (family.split("-")[0] not in ("t5", "gemma2"))
+    assert ("gated_silu" in used) == (family.split("-")[0] in SILU)
+    assert ("rotary" in used) == (family.split("-")[0] not in ("t5", "opt", "phi3"))
 
 
 def test_nothing_stays_behind() -> None:
     model: Any = add_lora(pico_model("llama"), r=2)
-    before = model.get_base_model().config.to_dict()
+    before, rope = model.get_base_model().config.to_dict(), modeling_llama.apply_rotary_pos_emb
     with cpu_kernels(base_of(model)), cpu_kernels(base_of(model)):
         assert ALL_ATTENTION_FUNCTIONS[cpu.USUAL] is cpu._attention
+        assert modeling_llama.apply_rotary_pos_emb is not rope
     with pytest.raises(RuntimeError), cpu_kernels(base_of(model)):
         model(torch.zeros(1, 3))
     assert ALL_ATTENTION_FUNCTIONS[cpu.USUAL] is sdpa_attention_forward
+    assert modeling_llama.apply_rotary_pos_emb is rope
     assert not any("forward" in vars(module) for module in model.modules())
     assert model.get_base_model().config.to_dict() == before
 

@@ -44,6 +44,7 @@ def test_nothing_to_learn_is_no_loss() -> None:
 
 
 def test_no_gradient_is_made_that_nobody_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.compiled, "library", lambda: None)
     made: list[int] = []
     plain = torch.Tensor.scatter_add_
 
@@ -111,6 +112,7 @@ def test_all_is_put_back_after_a_failure() -> None:
 
 
 def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.compiled, "library", lambda: None)
     model = add_lora(pico_model("llama"), r=2).train()
     inputs = pico_inputs(model.get_base_model())
     monkeypatch.setattr(module, "CHUNK", 4)
@@ -126,3 +128,25 @@ def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     with chunked_loss(model.get_base_model()):
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert largest == [4] and inputs["input_ids"].numel() > 8
+
+
+@pytest.mark.skipif(module.compiled.library() is None, reason="no C compiler")
+def test_a_loop_in_c_makes_what_is_asked_for_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", 4)
+    made: list[tuple[int, bool]] = []
+    plain = module.compiled.cross_entropy_
+
+    def spied(logits: Tensor, labels: Tensor, *, slope: bool) -> Tensor:
+        made.append((len(logits), slope))
+        return plain(logits, labels, slope=slope)
+
+    monkeypatch.setattr(module.compiled, "cross_entropy_", spied)
+    hidden, head, labels = torch.randn(6, 4), torch.randn(7, 4, requires_grad=True), torch.tensor([0, 1, 5, 6, 2, 2])
+    with torch.no_grad():
+        value = head_cross_entropy(hidden, head, labels)
+    assert made == [(4, False), (2, False)]
+    torch.testing.assert_close(value, cross_entropy(hidden @ head.detach().T, labels, reduction="sum"))
+    found = torch.autograd.grad(head_cross_entropy(hidden, head, labels), head)
+    wanted = torch.autograd.grad(cross_entropy(hidden @ head.T, labels, reduction="sum"), head)
+    torch.testing.assert_close(found, wanted)
+    assert made[2:] == [(4, True), (2, True)]

@@ -88,12 +88,14 @@ class Norm:
 
 @dataclass(frozen=True)
 class Block:
-    """One block. `index` counts through all stacks, `stack` is the path of the `ModuleList` that holds it."""
+    """One block. `index` counts through all stacks, `stack` is the path of the `ModuleList` that holds it; `gated` is
+    the path of its feed-forward layer where that is a gated one (`StackSpec.gated`), else empty."""
 
     name: str
     index: int
     stack: str
     ports: tuple[Port, ...]
+    gated: str = ""
 
     @property
     def stages(self) -> tuple[tuple[Port, ...], ...]:
@@ -206,8 +208,8 @@ def bind(model: nn.Module, family: FamilySpec | None = None) -> ModelMap:
     norms = tuple(_norm(claim, ports) for claim in claims.norms)
     _check_sizes(ports, norms, sizes, modules)
     blocks = tuple(
-        Block(path, i, stack, tuple(port for port in ports if port.block == i))
-        for i, (path, stack) in enumerate(claims.blocks)
+        Block(path, i, stack, tuple(port for port in ports if port.block == i), gated and _join(path, gated))
+        for i, (path, stack, gated) in enumerate(claims.blocks)
     )
     epsilon = float(getattr(config, row.epsilon)) if any(norm.kind != "layer" for norm in norms) else 0.0
     return ModelMap(name, ports, blocks, norms, sizes, row.scaled_embeddings, row.widths, epsilon)
@@ -243,7 +245,7 @@ class _Claims:
     """All facts of a row, spelt out for the blocks that a model has."""
 
     def __init__(self, row: FamilySpec, config: Config, modules: dict[str, nn.Module]) -> None:
-        self.blocks: list[tuple[str, str]] = []
+        self.blocks: list[tuple[str, str, str]] = []
         self.missing: list[str] = []
         self.foreign = tuple(_join(row.trunk, path) for path in row.foreign)
         self.ports = _claims(row.entry, config, row.trunk)
@@ -254,7 +256,7 @@ class _Claims:
             self.missing += [] if children else [path]
             for child in children:
                 index, root = len(self.blocks), f"{path}.{child}"
-                self.blocks.append((root, path))
+                self.blocks.append((root, path, stack.gated))
                 self.ports += _claims(sorted(stack.ports, key=lambda spec: spec.stage), config, root, index)
                 self.norms += _claims(stack.norms, config, root, index)
         self.ports += _claims(row.exit, config, row.trunk)

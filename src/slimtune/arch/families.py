@@ -57,7 +57,7 @@ LLAMA = FamilySpec(
     model_types=("llama",),
     trunk="model",
     entry=(TOKENS,),
-    stacks=(StackSpec("layers", LLAMA_PORTS, LLAMA_NORMS),),
+    stacks=(StackSpec("layers", LLAMA_PORTS, LLAMA_NORMS, gated="mlp"),),
     norms=(NormSpec("norm", "rms", feeds=("/lm_head",)),),
     exit=(LM_HEAD,),
     sizes=SIZES,
@@ -77,7 +77,7 @@ QWEN3 = replace(
     name="qwen3",
     widths=Widths(),
     model_types=("qwen3",),
-    stacks=(StackSpec("layers", LLAMA_PORTS, (*LLAMA_NORMS, *_query_key_norms("rms"))),),
+    stacks=(StackSpec("layers", LLAMA_PORTS, (*LLAMA_NORMS, *_query_key_norms("rms")), gated="mlp"),),
 )
 
 GEMMA_NORMS = (
@@ -91,7 +91,7 @@ GEMMA2 = replace(
     name="gemma2",
     widths=Widths(divides=True),
     model_types=("gemma2",),
-    stacks=(StackSpec("layers", LLAMA_PORTS, GEMMA_NORMS),),
+    stacks=(StackSpec("layers", LLAMA_PORTS, GEMMA_NORMS, gated="mlp"),),
     norms=(NormSpec("norm", "rms_plus_one", feeds=("/lm_head",)),),
     scaled_embeddings=True,
 )
@@ -99,7 +99,7 @@ GEMMA3 = replace(
     GEMMA2,
     name="gemma3",
     model_types=("gemma3_text",),
-    stacks=(StackSpec("layers", LLAMA_PORTS, (*GEMMA_NORMS, *_query_key_norms("rms_plus_one"))),),
+    stacks=(StackSpec("layers", LLAMA_PORTS, (*GEMMA_NORMS, *_query_key_norms("rms_plus_one")), gated="mlp"),),
 )
 
 PHI3_PORTS = (

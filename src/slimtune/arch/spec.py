@@ -93,11 +93,16 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class StackSpec:
-    """A run of equal blocks: the path of their `ModuleList`, and what one block holds."""
+    """A run of equal blocks: the path of their `ModuleList`, and what one block holds.
+
+    `gated` is the path of a feed-forward layer that computes `third(f(first(x)) * second(x))` with its three ports in
+    their order, where a block has one.
+    """
 
     blocks: str
     ports: tuple[PortSpec, ...]
     norms: tuple[NormSpec, ...]
+    gated: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Gradients on a CPU: norms and attention that compute the same in less time and memory.
+"""Gradients on a CPU: norms, attention, RoPE and gates that compute the same in less time and memory.
 
 They stand in for transformers' own while gradients are taken or a model trains, and are gone afterwards: nothing of a
 model or its configuration changes.
@@ -6,30 +6,39 @@ model or its configuration changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import ModuleType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from slimtune.arch import bind
+from slimtune.arch.bind import Block
 from slimtune.kernels.attention import LONGEST, attention
-from slimtune.kernels.rows import rms_norm
+from slimtune.kernels.rows import gated_silu, rms_norm, rotary
 
 USUAL = "sdpa"
 """What transformers calls PyTorch's attention, and a model uses where nothing else is asked for."""
+
+ROPE = "apply_rotary_pos_emb"
+"""What transformers calls RoPE, in the file of every family."""
 
 
 @contextmanager
 def cpu_kernels(model: nn.Module) -> Iterator[None]:
     """Within the block, gradients of `model` (a Hugging Face model, not its `PeftModel`) on a CPU take less time.
 
-    Frozen RMS norms run as `slimtune.kernels.rows.rms_norm`, PyTorch's attention as `slimtune.kernels.attention`, where
-    a gradient is wanted of either. Elsewhere than on a CPU nothing changes.
+    Frozen RMS norms, gates by SiLU and RoPE as Llama has it run as `slimtune.kernels.rows`, PyTorch's attention as
+    `slimtune.kernels.attention`, where a gradient is wanted. Elsewhere than on a CPU nothing changes.
     """
     if next(model.parameters()).device.type != "cpu":
         yield
@@ -38,11 +47,45 @@ def cpu_kernels(model: nn.Module) -> Iterator[None]:
         modelmap, modules = bind(model), dict(model.named_modules())
         for norm in modelmap.norms:
             module = modules[norm.name]
-            if norm.kind != "layer" and not cast(Tensor, module.weight).requires_grad and "forward" not in vars(module):
-                cast(Any, module).forward = partial(_norm, module, norm.kind == "rms_plus_one", modelmap.epsilon)
-                stack.callback(module.__delattr__, "forward")
+            if norm.kind != "layer" and not cast(Tensor, module.weight).requires_grad:
+                plus_one = norm.kind == "rms_plus_one"
+                stack.enter_context(_running(module, partial(_norm, module, plus_one, modelmap.epsilon)))
+        for block in modelmap.blocks:
+            if block.gated and (parts := _parts(modules[block.gated], block)):
+                stack.enter_context(_running(modules[block.gated], partial(_gated, modules[block.gated], parts)))
         stack.enter_context(_attending())
+        for home in sorted({type(modules[block.name]).__module__ for block in modelmap.blocks}):
+            stack.enter_context(_turning(sys.modules[home]))
         yield
+
+
+@contextmanager
+def _running(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """`forward` in the place of the module's own; a module whose forward someone else replaced keeps that."""
+    if "forward" in vars(module):
+        yield
+        return
+    cast(Any, module).forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _parts(module: nn.Module, block: Block) -> list[nn.Module] | None:
+    """The three linears of a feed-forward layer with a gate by SiLU; `None` of any other."""
+    names = [port.name.rpartition(".")[2] for port in block.ports if port.name.startswith(f"{block.gated}.")]
+    rest = [child for name, child in module.named_children() if name not in names]
+    if len(names) != 3 or len(rest) != 1 or not isinstance(rest[0], (nn.SiLU, SiLUActivation)):
+        return None
+    return [module.get_submodule(name) for name in names]
+
+
+def _gated(module: nn.Module, parts: list[nn.Module], x: Tensor) -> Tensor:
+    gate, value, out = parts
+    if not torch.is_grad_enabled():
+        return cast(Tensor, type(module).forward(module, x))
+    return cast(Tensor, out(gated_silu(gate(x), value(x))))
 
 
 @contextmanager
@@ -56,6 +99,38 @@ def _attending() -> Iterator[None]:
         yield
     finally:
         del ALL_ATTENTION_FUNCTIONS[USUAL]
+
+
+@contextmanager
+def _turning(home: ModuleType) -> Iterator[None]:
+    """`_rotary` in the place of RoPE in a file of transformers, where that is as Llama's."""
+    usual = vars(home).get(ROPE)
+    if (
+        usual is None
+        or isinstance(usual, partial)
+        or inspect.getsource(usual) != inspect.getsource(apply_rotary_pos_emb)
+    ):
+        yield
+        return
+    setattr(home, ROPE, partial(_rotary, usual))
+    try:
+        yield
+    finally:
+        setattr(home, ROPE, usual)
+
+
+def _rotary(
+    usual: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *rest: Any,
+    **others: Any,
+) -> tuple[Tensor, Tensor]:
+    if not torch.is_grad_enabled() or rest or others or cos.requires_grad:
+        return usual(q, k, cos, sin, *rest, **others)
+    return rotary(q, cos, sin), rotary(k, cos, sin)
 
 
 def _norm(module: nn.Module, plus_one: bool, epsilon: float, x: Tensor) -> Tensor:

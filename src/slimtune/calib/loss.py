@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax, pad
 
+from slimtune.kernels import compiled
+
 CHUNK = 256
 """Tokens whose logits are held at once."""
 
@@ -39,13 +41,16 @@ class _HeadCrossEntropy(torch.autograd.Function):
             logits = hidden[rows] @ weight.T
             if bias is not None:
                 logits += bias
-            at = CACHED if hidden.device.type == "cpu" else CHUNK
-            for some, label in zip(logits.split(at), labels[rows].unsqueeze(1).split(at), strict=True):
-                log_p = log_softmax(some.to(wide), -1)
-                total = total - log_p.gather(1, label).sum()
-                if any(ctx.needs_input_grad):  # that of the sum: softmax minus one at the label
-                    one = torch.full_like(label, -1, dtype=wide)
-                    some.copy_(log_p.exp_().scatter_add_(1, label, one))
+            if compiled.fits(logits):
+                total = total + compiled.cross_entropy_(logits, labels[rows], slope=any(ctx.needs_input_grad)).sum()
+            else:
+                at = CACHED if hidden.device.type == "cpu" else CHUNK
+                for some, label in zip(logits.split(at), labels[rows].unsqueeze(1).split(at), strict=True):
+                    log_p = log_softmax(some.to(wide), -1)
+                    total = total - log_p.gather(1, label).sum()
+                    if any(ctx.needs_input_grad):  # that of the sum: softmax minus one at the label
+                        one = torch.full_like(label, -1, dtype=wide)
+                        some.copy_(log_p.exp_().scatter_add_(1, label, one))
             if not any(ctx.needs_input_grad):
                 continue
             grad = logits

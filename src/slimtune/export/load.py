@@ -39,7 +39,7 @@ from slimtune.errors import BackendMissing, FormatError, RecipeError, UnknownArc
 from slimtune.export.foreign import PackedFormat, packed_format, read_layers
 from slimtune.export.gguf_config import gguf_config
 from slimtune.export.native import FILES, settle_, write_model
-from slimtune.files import whole_folder
+from slimtune.files import cache_folder, whole_folder
 from slimtune.hub import SlimtuneConfig
 from slimtune.quant.activation import activations_to_dict
 from slimtune.quant.blackbox import adopt_
@@ -263,12 +263,6 @@ def auto_class(config: PretrainedConfig) -> Any:
     ):
         return AutoModelForImageTextToText
     return AutoModelForCausalLM
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: `$SLIMTUNE_CACHE`, or `slimtune` in the user's cache folder."""
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("SLIMTUNE_CACHE") or Path(root) / "slimtune").expanduser()
 
 
 def _load_lazily(

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from slimtune.kernels import compiled
 from slimtune.kernels.precision import fast_matmul
 
 SCORES = 384 * 1024
@@ -46,7 +47,6 @@ class _Attention(torch.autograd.Function):
         to_q, to_k, to_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         several = q.shape[1] // k.shape[1]
         step = max(1, SCORES // (several * min(QUERIES, q.shape[2]) * k.shape[2]))
-        less = (grads[0].to(lse.dtype) * out).sum(-1)
         half = q.dtype in (torch.bfloat16, torch.float16)  # the products of two such numbers are exact in float32
         with fast_matmul() if half else nullcontext():
             for batch in range(len(q)):
@@ -55,7 +55,7 @@ class _Attention(torch.autograd.Function):
                     few = slice(start, min(start + step, k.shape[1]))
                     many = slice(few.start * several, few.stop * several)
                     some = seen if seen is None or len(seen) == 1 else seen[many].unflatten(0, (-1, several))
-                    of_queries = [t[batch, many].unflatten(0, (-1, several)) for t in (q, grads[0], lse, less)]
+                    of_queries = [t[batch, many].unflatten(0, (-1, several)) for t in (q, grads[0], lse, out)]
                     of_keys = [t[batch, few].to(lse.dtype) for t in (k, v)]
                     to_q[batch, many], to_k[batch, few], to_v[batch, few] = _gradients(
                         of_queries, of_keys, some, ctx.causal, ctx.scale
@@ -67,20 +67,28 @@ def _gradients(
     of_queries: list[Tensor], of_keys: list[Tensor], mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of some key-value heads: `of_queries` are queries and gradient, `[heads, several, queries, width]`, log-sum-exp
-    and what the softmax takes from the gradient, `[heads, several, queries]`; `of_keys` are keys and values, `[heads,
-    keys, width]`; `mask` is `[1 or heads, 1 or several, queries, keys]`."""
-    (q, grad, lse, less), (k, v) = of_queries, of_keys
+    `[heads, several, queries]`, and the output, as queries; `of_keys` are keys and values, `[heads, keys, width]`;
+    `mask` is `[1 or heads, 1 or several, queries, keys]`."""
+    (q, grad, lse, out), (k, v) = of_queries, of_keys
     heads, several, length, width = q.shape
     to_q, to_k, to_v = torch.empty(q.shape, dtype=k.dtype), torch.zeros_like(k), torch.zeros_like(v)
     across_k, across_v = k.mT.contiguous(), v.mT.contiguous()
     for start in range(0, length, QUERIES):
         rows = slice(start, min(start + QUERIES, length))
         end = min(rows.stop, k.shape[1]) if causal else k.shape[1]
-        queries, ups = (t[:, :, rows].to(k.dtype).reshape(heads, -1, t.shape[-1]) for t in (q, grad))
-        level, part = (t[:, :, rows].reshape(heads, -1, 1) for t in (lse, less))
-        p = torch.bmm(queries, across_k[..., :end]).mul_(scale).sub_(level)
-        _show_(p.view(heads, several, -1, end), mask if mask is None else mask[..., rows, :end], start, causal)
-        to_p = torch.bmm(ups, across_v[..., :end]).sub_(part).mul_(p)
+        queries, ups, read = (t[:, :, rows].to(k.dtype).reshape(heads, -1, t.shape[-1]) for t in (q, grad, out))
+        level, part = lse[:, :, rows].reshape(heads, -1, 1), (ups * read).sum(-1, keepdim=True)
+        p = torch.bmm(queries, across_k[..., :end])
+        to_p = torch.bmm(ups, across_v[..., :end])
+        seen = None if mask is None else mask[..., rows, :end]
+        if (seen is None or seen.dtype == torch.bool) and compiled.fits(p, level):
+            compiled.probabilities_(p, level, scale, queries=rows.stop - start, start=start, causal=causal)
+            if seen is not None:
+                p.view(heads, several, -1, end).masked_fill_(~seen, 0)
+            compiled.slopes_(to_p, p, part)
+        else:
+            _show_(p.mul_(scale).sub_(level).view(heads, several, -1, end), seen, start, causal)
+            to_p.sub_(part).mul_(p)
         to_v[:, :end] += torch.bmm(p.mT, ups)
         to_k[:, :end] += torch.bmm(to_p.mT, queries)
         to_q[:, :, rows] = torch.bmm(to_p, k[:, :end]).view(heads, several, -1, width)

@@ -1,24 +1,26 @@
 """Which kernel does a thing: the fastest for its device and dtype. All equal the reference: decoding bit for bit,
 products of integers (`slimtune.kernels.int8`) within float rounding.
 
-On a CPU that is a choice by dtype. On a GPU plain torch runs, or with `SLIMTUNE_TRITON=1` the kernels of
-`slimtune.kernels.triton`; where that is asked for and Triton is missing, it is an error and not a slower run.
+On a CPU the loops of `slimtune.kernels.compiled` run where there is a compiler; without one it is a choice by dtype. On
+a GPU plain torch runs, or with `SLIMTUNE_TRITON=1` the kernels of `slimtune.kernels.triton`; where that is asked for
+and Triton is missing, it is an error and not a slower run.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from slimtune.errors import BackendMissing
-from slimtune.kernels import int8
+from slimtune.kernels import compiled, int8
 from slimtune.kernels.cpu import TABLED, has_zeros, unpack_half
 from slimtune.kernels.reference import apply_grid_
+from slimtune.kernels.reference import dequantize_codebook as reference_codebook
 from slimtune.linalg import lattice, trellis
 from slimtune.linalg.packing import unpack
 
@@ -72,6 +74,10 @@ def dequantize_affine(
         return triton.dequantize_affine(
             codes, scale, zero, bits=bits, group_size=group_size, in_features=in_features, dtype=dtype
         )
+    if dtype in (torch.float32, torch.bfloat16) and compiled.fits(codes, scale, zero):
+        return compiled.decode_affine(
+            codes, scale, zero, bits=bits, group_size=group_size, in_features=in_features, dtype=dtype
+        )
     if _tabled(codes, bits, work) and scale.shape[1] * group_size == in_features:
         middle = 2 ** (bits - 1) if zero is None else zero
         if isinstance(middle, int) or has_zeros(middle, bits, group_size, in_features):
@@ -80,6 +86,22 @@ def dequantize_affine(
             return less.to(dtype)
     q = unpack_as(codes, bits, in_features, work)
     return apply_grid_(q, scale, zero, bits=bits, group_size=group_size).to(dtype)
+
+
+def dequantize_codebook(
+    codes: Tensor,
+    scale: Tensor,
+    *,
+    levels: Sequence[float],
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`W[o, i] = levels[q[o, i]] * scale[o, g]`, computed in the dtype of `scale`: `dtype [out, in_features]`."""
+    kernel = reference_codebook
+    if dtype in (torch.float32, torch.bfloat16) and scale.dtype == torch.float32 and compiled.fits(codes, scale):
+        kernel = compiled.decode_codebook
+    return kernel(codes, scale, levels=levels, group_size=group_size, in_features=in_features, dtype=dtype)
 
 
 def affine_product(

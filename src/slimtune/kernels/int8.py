@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from slimtune.kernels import compiled
+
 Gridder = Callable[[Tensor, Tensor], "tuple[Tensor, Tensor]"]
 """From the least and greatest values `[n, 1]` of tokens to their scales and zero points, in `[0, 2**bits)`."""
 
@@ -75,7 +77,11 @@ def round_tokens(x: Tensor, bits: int, grid: Gridder, *, symmetric: bool) -> Tok
     """The tokens `x` (float `[n, in]`) on their grids."""
     (rows, columns), middle = x.shape, 2 ** (bits - 1)
     step = max(1, CHUNK * torch.get_num_threads() // max(columns, 1))
-    scale, zero = grid(*_ends(x, step, symmetric=symmetric))
+    native = compiled.fits(x)
+    scale, zero = grid(*(compiled.ends(x) if native else _ends(x, step, symmetric=symmetric)))
+    if native:
+        given = None if symmetric else zero
+        return Tokens(compiled.round_rows(x, scale, given, bits), scale, None if symmetric else zero - middle)
     codes = torch.empty(x.shape, dtype=torch.int8)
     work = torch.empty((min(step, rows), columns), dtype=torch.float32)
     for start in range(0, rows, step):
@@ -107,6 +113,13 @@ def _ends(x: Tensor, step: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
 def multiply(tokens: Tokens, w: Weight, dtype: torch.dtype) -> Tensor:
     """`y`, `dtype [n, out]`."""
     rows, step = len(tokens.codes), max(1, PIECE // len(w.scale))
+    if compiled.fits(w.scale) and dtype in compiled.KINDS:
+        y = torch.empty((rows, len(w.scale)), dtype=dtype)
+        for start in range(0, rows, step):
+            here = slice(start, start + step)
+            zero = None if tokens.zero is None else tokens.zero[here]
+            compiled.rescale(_sums(tokens.codes[here], w), tokens.scale[here], zero, w.sums, y[here])
+        return y
     if rows <= step:
         return _product(tokens, w, slice(None)).to(dtype)
     y = torch.empty((rows, len(w.scale)), dtype=dtype)
@@ -116,10 +129,16 @@ def multiply(tokens: Tokens, w: Weight, dtype: torch.dtype) -> Tensor:
     return y
 
 
-def _product(tokens: Tokens, w: Weight, rows: slice) -> Tensor:
+def _sums(codes: Tensor, w: Weight) -> Tensor:
+    """The products of codes with a weight, its scales on them: float32 `[n, out]`."""
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
-        tokens.codes[rows], 1.0, MIDDLE, w.packed, w.scale, w.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        codes, 1.0, MIDDLE, w.packed, w.scale, w.zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
+    return y
+
+
+def _product(tokens: Tokens, w: Weight, rows: slice) -> Tensor:
+    y = _sums(tokens.codes[rows], w)
     if tokens.zero is not None:
         y.addmm_(tokens.zero[rows], w.sums.unsqueeze(0), alpha=-1)
     return y.mul_(tokens.scale[rows])

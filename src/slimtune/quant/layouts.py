@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from slimtune.errors import FormatError, RecipeError
-from slimtune.kernels.dispatch import dequantize_affine
-from slimtune.kernels.reference import dequantize_codebook
+from slimtune.kernels.dispatch import dequantize_affine, dequantize_codebook
 from slimtune.linalg.levels import LEVELS
 from slimtune.linalg.packing import row_bytes
 from slimtune.quant.rotated import Lattice, Trellis

@@ -29,6 +29,7 @@ from slimtune.errors import FormatError, RecipeError, SlimtuneError
 from slimtune.export.load import load, locate
 from slimtune.export.native import write_model
 from slimtune.files import whole_folder, write_json, write_text
+from slimtune.kernels import compiled
 from slimtune.kernels.memory import PeakMemory
 from slimtune.lora.attach import base_of, has_adapter, load_adapter, save_adapter
 from slimtune.recipe.document import write_recipe
@@ -303,6 +304,7 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "c_loops": compiled.library() is not None,
         "memory_bytes": psutil.virtual_memory().total,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }

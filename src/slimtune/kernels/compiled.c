@@ -1,0 +1,376 @@
+/* Inner loops on a CPU, each a single pass over memory: what the same written as operations on whole tensors needs
+   three to eight passes for. `slimtune.kernels.compiled` compiles this file on the user's machine and calls it.
+
+   Tensors are contiguous. `kind` is 0 for float32 and 1 for bfloat16; arithmetic is in float32, and what is stored is
+   rounded once, to the nearest, to even where there are two. Rows are independent of each other and of the threads. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define ROWS(n) \
+    _Pragma("omp parallel for num_threads(threads) schedule(static) if (threads > 1)") for (int64_t row = 0; row < (n); row++)
+#define SIMD _Pragma("omp simd")
+
+static inline float wide(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+static inline uint16_t narrow(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (uint16_t)(x == x ? rounded : 0x7fc0);
+}
+
+/* The `i`th number of a tensor; compilers see a constant `kind`, and the loop around it as one of vectors. */
+static inline float get(const void *from, int kind, int64_t i) {
+    return kind == 2 ? ((const uint8_t *)from)[i] : kind ? wide(((const uint16_t *)from)[i]) : ((const float *)from)[i];
+}
+
+static inline void put(void *to, int kind, int64_t i, float x) {
+    if (kind)
+        ((uint16_t *)to)[i] = narrow(x);
+    else
+        ((float *)to)[i] = x;
+}
+
+/* `at`, a function of a row, with `kind` a constant. */
+#define EACH_KIND(at, ...) \
+    if (kind) \
+        at(__VA_ARGS__, 1); \
+    else \
+        at(__VA_ARGS__, 0)
+
+/* Memory of a thread that is kept between calls. */
+static float *scratch(int64_t n) {
+    static _Thread_local float *held;
+    static _Thread_local int64_t size;
+    if (n > size) {
+        free(held);
+        held = malloc(4 * n);
+        size = n;
+    }
+    return held;
+}
+
+/* e^x to 2 units in the last place, of numbers up to 80 (and of larger ones e^80): 2^n times a polynomial of what is left (the coefficients are Cephes'). */
+static inline float exponential(float x) {
+    float inside = x > 80.0f ? 80.0f : x < -87.3f ? -87.3f : x;
+    float n = rintf(inside * 1.44269504f);
+    float r = (inside - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    uint32_t bits = (uint32_t)((int32_t)(x == x ? n : 0) + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return x < -87.3f ? 0.0f : p * power;
+}
+
+/* 1 / x of a number from 1 to e^80, by three of Newton's steps from a guess: a division takes several times as long. */
+static inline float reciprocal(float x) {
+    uint32_t bits;
+    float y;
+    memcpy(&bits, &x, 4);
+    bits = 0x7ef311c7 - bits;
+    memcpy(&y, &bits, 4);
+    y *= 2 - x * y;
+    y *= 2 - x * y;
+    return y * (2 - x * y);
+}
+
+/* A number whose order among integers is that of `x` among floats, and back: compilers find extremes of integers in
+   vectors, and those of floats only if they may forget about NaN. */
+static inline int32_t ordered(float x) {
+    int32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits ^ (bits >> 31 & 0x7fffffff);
+}
+
+static inline float unordered(int32_t order) {
+    order ^= order >> 31 & 0x7fffffff;
+    float x;
+    memcpy(&x, &order, 4);
+    return x;
+}
+
+/* --- packed weights ------------------------------------------------------------------------------------------- */
+
+/* Eight codes of `bits` bits each, the lowest in the lowest byte: halves are moved apart, and theirs, and theirs. */
+static inline uint64_t eight_codes(uint64_t word, int64_t bits) {
+    uint64_t four = (1ull << 4 * bits) - 1, two = (1ull << 2 * bits) - 1, one = (1ull << bits) - 1;
+    word = (word & four) | (word >> 4 * bits & four) << 32;
+    word = (word & (two | two << 32)) | (word >> 2 * bits & (two | two << 32)) << 16;
+    return (word & one * 0x0001000100010001ull) | (word >> bits & one * 0x0001000100010001ull) << 8;
+}
+
+/* Codes of a row of `bytes` bytes to one a byte, of which there is room for a multiple of 32. */
+static inline void unpack_row(const uint8_t *packed, int64_t bytes, int64_t bits, int64_t n, uint8_t *to) {
+    if (bits == 8) {
+        memcpy(to, packed, n);
+    } else if (bits == 4) {
+        uint16_t *pairs = (uint16_t *)to;
+        SIMD for (int64_t j = 0; j < (n + 1) / 2; j++) pairs[j] = (packed[j] | packed[j] << 4) & 0x0f0f;
+    } else if (bits == 2) {
+        uint32_t *fours = (uint32_t *)to;
+        SIMD for (int64_t j = 0; j < (n + 3) / 4; j++) {
+            uint32_t octet = packed[j];
+            fours[j] = (octet | octet << 6 | octet << 12 | octet << 18) & 0x03030303;
+        }
+    } else {
+        uint64_t *eights = (uint64_t *)to;
+        int64_t j = 0, whole = bytes < 8 ? 0 : (bytes - 8) / bits + 1;
+        for (; j < (n + 7) / 8; j++) {
+            uint64_t word = 0;
+            if (j < whole)
+                memcpy(&word, packed + j * bits, 8);
+            else
+                for (int64_t k = j * bits; k < bytes && k < (j + 1) * bits; k++)
+                    word |= (uint64_t)packed[k] << 8 * (k - j * bits);
+            eights[j] = eight_codes(word, bits);
+        }
+    }
+}
+
+/* W = (code - zero) * scale. `zero` may be NULL: 2^(bits - 1); its kind may be 2: uint8. */
+void decode_affine(const uint8_t *codes, int64_t bytes, const void *scale, int64_t scale_kind, const void *zero,
+                   int64_t zero_kind, int64_t rows, int64_t n, int64_t bits, int64_t group, void *out, int64_t kind, int64_t threads) {
+    int64_t groups = (n + group - 1) / group;
+    ROWS(rows) {
+        uint8_t *unpacked = (uint8_t *)scratch(n / 4 + 8);
+        const uint8_t *packed = codes + row * bytes;
+        if (bits == 3)
+            unpack_row(packed, bytes, 3, n, unpacked); /* a constant, so that all shifts are */
+        else
+            unpack_row(packed, bytes, bits, n, unpacked);
+        for (int64_t g = 0; g < groups; g++) {
+            int64_t start = g * group, size = n - start < group ? n - start : group, at = row * n + start;
+            float s = get(scale, scale_kind, row * groups + g);
+            float z = zero ? get(zero, zero_kind, row * groups + g) : (float)(1 << (bits - 1));
+            if (kind) {
+                SIMD for (int64_t j = 0; j < size; j++) put(out, 1, at + j, ((float)unpacked[start + j] - z) * s);
+            } else {
+                SIMD for (int64_t j = 0; j < size; j++) put(out, 0, at + j, ((float)unpacked[start + j] - z) * s);
+            }
+        }
+    }
+}
+
+/* W = levels[code] * scale: float32 levels and scales. */
+void decode_codebook(const uint8_t *codes, int64_t bytes, const float *scale, const float *levels, int64_t rows,
+                     int64_t n, int64_t bits, int64_t group, void *out, int64_t kind, int64_t threads) {
+    int64_t groups = (n + group - 1) / group;
+    ROWS(rows) {
+        uint8_t *unpacked = (uint8_t *)scratch(n / 4 + 8);
+        unpack_row(codes + row * bytes, bytes, (int)bits, n, unpacked);
+        for (int64_t g = 0; g < groups; g++) {
+            int64_t start = g * group, size = n - start < group ? n - start : group, at = row * n + start;
+            float s = scale[row * groups + g];
+            if (kind) {
+                SIMD for (int64_t j = 0; j < size; j++) put(out, 1, at + j, levels[unpacked[start + j]] * s);
+            } else {
+                SIMD for (int64_t j = 0; j < size; j++) put(out, 0, at + j, levels[unpacked[start + j]] * s);
+            }
+        }
+    }
+}
+
+/* --- training ------------------------------------------------------------------------------------------------- */
+
+static inline float norm_row(const void *x, const float *gain, float epsilon, int64_t start, int64_t n, void *y,
+                             int kind) {
+    float sum = 0;
+    _Pragma("omp simd reduction(+ : sum)") for (int64_t j = 0; j < n; j++) {
+        float from = get(x, kind, start + j);
+        sum += from * from;
+    }
+    float scale = 1 / sqrtf(sum / n + epsilon);
+    SIMD for (int64_t j = 0; j < n; j++) put(y, kind, start + j, get(x, kind, start + j) * scale * gain[j]);
+    return scale;
+}
+
+/* y = x gain / rms(x), and 1 / rms(x) of each row. */
+void norm(const void *x, const float *gain, float epsilon, int64_t rows, int64_t n, void *y, float *inverse,
+          int64_t kind, int64_t threads) {
+    ROWS(rows)
+        inverse[row] = kind ? norm_row(x, gain, epsilon, row * n, n, y, 1) : norm_row(x, gain, epsilon, row * n, n, y, 0);
+}
+
+static inline void norm_backward_row(const void *x, const float *gain, float scale, const void *up, int64_t start,
+                                     int64_t n, void *to_x, int kind) {
+    float along = 0;
+    _Pragma("omp simd reduction(+ : along)") for (int64_t j = 0; j < n; j++)
+        along += get(x, kind, start + j) * get(up, kind, start + j) * gain[j];
+    along *= -scale * scale / n;
+    SIMD for (int64_t j = 0; j < n; j++)
+        put(to_x, kind, start + j, (get(up, kind, start + j) * gain[j] + get(x, kind, start + j) * along) * scale);
+}
+
+void norm_backward(const void *x, const float *gain, const float *inverse, const void *up, int64_t rows, int64_t n,
+                   void *to_x, int64_t kind, int64_t threads) {
+    ROWS(rows) { EACH_KIND(norm_backward_row, x, gain, inverse[row], up, row * n, n, to_x); }
+}
+
+static inline void gated_row(const void *gate, const void *value, int64_t start, int64_t n, void *y, int kind) {
+    SIMD for (int64_t j = start; j < start + n; j++) {
+        float g = get(gate, kind, j);
+        put(y, kind, j, g * reciprocal(1 + exponential(-g)) * get(value, kind, j));
+    }
+}
+
+/* y = silu(gate) * value */
+void gated(const void *gate, const void *value, int64_t rows, int64_t n, void *y, int64_t kind, int64_t threads) {
+    ROWS(rows) { EACH_KIND(gated_row, gate, value, row * n, n, y); }
+}
+
+static inline void gated_backward_row(const void *gate, const void *value, const void *up, int64_t start, int64_t n,
+                                      void *to_gate, void *to_value, int kind) {
+    SIMD for (int64_t j = start; j < start + n; j++) {
+        float g = get(gate, kind, j), d = get(up, kind, j), sigmoid = reciprocal(1 + exponential(-g));
+        put(to_value, kind, j, d * g * sigmoid);
+        put(to_gate, kind, j, d * get(value, kind, j) * sigmoid * (1 + g * (1 - sigmoid)));
+    }
+}
+
+void gated_backward(const void *gate, const void *value, const void *up, int64_t rows, int64_t n, void *to_gate,
+                    void *to_value, int64_t kind, int64_t threads) {
+    ROWS(rows) { EACH_KIND(gated_backward_row, gate, value, up, row * n, n, to_gate, to_value); }
+}
+
+/* Of one head; `first` and `second` are where the sines of its halves start. */
+static inline void turn_head(const void *x, const void *cosine, const void *sine, float sign, int64_t start, int64_t n,
+                             int64_t table, int64_t first, int64_t second, void *y, int kind) {
+    int64_t half = n / 2;
+    SIMD for (int64_t j = 0; j < half; j++) {
+        float a = get(x, kind, start + j), b = get(x, kind, start + half + j);
+        put(y, kind, start + j, a * get(cosine, kind, table + j) - sign * b * get(sine, kind, first + j));
+        put(y, kind, start + half + j, b * get(cosine, kind, table + half + j) + sign * a * get(sine, kind, second + j));
+    }
+}
+
+/* RoPE: (x1 c1 - x2 s1, x2 c2 + x1 s2) of each head (x1, x2), or its transpose where `back`; a row is one token's
+   `heads` heads of `n` numbers, and has `n` cosines and sines of its own. */
+void turn(const void *x, const void *cosine, const void *sine, int64_t back, int64_t rows, int64_t heads, int64_t n,
+          void *y, int64_t kind, int64_t threads) {
+    ROWS(rows) {
+        int64_t table = row * n, first = table + (back ? n / 2 : 0), second = table + (back ? 0 : n / 2);
+        for (int64_t head = row * heads; head < (row + 1) * heads; head++)
+            EACH_KIND(turn_head, x, cosine, sine, back ? -1.0f : 1.0f, head * n, n, table, first, second, y);
+    }
+}
+
+/* Scores `p` become exp(scale p - level), 0 where a query (of which `queries` follow each other) may not see a key. */
+void probabilities(float *p, const float *level, float scale, int64_t rows, int64_t n, int64_t queries, int64_t start,
+                   int64_t causal, int64_t threads) {
+    ROWS(rows) {
+        float *line = p + row * n, less = level[row];
+        int64_t seen = causal ? start + row % queries + 1 : n;
+        if (seen > n) seen = n;
+        SIMD for (int64_t j = 0; j < seen; j++) line[j] = exponential(line[j] * scale - less);
+        memset(line + seen, 0, 4 * (n - seen));
+    }
+}
+
+/* Gradients `d` to probabilities `p` become gradients to their scores: (d - less) p. */
+void slopes(float *d, const float *p, const float *less, int64_t rows, int64_t n, int64_t threads) {
+    ROWS(rows) {
+        float *line = d + row * n, part = less[row];
+        const float *by = p + row * n;
+        SIMD for (int64_t j = 0; j < n; j++) line[j] = (line[j] - part) * by[j];
+    }
+}
+
+static inline void extremes(const void *x, int64_t start, int64_t n, int32_t *low, int32_t *high, int kind) {
+    int32_t least = *low, most = *high;
+    _Pragma("omp simd reduction(min : least) reduction(max : most)") for (int64_t j = start; j < start + n; j++) {
+        int32_t order = ordered(get(x, kind, j));
+        least = order < least ? order : least;
+        most = order > most ? order : most;
+    }
+    *low = least;
+    *high = most;
+}
+
+static inline float exponentials(const void *x, int64_t start, int64_t n, float most, float *to, int kind) {
+    float sum = 0;
+    _Pragma("omp simd reduction(+ : sum)") for (int64_t j = 0; j < n; j++) {
+        to[j] = exponential(get(x, kind, start + j) - most);
+        sum += to[j];
+    }
+    return sum;
+}
+
+/* -log softmax(logits)[label] of each row; the logits become its gradient where `slope`. */
+void cross_entropy(void *logits, const int64_t *label, int64_t rows, int64_t n, float *loss, int64_t slope, int64_t kind,
+                   int64_t threads) {
+    ROWS(rows) {
+        float *line = scratch(n);
+        int64_t start = row * n;
+        int32_t low = INT32_MAX, high = INT32_MIN;
+        EACH_KIND(extremes, logits, start, n, &low, &high);
+        float most = unordered(high);
+        float sum = kind ? exponentials(logits, start, n, most, line, 1) : exponentials(logits, start, n, most, line, 0);
+        loss[row] = logf(sum) + most - get(logits, (int)kind, start + label[row]);
+        if (!slope) continue;
+        float over = 1 / sum, there = line[label[row]] * over - 1;
+        if (kind) {
+            SIMD for (int64_t j = 0; j < n; j++) put(logits, 1, start + j, line[j] * over);
+        } else {
+            SIMD for (int64_t j = 0; j < n; j++) put(logits, 0, start + j, line[j] * over);
+        }
+        put(logits, (int)kind, start + label[row], there);
+    }
+}
+
+/* --- products of integers ------------------------------------------------------------------------------------- */
+
+/* The least value of each row or 0, and the greatest or 0. */
+void ends(const void *x, int64_t rows, int64_t n, float *low, float *high, int64_t kind, int64_t threads) {
+    ROWS(rows) {
+        int32_t least = 0, most = 0;
+        EACH_KIND(extremes, x, row * n, n, &least, &most);
+        low[row] = unordered(least);
+        high[row] = unordered(most);
+    }
+}
+
+static inline void round_row(const void *x, float scale, float zero, int64_t start, int64_t n, float middle,
+                             uint8_t *codes, int kind) {
+    SIMD for (int64_t j = start; j < start + n; j++) {
+        float code = rintf(get(x, kind, j) / scale) + zero;
+        code = code < -middle ? -middle : code > middle - 1 ? middle - 1 : code;
+        codes[j] = (uint8_t)((int32_t)code + 128);
+    }
+}
+
+/* Codes round(x / scale) + zero, clamped to [0, 2 middle), less `middle` and around 128. `zero` may be NULL: middle. */
+void round_rows(const void *x, const float *scale, const float *zero, int64_t rows, int64_t n, float middle,
+                uint8_t *codes, int64_t kind, int64_t threads) {
+    ROWS(rows) { EACH_KIND(round_row, x, scale[row], zero ? zero[row] - middle : 0, row * n, n, middle, codes); }
+}
+
+static inline void rescale_row(const float *product, float scale, float zero, const float *sums, int64_t start, int64_t n,
+                               void *y, int kind) {
+    if (sums) {
+        SIMD for (int64_t j = 0; j < n; j++) put(y, kind, start + j, (product[start + j] - zero * sums[j]) * scale);
+    } else {
+        SIMD for (int64_t j = 0; j < n; j++) put(y, kind, start + j, product[start + j] * scale);
+    }
+}
+
+/* (product - zero sums) * scale of each row, as `kind`. `zero` may be NULL: 0. */
+void rescale(const float *product, const float *scale, const float *zero, const float *sums, int64_t rows, int64_t n,
+             void *y, int64_t kind, int64_t threads) {
+    ROWS(rows) {
+        EACH_KIND(rescale_row, product, scale[row], zero ? zero[row] : 0, zero ? sums : NULL, row * n, n, y);
+    }
+}
