@@ -10,6 +10,9 @@ from slimtune.lora.inits import INITS, WORDS
 from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train
 from slimtune.rotate.options import FOLDED
 
+DENSE = ("decilm", "gguf", "gguf-deci", "safetensors")
+"""Formats of the whole model that know no rounding of inputs."""
+
 
 @dataclass(frozen=True)
 class State:
@@ -79,14 +82,14 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
             return "there is no adapter to export", "put export: {format: gguf-lora} after lora, before merge"
         case Export(format="compressed-tensors" | "gptq") if not state.quantized:
             return "there are no packed weights to export", "put a quantize step before, or export safetensors"
-        case Export(format="safetensors" | "compressed-tensors" | "gptq" | "gguf" | "gguf-deci") if state.online:
+        case Export() if state.online and step.format in ("compressed-tensors", "gptq", *DENSE):
             return (
                 f"no other engine runs the online transform {', '.join(state.online)}: it would load another model",
                 "rotate with online: [], or keep the run's own model folder",
             )
-        case Export(format="gptq" | "safetensors" | "compressed-tensors" | "gguf" | "gguf-deci") if state.cache:
+        case Export() if state.cache and step.format in ("compressed-tensors", "gptq", *DENSE):
             return "this format cannot say that the cache is rounded", "use the model folder"
-        case Export(format="gptq" | "safetensors" | "gguf" | "gguf-deci") if state.rounded:
+        case Export() if state.rounded and step.format in ("gptq", *DENSE):
             return (
                 "this format cannot say that inputs are rounded",
                 "export compressed-tensors, or use the model folder",
