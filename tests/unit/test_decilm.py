@@ -21,8 +21,9 @@ from torch.nn.functional import embedding, linear, scaled_dot_product_attention,
 from pico import logits, pico_inputs, pico_model, pico_tokenizer, save_pico
 from slimtune.arch import bind
 from slimtune.cli import _guarded, app
-from slimtune.errors import FormatError, RecipeError, SlimtuneError, UnknownArchitecture
+from slimtune.errors import FormatError, RecipeError, UnknownArchitecture
 from slimtune.export import Source, export
+from slimtune.export.decilm import CODE
 from slimtune.export.load import load
 from slimtune.lora.attach import add_lora
 from slimtune.quant.apply import all_linear, quantize_
@@ -145,7 +146,8 @@ def test_what_vllm_would_load_computes_what_the_model_computes(family: str, case
     model, kv_heads, ffn = model_of(family, case)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     manifest = export(of(model), "decilm", tmp_path / "out")
-    assert (manifest.facts["kv_heads"], manifest.facts["ffn"]) == (kv_heads, ffn)
+    assert manifest.facts == {"kv_heads": kv_heads, "ffn": ffn}
+    assert {name for name in manifest.files if name.endswith((".py", ".pyc"))} == {f"{name}.py" for name in CODE}
     assert manifest.max_logit_difference <= 1e-5
     tokens = pico_inputs(model)["input_ids"]
     torch.testing.assert_close(
@@ -261,7 +263,7 @@ def test_a_recipe_that_cannot_be_exported_so_is_refused(before: dict[str, Any], 
         check_order(recipe_from({"model": "m", "steps": [before, {"export": {"format": "decilm"}}]}))
 
 
-def test_the_command_line_prunes_exports_and_does_not_load_code(tmp_path: Path, capsys: Any) -> None:
+def test_the_command_line_prunes_exports_and_runs_no_code(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     model = save_pico(tmp_path / "base", num_hidden_layers=3)
     options = ["--ratio", "0.3", "--importance", "random", "--widths", "allocated", "--targets", "ffn"]
     options += ["--multiple_of", "1"]
@@ -279,5 +281,8 @@ def test_the_command_line_prunes_exports_and_does_not_load_code(tmp_path: Path, 
     torch.testing.assert_close(served(tmp_path / "out", inputs["input_ids"]), logits(pruned, inputs), rtol=0, atol=1e-5)
     readme = (tmp_path / "out" / "README.md").read_text()
     assert "--trust-remote-code" in readme and "modeling_decilm.py" in readme
-    with pytest.raises(SlimtuneError):
+    assert str(tmp_path) not in json.dumps(config)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers would ask whether to run the code
+    with pytest.raises(UnknownArchitecture, match="does not know this kind") as caught:
         load(str(tmp_path / "out"))
+    assert "code of their own are not run" in str(caught.value)

@@ -7,31 +7,58 @@ query heads that they served stay, with the zeros that they are read with, and a
 
 from __future__ import annotations
 
-from copy import deepcopy
-from dataclasses import replace
+import sys
+from dataclasses import dataclass, field, fields, replace
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from shutil import copyfile, rmtree
 from typing import Any, ClassVar, cast
 
 import torch
-from accelerate import init_empty_weights
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
+from transformers import MistralConfig
 
 from slimtune.arch import Space, bind
 from slimtune.errors import FormatError, UnknownArchitecture
 from slimtune.export.base import Source, Written, refuse_rounding
-from slimtune.export.configuration_decilm import DeciLMConfig
 from slimtune.export.gguf_widths import read_features, silent_units
 from slimtune.export.load import read_model
-from slimtune.export.modeling_decilm import DeciLMForCausalLM
 from slimtune.export.safetensors import merged_state
+from slimtune.files import write_json
 from slimtune.lora.attach import base_of, plain
 from slimtune.prune.groups import axes
 
 KINDS = ("llama", "mistral", "qwen2")
 """Types of models that differ in nothing but widths, biases and windows."""
 
-Stay = dict[str, dict[int, Tensor]]
-"""Indices that stay, in their new order, by port and dimension (0 what it writes, 1 what it reads)."""
+CODE = ("configuration_decilm", "modeling_decilm")
+"""Modules that go into the folder; the second imports the first."""
+
+NAMES = {
+    "architectures": ["DeciLMForCausalLM"],
+    "model_type": "nemotron-nas",
+    "auto_map": {"AutoConfig": f"{CODE[0]}.DeciLMConfig", "AutoModelForCausalLM": f"{CODE[1]}.DeciLMForCausalLM"},
+}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What `config` (keys of `config.json`) says of the blocks, and their `widths` in short; the indices that `stay` of
+    a port, in their new order, by dimension (0 what it writes, 1 what it reads), and the modules that are `missing`."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    widths: dict[str, list[int]] = field(default_factory=dict)
+    stay: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    missing: set[str] = field(default_factory=set)
+
+    def kept(self, name: str, tensor: Tensor) -> Tensor:
+        """What stays of the tensor called `name`."""
+        port, _, leaf = name.rpartition(".")
+        for dim, indices in self.stay.get(port, {}).items():
+            if dim == 0 or leaf == "weight":
+                tensor = tensor.index_select(dim, indices.to(tensor.device))
+        return tensor
 
 
 class DecilmExporter:
@@ -44,7 +71,8 @@ class DecilmExporter:
         " `modeling_decilm.py`: read them before you let them run. An adapter of the run does not fit.\n\n"
         "- vLLM (0.24 or newer): `vllm serve FOLDER --trust-remote-code`; it runs the configuration's file, and a model"
         " of its own. `--tensor-parallel-size` must divide the heads and channels of every block\n"
-        "- transformers (5.23 or newer): `AutoModelForCausalLM.from_pretrained` with `trust_remote_code` runs both\n"
+        "- transformers (5.23 or newer): `from_pretrained` of `AutoModelForCausalLM` and `AutoTokenizer`, both with"
+        " `trust_remote_code`, runs both files\n"
         "- not SGLang, TensorRT-LLM, nor slimtune: export `safetensors`, zeros included, which has no code\n"
         "- llama.cpp: export `gguf-deci`\n"
     )
@@ -52,21 +80,33 @@ class DecilmExporter:
     def write(self, source: Source, folder: Path) -> Written:
         """Write merged weights in `source.dtype`; `source.model` is not changed."""
         refuse_rounding(source.model, "decilm")
-        config, stay = described(source.model)
-        with init_empty_weights(include_buffers=False):
-            made: Any = DeciLMForCausalLM(config)
-        made.to(source.dtype).generation_config = deepcopy(cast(Any, base_of(source.model)).generation_config)
-        whole, tied = merged_state(source.model, source.dtype), made.all_tied_weights_keys
-        state = {name: _cut(name, whole[name], stay) for name in made.state_dict() if name not in tied}
-        made.save_pretrained(folder, state_dict=state, max_shard_size="5GB")  # and the code of its classes
+        base: Any = base_of(source.model)
+        found, left_out = own_blocks(source.model), base.all_tied_weights_keys
+        state = {
+            name: found.kept(name, tensor)
+            for name, tensor in merged_state(source.model, source.dtype).items()
+            if name not in left_out and name.rpartition(".")[0] not in found.missing
+        }
+        save_torch_state_dict(state, folder, max_shard_size="5GB")
+        known = {each.name for each in fields(MistralConfig)}
+        facts = {"sliding_window": None, **{k: v for k, v in base.config.to_dict().items() if k in known}}
+        dtype = str(source.dtype).removeprefix("torch.")
+        write_json(folder / "config.json", {**facts, **found.config, **NAMES, "dtype": dtype})
+        base.generation_config.save_pretrained(folder)
         source.tokenizer.save_pretrained(folder)
-        blocks = [(block.attention, block.ffn) for block in config.block_configs]
-        heads = [0 if a.no_op else config.num_attention_heads // a.n_heads_in_group for a, _ in blocks]
-        return Written({"kv_heads": heads, "ffn": [ffn.intermediate_size or 0 for _, ffn in blocks]}, source.dtype)
+        for name in CODE:
+            copyfile(Path(__file__).with_name(f"{name}.py.txt"), folder / f"{name}.py")
+        return Written(found.widths, source.dtype)
 
     def read_back(self, source: Source, folder: Path) -> nn.Module:
-        """The model that transformers loads with the folder's code, which is this package's own."""
-        return read_model(folder, source.dtype, DeciLMForCausalLM)
+        """The model that transformers loads with the code in `folder`, which slimtune has just written."""
+        module: Any = None
+        for name in CODE:
+            spec: Any = spec_from_file_location(f"{__name__}.{name}", folder / f"{name}.py")
+            module = sys.modules[spec.name] = module_from_spec(spec)
+            spec.loader.exec_module(module)
+        rmtree(folder / "__pycache__", ignore_errors=True)
+        return read_model(folder, source.dtype, module.DeciLMForCausalLM)
 
     def restore_(self, source: Source) -> None:
         """Nothing was done to the source."""
@@ -84,35 +124,36 @@ def require_described(model: nn.Module) -> None:
         raise FormatError("decilm cannot say which blocks have a window", where="layer_types", remedy=remedy)
 
 
-def described(model: nn.Module) -> tuple[DeciLMConfig, Stay]:
-    """The configuration of `model` (its adapter merged in thought) with the widths that its blocks need to compute what
-    it computes, and what stays of its tensors. Raises what `require_described` does."""
+def own_blocks(model: nn.Module) -> Blocks:
+    """The widths that the blocks of `model` (its adapter merged in thought) need to compute what it computes. Raises
+    what `require_described` does."""
     require_described(model)
     base, modelmap, modules = base_of(model), bind(model), plain(model)
     blocks: list[dict[str, Any]] = [{} for _ in modelmap.blocks]
-    stay, facts = Stay(), dict[str, Any]()
+    found = Blocks({"block_configs": blocks}, {"kv_heads": [0] * len(blocks), "ffn": [0] * len(blocks)})
     for axis in axes(modelmap, ("kv", "ffn")):
-        bias = modelmap[axis.name].bias  # which is added whatever is read
+        bias, block = modelmap[axis.name].bias, axis.blocks[0]  # the bias is added whatever is read
         silent = silent_units(read_features(base.get_submodule(axis.name), modules[axis.name]), axis)
         units, heads = [unit for unit in range(axis.units) if unit not in silent], list[int]()
         if axis.kind == "ffn":
-            name, size, units = "ffn", "intermediate_size", units or [0] * bias
-            number, facts["mlp_bias"] = len(units), bias
+            units = units or [0] * bias
+            name, size, biases = "ffn", {"intermediate_size": len(units) or None}, {"mlp_bias": bias}
         else:
             # vLLM's first block takes what it adds to from its attention.
-            units, heads = _dealt(modelmap.heads, modelmap.kv_heads, units, int(bias or axis.blocks == (0,)))
-            name, size, number = "attention", "n_heads_in_group", modelmap.heads // max(len(units), 1)
-            facts |= {"attention_bias": bias, "qkv_bias": modelmap[axis.parts[0].port].bias}
-        words = {"no_op": not units, "replace_with_linear": False, size: number if units else None}
-        blocks[axis.blocks[0]][name] = words
-        for part in axis.parts if units else ():
+            units, heads = _dealt(modelmap.heads, modelmap.kv_heads, units, int(bias or block == 0))
+            name, size = "attention", {"n_heads_in_group": modelmap.heads // len(units) if units else None}
+            biases = {"attention_bias": bias, "qkv_bias": modelmap[axis.parts[0].port].bias}
+        found.config.update(biases)
+        found.widths["ffn" if axis.kind == "ffn" else "kv_heads"][block] = len(units)
+        blocks[block][name] = {"no_op": not units, "replace_with_linear": False, **size}
+        for part in axis.parts:
             served = heads and modelmap[part.port].writes != (Space.KV_HEAD,)
             order = replace(part, size=modelmap.head_dim).indices(heads) if served else part.indices(units)
-            stay.setdefault(part.port, {})[part.dim] = torch.tensor(order)
-    config = cast(Any, base).config
-    known = {key for key in vars(DeciLMConfig()) if not key.startswith("_")} - {"architectures"}
-    facts |= {"block_configs": blocks, "sliding_window": getattr(config, "sliding_window", None)}
-    return DeciLMConfig(**{k: v for k, v in deepcopy(vars(config)).items() if k in known} | facts), stay
+            found.stay.setdefault(part.port, {})[part.dim] = torch.tensor(order)
+        if not units:
+            ports = {part.port for part in axis.parts}
+            found.missing.update(ports, (norm.name for norm in modelmap.norms if ports & set(norm.feeds)))
+    return found
 
 
 def _dealt(heads: int, kv_heads: int, units: list[int], least: int) -> tuple[list[int], list[int]]:
@@ -130,12 +171,3 @@ def _dealt(heads: int, kv_heads: int, units: list[int], least: int) -> tuple[lis
     run, each = heads // kv_heads, heads // max(count, 1)
     rest = iter([head for head in range(heads) if head // run not in units])
     return units, [next(rest) if i >= run else unit * run + i for unit in units for i in range(each)]
-
-
-def _cut(name: str, tensor: Tensor, stay: Stay) -> Tensor:
-    """What stays of the tensor called `name`."""
-    port, _, leaf = name.rpartition(".")
-    for dim, indices in stay.get(port, {}).items():
-        if dim == 0 or leaf == "weight":
-            tensor = tensor.index_select(dim, indices.to(tensor.device))
-    return tensor

@@ -223,7 +223,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     if method not in ("bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING):  # transformers would load it as if dense
         raise FormatError("unknown quantization method", where=str(path), got=method)
     try:
-        return cast(PretrainedConfig, AutoConfig.from_pretrained(folder))
+        return cast(PretrainedConfig, AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except ValueError as error:
         raise UnknownArchitecture(
             "transformers does not know this kind of model",
