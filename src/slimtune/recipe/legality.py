@@ -27,6 +27,9 @@ class State:
     ramp: bool = False  # whether the next train step prunes
     rounded: bool = False  # whether linears round their inputs
     cache: bool = False  # whether attention rounds keys and values
+    zeros: bool = False  # whether zeros stand for pruned units
+    woken: bool = False  # whether those have been trained
+    narrow: bool = False  # whether the last adapter is on some linears alone
 
 
 def check_order(recipe: Recipe, start: State = State()) -> list[State]:
@@ -119,6 +122,11 @@ def _pruning(step: Step, state: State, later: Sequence[Step]) -> tuple[str, str]
             return "packed weights cannot be padded with zeros", "use widths: uniform, or put prune before quantize"
         case Train() if step.distill and not state.ramp:
             return "there is no unpruned model to learn from", "put a prune step with schedule: cubic before train"
+        case Export(format="decilm" | "gguf-deci") if state.woken:
+            return (
+                "training woke the units that pruning had padded with zeros: none is left to leave out",
+                "prune along the training (schedule: cubic), or after it; or export safetensors",
+            )
         case Export(format="peft") if state.pruned:
             return "the adapter fits the pruned model alone", "put merge: {} before, and export safetensors"
     return None
@@ -129,14 +137,16 @@ def _after(step: Step, state: State) -> State:
         case Rotate():
             return replace(state, rotated=True, online=tuple(name for name in step.online if name in FOLDED))
         case Prune():
-            return replace(state, ramp=step.ramped, pruned=state.pruned or not step.ramped)
+            zeros = state.zeros or step.widths == "allocated"
+            return replace(state, ramp=step.ramped, pruned=state.pruned or not step.ramped, zeros=zeros)
         case Train():
-            return replace(state, ramp=False, pruned=state.pruned or state.ramp)
+            woken = state.woken or (state.zeros and not state.ramp and not (state.adapter and state.narrow))
+            return replace(state, ramp=False, pruned=state.pruned or state.ramp, woken=woken)
         case Quantize():
             rounded = bool(step.activations or any("activations" in fields for fields in step.layers.values()))
             return replace(state, quantized=True, residual=True, rounded=rounded, cache=bool(step.kv_cache))
         case Lora():
-            return replace(state, adapter=True)
+            return replace(state, adapter=True, narrow=step.target_modules != "all-linear")
         case Merge(keep_bits=True):
             return replace(state, adapter=False, residual=False)
         case Merge():
