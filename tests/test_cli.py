@@ -257,7 +257,7 @@ def test_report_shows_one_run_and_compares_two(command: Command, place: Path, tm
         ("inits", {"default", "gaussian"}),
         ("importances", {"gate", "lora", "wanda"}),
         ("families", {"llama", "qwen2", "t5", "llava"}),
-        ("exporters", {"peft", "safetensors", "compressed-tensors", "gguf", "gguf-lora"}),
+        ("exporters", {"peft", "safetensors", "compressed-tensors", "decilm", "gguf", "gguf-lora"}),
     ],
 )
 def test_lists_say_what_there_is(command: Command, what: str, names: set[str]) -> None:

@@ -14,6 +14,11 @@ SPEED = {"evaluate": {"speed": True}}
 R4 = {"rotate": {"online": ["r4"]}}
 RESIDUAL = {"lora": {"init": "residual"}}
 GA, BOTH = ({"lora": {"init": "lora-ga", "init_residual": kept}} for kept in (False, True))
+PADDED, RAMPED = (
+    {"prune": {"widths": "allocated", "schedule": s, "importance": "gate"}} for s in ("one-shot", "cubic")
+)
+QUERIES = {"lora": {"target_modules": ["q_proj"]}}
+NARROW = ({"export": {"format": "decilm"}}, {"export": {"format": "gguf-deci"}})
 PEFT, PACKED, DENSE = ({"export": {"format": f}} for f in ("peft", "compressed-tensors", "safetensors"))
 
 
@@ -41,6 +46,11 @@ def recipe(*steps: Any, data: dict[str, Any] = DATA) -> Recipe:
         ("rotate", "quantize", "lora", "train", PEFT, PACKED),
         (R4, "lora", "train", PEFT),
         ("lora", "train", "merge", "rotate", "quantize"),
+        ("lora", "train", "merge", PADDED, *NARROW),
+        ("lora", RAMPED, "train", *NARROW),
+        (PADDED, QUERIES, "train", *NARROW),
+        (QUERIES, PADDED, "train", *NARROW),
+        (PADDED, "lora", "train", DENSE),
     ],
 )
 def test_an_order_that_can_work_is_accepted(steps: tuple[Any, ...]) -> None:
@@ -50,6 +60,9 @@ def test_an_order_that_can_work_is_accepted(steps: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize(
     ("steps", "where", "what", "remedy"),
     [
+        ((PADDED, "lora", "train", NARROW[0]), "steps[3].export", "woke the units", "schedule: cubic"),
+        ((PADDED, "train", NARROW[1]), "steps[2].export", "woke the units", "schedule: cubic"),
+        (("lora", RAMPED, "train", "train", NARROW[0]), "steps[4].export", "woke the units", "safetensors"),
         (("quantize", "quantize"), "steps[1].quantize", "quantized already", "merge"),
         (("lora", "quantize"), "steps[1].quantize", "with an adapter cannot be quantized", "merge: {} before quantize"),
         ((RESIDUAL,), "steps[0].lora", "what quantization lost", "a quantize step before"),

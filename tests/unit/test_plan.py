@@ -263,7 +263,9 @@ def test_a_rank_that_a_format_lacks_is_refused_by_the_plan(config_only: Path) ->
 
 
 def test_a_plan_knows_whose_blocks_may_differ_in_width(config_only: Path, tmp_path: Path) -> None:
-    planned(config_only, {"export": {"format": "gguf-deci"}})
+    planned(config_only, {"export": {"format": "gguf-deci"}}, {"export": {"format": "decilm"}})
     pico_config("qwen3").save_pretrained(tmp_path)
+    with pytest.raises(UnknownArchitecture, match="decilm cannot say"):
+        planned(tmp_path, {"export": {"format": "decilm"}})
     with pytest.raises(UnknownArchitecture, match="all blocks of this kind of model alike"):
         planned(tmp_path, {"export": {"format": "gguf-deci"}})

@@ -9,6 +9,7 @@ from typing import Any, cast, get_args, get_type_hints
 from slimtune.errors import RecipeError, nearest
 from slimtune.export.base import Exporter, Manifest, Source, Written, largest_difference, probe_logits
 from slimtune.export.compressed_tensors import CompressedTensorsExporter
+from slimtune.export.decilm import DecilmExporter
 from slimtune.export.gguf import GgufDeciExporter, GgufExporter, GgufLoraExporter
 from slimtune.export.gptq import GptqExporter
 from slimtune.export.peft import PeftExporter
@@ -22,6 +23,7 @@ EXPORTERS: Table[type[Exporter]] = Table(
     "slimtune.exporters",
     {
         "compressed-tensors": CompressedTensorsExporter,
+        "decilm": DecilmExporter,
         "gguf": GgufExporter,
         "gguf-deci": GgufDeciExporter,
         "gguf-lora": GgufLoraExporter,

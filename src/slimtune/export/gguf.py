@@ -150,7 +150,7 @@ class GgufDeciExporter(GgufExporter):
         "- llama.cpp: `llama-cli -m model.gguf`, `llama-server -m model.gguf`\n"
         "- llama-cpp-python: `Llama('model.gguf')`\n"
         "- Ollama: `ollama create mine -f Modelfile`, with the line `FROM ./model.gguf` in `Modelfile`\n"
-        "- not transformers, nor vLLM: export `safetensors`, zeros included\n"
+        "- not transformers, nor vLLM: export `decilm`, or `safetensors`, zeros included\n"
     )
 
     def _naming(self, model: nn.Module) -> Naming:

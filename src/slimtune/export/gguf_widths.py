@@ -52,8 +52,8 @@ def own_widths(model: nn.Module) -> Widths:
     missing = []
     for axis in axes(modelmap, ("kv", "ffn")):
         block = axis.blocks[0]
-        read = _read(base_of(model).get_submodule(axis.name), modules[axis.name])
-        silent = _silent(read, axis)
+        read = read_features(base_of(model).get_submodule(axis.name), modules[axis.name])
+        silent = silent_units(read, axis)
         # llama.cpp takes the width of a head from the first block, where it has any; and a bias is added at all events.
         least = 1 if axis.kind == "ffn" or modelmap[axis.name].bias or block == 0 else 0
         lost = silent[: axis.units - least]
@@ -75,7 +75,7 @@ def _thin_(gone: Gone, axis: Axis, read: Tensor) -> int:
     run, reader = axis.units // axis.buckets, axis.readers[0]
     out = gone.get(axis.name, {}).get(1, set())
     inside: list[list[int]] = [[] for _ in range(axis.buckets)]
-    for unit in _silent(read, axis):
+    for unit in silent_units(read, axis):
         inside[unit // run].append(unit)
     stay = [units for b, units in enumerate(inside) if not out.issuperset(reader.indices((b * run,)))]
     each = min((min(len(units), run - 1) for units in stay), default=0)
@@ -83,12 +83,12 @@ def _thin_(gone: Gone, axis: Axis, read: Tensor) -> int:
     return each * len(stay)
 
 
-def _read(module: nn.Module, layer: nn.Module) -> Tensor:
+def read_features(module: nn.Module, layer: nn.Module) -> Tensor:
     """Which features are read with weights other than zero: bool `[in]`."""
     return (merged_weight(module, layer) != 0).any(0)
 
 
-def _silent(read: Tensor, axis: Axis) -> list[int]:
+def silent_units(read: Tensor, axis: Axis) -> list[int]:
     """The units none of whose features are read."""
     silent: list[int] = (~read.view(-1, axis.readers[0].size).any(1)).nonzero().flatten().tolist()
     return silent

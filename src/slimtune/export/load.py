@@ -113,14 +113,14 @@ def load(model: str, *, dtype: str = "float32", lazy: bool = False) -> Loaded:
     return Loaded(read, tokenizer, name)
 
 
-def read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in `folder`, as transformers loads it, in evaluation mode.
+def read_model(folder: Path, dtype: torch.dtype, kind: Any = None) -> PreTrainedModel:
+    """The model in `folder`, as transformers loads it, in evaluation mode; as one of the class `kind`, if given.
 
     Raises `FormatError` when it cannot, or when a weight is missing: transformers alone would draw it at random;
     `BackendMissing` when it wants a package for that.
     """
-    config = read_config(folder)
-    return _loaded(partial(auto_class(config).from_pretrained, folder), config, dtype, folder)
+    config = read_config(folder) if kind is None else kind.config_class.from_pretrained(folder)
+    return _loaded(partial((kind or auto_class(config)).from_pretrained, folder), config, dtype, folder)
 
 
 def read_packed(folder: Path, format: PackedFormat, dtype: torch.dtype) -> PreTrainedModel:
@@ -223,7 +223,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     if method not in ("bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING):  # transformers would load it as if dense
         raise FormatError("unknown quantization method", where=str(path), got=method)
     try:
-        return cast(PretrainedConfig, AutoConfig.from_pretrained(folder))
+        return cast(PretrainedConfig, AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except ValueError as error:
         raise UnknownArchitecture(
             "transformers does not know this kind of model",

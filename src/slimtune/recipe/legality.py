@@ -10,6 +10,9 @@ from slimtune.lora.inits import INITS, WORDS
 from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train
 from slimtune.rotate.options import FOLDED
 
+DENSE = ("decilm", "gguf", "gguf-deci", "safetensors")
+"""Formats of the whole model that know no rounding of inputs."""
+
 
 @dataclass(frozen=True)
 class State:
@@ -24,6 +27,9 @@ class State:
     ramp: bool = False  # whether the next train step prunes
     rounded: bool = False  # whether linears round their inputs
     cache: bool = False  # whether attention rounds keys and values
+    zeros: bool = False  # whether zeros stand for pruned units
+    woken: bool = False  # whether those have been trained
+    narrow: bool = False  # whether the last adapter is on some linears alone
 
 
 def check_order(recipe: Recipe, start: State = State()) -> list[State]:
@@ -79,14 +85,14 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
             return "there is no adapter to export", "put export: {format: gguf-lora} after lora, before merge"
         case Export(format="compressed-tensors" | "gptq") if not state.quantized:
             return "there are no packed weights to export", "put a quantize step before, or export safetensors"
-        case Export(format="safetensors" | "compressed-tensors" | "gptq" | "gguf" | "gguf-deci") if state.online:
+        case Export() if state.online and step.format in ("compressed-tensors", "gptq", *DENSE):
             return (
                 f"no other engine runs the online transform {', '.join(state.online)}: it would load another model",
                 "rotate with online: [], or keep the run's own model folder",
             )
-        case Export(format="gptq" | "safetensors" | "compressed-tensors" | "gguf" | "gguf-deci") if state.cache:
+        case Export() if state.cache and step.format in ("compressed-tensors", "gptq", *DENSE):
             return "this format cannot say that the cache is rounded", "use the model folder"
-        case Export(format="gptq" | "safetensors" | "gguf" | "gguf-deci") if state.rounded:
+        case Export() if state.rounded and step.format in ("gptq", *DENSE):
             return (
                 "this format cannot say that inputs are rounded",
                 "export compressed-tensors, or use the model folder",
@@ -116,6 +122,11 @@ def _pruning(step: Step, state: State, later: Sequence[Step]) -> tuple[str, str]
             return "packed weights cannot be padded with zeros", "use widths: uniform, or put prune before quantize"
         case Train() if step.distill and not state.ramp:
             return "there is no unpruned model to learn from", "put a prune step with schedule: cubic before train"
+        case Export(format="decilm" | "gguf-deci") if state.woken:
+            return (
+                "training woke the units that pruning had padded with zeros: none is left to leave out",
+                "prune along the training (schedule: cubic), or after it; or export safetensors",
+            )
         case Export(format="peft") if state.pruned:
             return "the adapter fits the pruned model alone", "put merge: {} before, and export safetensors"
     return None
@@ -126,14 +137,16 @@ def _after(step: Step, state: State) -> State:
         case Rotate():
             return replace(state, rotated=True, online=tuple(name for name in step.online if name in FOLDED))
         case Prune():
-            return replace(state, ramp=step.ramped, pruned=state.pruned or not step.ramped)
+            zeros = state.zeros or step.widths == "allocated"
+            return replace(state, ramp=step.ramped, pruned=state.pruned or not step.ramped, zeros=zeros)
         case Train():
-            return replace(state, ramp=False, pruned=state.pruned or state.ramp)
+            woken = state.woken or (state.zeros and not state.ramp and not (state.adapter and state.narrow))
+            return replace(state, ramp=False, pruned=state.pruned or state.ramp, woken=woken)
         case Quantize():
             rounded = bool(step.activations or any("activations" in fields for fields in step.layers.values()))
             return replace(state, quantized=True, residual=True, rounded=rounded, cache=bool(step.kv_cache))
         case Lora():
-            return replace(state, adapter=True)
+            return replace(state, adapter=True, narrow=step.target_modules != "all-linear")
         case Merge(keep_bits=True):
             return replace(state, adapter=False, residual=False)
         case Merge():

@@ -22,6 +22,7 @@ from slimtune.calib.stats import STATISTICS
 from slimtune.errors import RecipeError, nearest
 from slimtune.evaluate.inference import require_positions
 from slimtune.export import EXPORTERS, compressed_tensors, exporter_of, gptq
+from slimtune.export.decilm import require_described
 from slimtune.export.gguf_facts import Naming
 from slimtune.export.gguf_widths import Widths
 from slimtune.export.load import DTYPES, empty_model, model_config
@@ -219,6 +220,8 @@ def _check_fit(step: Step, number: int, recipe: Recipe, model: Any, modelmap: Mo
             )
         case Export(format="gguf" | "gguf-deci" | "gguf-lora"):
             Naming(model, Widths() if step.format == "gguf-deci" else None).require_computed()
+        case Export(format="decilm"):
+            require_described(model)
         case Quantize():
             _check_packable(step, recipe.steps[number + 1 :], modelmap, where)
 
