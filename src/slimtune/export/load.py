@@ -138,10 +138,9 @@ def read_packed(folder: Path, format: PackedFormat, dtype: torch.dtype) -> PreTr
             group["activations"] = activations_to_dict(rounding)
     config.quantization_config = SlimtuneConfig(groups=groups).to_dict()  # as transformers reads it from a file
     state = checkpoint.read(checkpoint.files.keys() - taken)
-    if bare := next(
-        (name for name, tensor in state.items() if tensor.is_floating_point() and tensor.itemsize == 1), ""
-    ):
-        raise FormatError("a float8 weight has no scale", where=str(folder), got=bare, wanted=format.marker)
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and tensor.itemsize == 1:
+            raise FormatError("a float8 weight has no scale", where=name, wanted=format.marker)
     for name, layer in layers.items():
         state.update({f"{name}.{leaf}": tensor for leaf, tensor in layer.tensors.items()})
     model = _loaded(partial(type(empty).from_pretrained, None, state_dict=state), config, dtype, folder)

@@ -19,13 +19,6 @@ def float8(x: Tensor) -> Tensor:
     return x.clamp(-FLOAT8, FLOAT8).to(torch.float8_e4m3fn)
 
 
-def _e4m3fn(code: int) -> float:
-    """The number of a byte: a sign, 4 bits of exponent, 3 of mantissa; no infinities (arXiv 2209.05433)."""
-    exponent, mantissa = code >> 3 & 15, code & 7
-    size = float("nan") if code & 127 == 127 else (mantissa + 8.0 * (exponent > 0)) * 2.0 ** (max(exponent, 1) - 10)
-    return -size if code & 128 else size
-
-
 # fmt: off
 LEVELS: dict[str, tuple[float, ...]] = {
     "nf4": (
@@ -34,13 +27,13 @@ LEVELS: dict[str, tuple[float, ...]] = {
         0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ),
-    "e4m3fn": tuple(_e4m3fn(code) for code in range(256)),
+    "e4m3fn": tuple(torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double().tolist()),
 }
 # fmt: on
 """Levels in the order of their codes, by the name that a layout stores; a power of two of them, 0 among them.
 
-They are data, or computed exactly: a stored weight must mean the same on every machine. `nf4` is NormalFloat4 of QLoRA (arXiv
+They are data, or exact: a stored weight must mean the same on every machine. `nf4` is NormalFloat4 of QLoRA (arXiv
 2305.14314, appendix E), to the last bit of float32: quantiles of the normal distribution at evenly spaced
-probabilities from 0.9677083 to a half, eight above zero and seven below, and zero; divided by the largest. `e4m3fn` is float8, a code
-being its byte: two zeros, and two codes that are no number.
+probabilities from 0.9677083 to a half, eight above zero and seven below, and zero; divided by the largest. `e4m3fn` is
+float8, a code being its byte: two zeros, and two codes that are no number.
 """
