@@ -249,6 +249,6 @@ def _scheme(layer: QuantLinear) -> Scheme:
 
 
 def _spoken(scheme: Scheme) -> str:
-    rounded = f", inputs {scheme.inputs} bits {scheme.inputs_type}" if scheme.inputs < 16 else ""
-    kind = "float8" if scheme.type == "float" else "symmetric" if scheme.symmetric else "zero points"
-    return f"{scheme.bits} bits, group_size {scheme.group_size}, {kind}{rounded}"
+    rounded = f", inputs {scheme.inputs} bits ({scheme.inputs_type})" if scheme.inputs < 16 else ""
+    kind = "symmetric" if scheme.symmetric else "zero points"
+    return f"{scheme.bits} bits ({scheme.type}), group_size {scheme.group_size}, {kind}{rounded}"

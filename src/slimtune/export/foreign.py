@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from slimtune.arch.weights import Checkpoint
 from slimtune.errors import FormatError
+from slimtune.linalg.levels import FLOAT8
 from slimtune.linalg.packing import octets, pack, row_bytes, unpack
 from slimtune.quant.activation import Activations
 from slimtune.quant.base import QTensor
@@ -47,7 +49,7 @@ class PackedFormat(Protocol):
         """The weight of the linear called `name`. Raises `FormatError`."""
 
     def rounding(self, name: str) -> Activations | None:
-        """How the linear called `name` rounds its input."""
+        """How the linear called `name`, decoded before, rounds its input."""
 
 
 def packed_format(facts: Mapping[str, Any]) -> PackedFormat | None:
@@ -63,8 +65,9 @@ def packed_format(facts: Mapping[str, Any]) -> PackedFormat | None:
 
 def read_layers(
     checkpoint: Checkpoint, format: PackedFormat, model: nn.Module, rename: Callable[[str], str]
-) -> tuple[dict[str, QTensor], set[str]]:
-    """Every packed linear of `checkpoint` by its name in `model`, and the names of the tensors that they came from.
+) -> tuple[dict[str, tuple[QTensor, Activations | None]], set[str]]:
+    """Every packed linear of `checkpoint` by its name in `model`, and how it rounds its input; and the names of the
+    tensors that they came from.
 
     `model` lends the shapes and may be on `meta`. `rename` turns a tensor's name in the file into that in the model.
 
@@ -78,7 +81,7 @@ def read_layers(
     if not packed:
         raise FormatError("the model folder has no packed weights", where=str(checkpoint.folder), wanted=format.marker)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    layers: dict[str, QTensor] = {}
+    layers = {}
     for owner, leaves in packed.items():
         name = rename(f"{owner}.weight").removesuffix(".weight")
         if name not in linears:
@@ -86,7 +89,8 @@ def read_layers(
         if leaves - format.tensors:
             raise FormatError("a packed layer has tensors that are unknown", where=owner, got=sorted(leaves))
         tensors = {leaf: t for leaf in leaves for t in checkpoint.read([f"{owner}.{leaf}"]).values()}
-        layers[name] = format.decode(owner, tensors, linears[name].out_features, linears[name].in_features)
+        weight = format.decode(owner, tensors, linears[name].out_features, linears[name].in_features)
+        layers[name] = weight, format.rounding(owner)
     return layers, {f"{owner}.{leaf}" for owner, leaves in packed.items() for leaf in leaves}
 
 
@@ -208,6 +212,7 @@ class PackQuantized:
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
         self.schemes: list[tuple[list[str], tuple[Scheme, Activations | None]]] = []
+        self.found: dict[str, Activations] = {}
         try:
             unread = [key for key in ("kv_cache_scheme", "transform_config") if facts.get(key)]
             if (facts.get("sparsity_config") or {}).get("format", "dense") != "dense":
@@ -261,7 +266,7 @@ class FloatQuantized(PackQuantized):
     """compressed-tensors `float-quantized`: float8 weights, with a scale for each row, group, block, or for all."""
 
     marker: ClassVar[str] = "weight_scale"
-    tensors: ClassVar[frozenset[str]] = frozenset({"weight", "weight_scale"})
+    tensors: ClassVar[frozenset[str]] = frozenset({"weight", "weight_scale", "input_scale"})
 
     def scheme(self, group: Mapping[str, Any]) -> Scheme:
         """The rows and columns of a weight that share a scale. Raises `FormatError` where it is not float8."""
@@ -284,17 +289,26 @@ class FloatQuantized(PackQuantized):
         """The weight of the linear called `name`; its codes are as stored, and a scale is repeated for its rows."""
         rows, columns, _ = self._group_of(name)[0]
         _require(name, tensors, {"weight", "weight_scale"})
+        if (rounding := self._group_of(name)[1]) is not None and rounding.static:
+            _require(name, tensors, {"input_scale"})
+            end = FLOAT8 * float(_scales(name, tensors["input_scale"])[1].max())
+            self.found[name] = replace(rounding, low=-end, high=end)
         weight, scale = tensors["weight"], tensors["weight_scale"]
         _check(name, weight, (out_features, in_features), torch.float8_e4m3fn)
         rows, size = _width(rows, out_features), _width(columns, in_features)
         counts = -(-out_features // rows), -(-in_features // size)
         scale = scale.reshape(1, 1) if scale.numel() == 1 else scale
         _check(name, scale, counts, None)
-        if bool(weight.to(torch.bfloat16).isnan().any()):
+        codes = weight.view(torch.uint8)
+        if bool(((codes & 127) == 127).any()):
             raise FormatError("a packed layer has weights that are not finite", where=name)
         dtype, scale = _scales(name, scale.repeat_interleave(rows, 0)[:out_features])
         layout = Codebook(out_features, in_features, "e4m3fn", size, scale_dtype=dtype)
-        return QTensor({"codes": pack(weight.view(torch.uint8), 8), "scale": scale}, layout)
+        return QTensor({"codes": pack(codes, 8), "scale": scale}, layout)
+
+    def rounding(self, name: str) -> Activations | None:
+        """How the linear called `name`, decoded before, rounds its input: a static range is in its tensors."""
+        return self.found.get(name, super().rounding(name))
 
 
 def _scheme(group: Mapping[str, Any]) -> Scheme:
@@ -328,24 +342,24 @@ def _refuse(group: Mapping[str, Any], faults: Mapping[str, Any], wanted: str) ->
 
 
 def _rounding(group: Mapping[str, Any]) -> Activations | None:
-    """How a config group rounds inputs. Raises `FormatError` where that is not dynamic per token, or per group of one
-    in float8."""
+    """How a config group rounds inputs. Raises `FormatError` where that is not dynamic per token, or in float8."""
     facts = group.get("input_activations")
     if not facts:
         return None
-    kind, strategy, size = facts.get("type", "int"), facts.get("strategy"), facts.get("group_size")
-    bits, symmetric = facts["num_bits"], facts.get("symmetric", True)
-    known = strategy == "token" or (kind == "float" and strategy == "group" and isinstance(size, int) and size > 0)
-    known = known and (kind == "int" or (kind == "float" and bits == 8 and symmetric is True))
-    dynamic = known and facts.get("dynamic") is True
-    if not dynamic or bits not in range(2, 9) or not isinstance(symmetric, bool) or facts.get("scale_dtype"):
+    bits, kind, symmetric = facts["num_bits"], facts.get("type", "int"), facts.get("symmetric", True)
+    how, size = (facts.get("strategy"), facts.get("dynamic")), facts.get("group_size")
+    known = how == ("token", True) and isinstance(symmetric, bool) and bits in range(2, 9) and kind == "int"
+    static = how == ("tensor", False) and group["weights"].get("type") == "float"
+    if kind == "float" and bits == 8 and symmetric is True:
+        known = static or how == ("token", True) or (how == ("group", True) and isinstance(size, int) and size > 0)
+    if not known or facts.get("scale_dtype"):
         raise FormatError(
             "compressed-tensors rounds inputs in an unknown way",
             where=WHERE,
             got=f"input_activations: {dict(facts)}"[:200],
-            wanted="dynamic integers of 2 to 8 bits per token, or float8 per token or group",
+            wanted="dynamic integers of 2 to 8 bits per token, or float8 per token, group or tensor",
         )
-    return Activations(bits, kind, symmetric, group_size=size if strategy == "group" else -1)
+    return Activations(bits, kind, symmetric, group_size=size if how[0] == "group" else -1, static=static)
 
 
 def _names(name: str, target: str) -> bool:

@@ -3,10 +3,8 @@
 A token, or a group of its features, is put on a uniform grid of its own: `x ≈ (q - zero) * scale` with whole `q` and
 `zero` in `[0, 2**bits)`. The grid is that of weights (`slimtune.quant.grid`), but its scale is not rounded: it is made
 anew for every token and never stored. compressed-tensors, and so transformers and vLLM, use the same grid. Rounding is
-half to even. What comes back is a float again ("fake quantization"), so every device and dtype can run it.
-
-Where the `type` is float, `q` is a number of float8 (e4m3fn) instead, the greatest magnitude goes to 448, and there is
-no zero point.
+half to even. Where the `type` is float, `q` is a number of float8 (e4m3fn), 448 the greatest, and there is no zero
+point. What comes back is a float again ("fake quantization"), so every device and dtype can run it.
 """
 
 from __future__ import annotations
@@ -53,14 +51,10 @@ class Activations:
     def __post_init__(self) -> None:
         if self.bits not in (*range(2, 9), 16):
             raise RecipeError("bits out of range", where="bits", got=self.bits, wanted="2 to 8, or 16 for none")
-        if self.type == "float" and (self.bits not in (8, 16) or not self.sym):
-            raise RecipeError(
-                "float activations are float8, without zero points",
-                where="type",
-                got=f"float, bits: {self.bits}, sym: {str(self.sym).lower()}",
-                wanted="bits: 8, sym: true",
-                remedy="use type: int for another width or an asymmetric grid",
-            )
+        if self.type != "int" and (self.type != "float" or self.bits not in (8, 16) or not self.sym):
+            got = f"{self.type}, bits: {self.bits}, sym: {str(self.sym).lower()}"
+            wanted, remedy = "float, bits: 8, sym: true", "use type: int for other bits or zero points"
+            raise RecipeError("float inputs are float8", where="type", got=got, wanted=wanted, remedy=remedy)
         if not 0 < self.clip_ratio <= 1:
             raise RecipeError(
                 "clip_ratio out of range", where="clip_ratio", got=self.clip_ratio, wanted="above 0, to 1"
@@ -108,9 +102,8 @@ class Activations:
         low, high = low * self.clip_ratio, high * self.clip_ratio
         scale = (high - low) / (2 * FLOAT8 if self.type == "float" else 2**self.bits - 1)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a token of zeros: any scale is exact
-        if self.type == "float":
-            return scale, torch.zeros_like(scale)
-        zero = torch.full_like(scale, 2 ** (self.bits - 1)) if self.sym else (-low / scale).round_()
+        middle = 0 if self.type == "float" else 2 ** (self.bits - 1)
+        zero = torch.full_like(scale, middle) if self.sym else (-low / scale).round_()
         return scale, zero
 
 

@@ -97,13 +97,9 @@ class Treatments:
             rounding = rounding if rounding is not None and rounding.bits < 16 else None
             method = build(QUANTIZERS[step.method], options, where)
             if isinstance(method, Fp8) and rounding is not None and rounding.type != "float":
-                raise RecipeError(
-                    "no engine multiplies float8 weights with whole numbers",
-                    where=f"{where}.activations",
-                    got=f"bits: {rounding.bits}, type: {rounding.type}",
-                    wanted="bits: 8, type: float",
-                    remedy="say so, or leave activations out, or use method: rtn",
-                )
+                what, where = "float8 weights are multiplied with float8 inputs", f"{where}.activations"
+                got, wanted = f"bits: {rounding.bits}, type: {rounding.type}", "bits: 8, type: float"
+                raise RecipeError(what, where=where, got=got, wanted=wanted, remedy="say so, or use method: rtn")
             self._made[patterns] = Treatment(method, rounding)
         return self._made[patterns]
 
