@@ -408,8 +408,8 @@ def test_float8_is_decoded_and_rounded_to_what_was_asked(kind: str, tmp_path: Pa
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             weight, got = module.dequantize(torch.float32), other[f"{name}.weight"]
-            step = {"f32": 0.0, "bf16": 2**-8, "q8_0": 0.51 / 127}[kind] * weight.abs().amax()
-            assert float((got - weight).abs().max()) <= step
+            stored = kind.upper() if kind != "q8_0" or weight.shape[1] % 32 == 0 else "F16"
+            assert bool(((got - weight).abs() <= slack(weight, stored)).all())
 
 
 def test_rounded_inputs_are_refused(tmp_path: Path) -> None:

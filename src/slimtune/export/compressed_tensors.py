@@ -46,9 +46,9 @@ class Scheme(NamedTuple):
     bits: int
     group_size: int
     symmetric: bool
-    type: str
     inputs: int
-    inputs_type: str
+    type: str = "int"
+    inputs_type: str = "int"
 
 
 class CompressedTensorsExporter:
@@ -245,10 +245,10 @@ def _scheme(layer: QuantLinear) -> Scheme:
     layout, inputs = cast(Held, layer.layout), layer.activations or Activations(16)
     size = -1 if layout.groups == 1 and inputs.bits < 16 else layout.group_size
     kind, symmetric = ("int", layout.symmetric) if isinstance(layout, Affine) else ("float", True)
-    return Scheme(layout.bits, size, symmetric, kind, inputs.bits, inputs.type)
+    return Scheme(layout.bits, size, symmetric, inputs.bits, kind, inputs.type)
 
 
 def _spoken(scheme: Scheme) -> str:
     rounded = f", inputs {scheme.inputs} bits ({scheme.inputs_type})" if scheme.inputs < 16 else ""
-    kind = "symmetric" if scheme.symmetric else "zero points"
-    return f"{scheme.bits} bits ({scheme.type}), group_size {scheme.group_size}, {kind}{rounded}"
+    kind = "float8" if scheme.type == "float" else "symmetric" if scheme.symmetric else "zero points"
+    return f"{scheme.bits} bits, group_size {scheme.group_size}, {kind}{rounded}"

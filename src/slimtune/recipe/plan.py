@@ -290,7 +290,8 @@ def _held(config: Any, modelmap: ModelMap) -> dict[str, Any]:
         return {}
     if facts.get("quant_method") != METHOD:
         if isinstance(packed_format(facts), PackQuantized):
-            return {"bits": max(group["weights"]["num_bits"] for group in facts["config_groups"].values())}
+            groups = facts["config_groups"].values()
+            return {"bits": max((group["weights"]["num_bits"] for group in groups), default=16)}
         bits, group = facts.get("bits"), facts.get("group_size") or -1
         return {"bits": bits + (24 / group if group > 0 else 0)} if isinstance(bits, int) else {}
     size, decoding = 0.0, 0
