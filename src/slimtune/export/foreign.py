@@ -226,8 +226,21 @@ class PackQuantized:
             raise FormatError("compressed-tensors with more than packed weights", where=WHERE, got=", ".join(unread))
 
     def scheme(self, group: Mapping[str, Any]) -> Scheme:
-        """What a config group says of weights. Raises `FormatError` where it says what is not read here."""
-        return _scheme(group)
+        """What a config group says of weights. Raises `FormatError` where it says more than whole numbers in groups."""
+        weights: Mapping[str, Any] = group["weights"]
+        bits, strategy, symmetric = int(weights["num_bits"]), weights["strategy"], weights["symmetric"]
+        size = int(weights["group_size"]) if strategy == "group" else -1
+        faults = {
+            "format": group.get("format", "pack-quantized") != "pack-quantized",
+            "output_activations": group.get("output_activations"),
+            "type": weights.get("type", "int") != "int",
+            "num_bits": not 1 <= bits <= 8,
+            "strategy": strategy not in ("group", "channel"),
+            "group_size": strategy == "group" and size < 1,
+            "symmetric": not isinstance(symmetric, bool),
+        }
+        _refuse(group, faults, "integer codes of 1 to 8 bits in groups or channels")
+        return bits, size, symmetric
 
     def decode(self, name: str, tensors: Mapping[str, Tensor], out_features: int, in_features: int) -> QTensor:
         """The weight of the linear called `name`; its codes are as stored."""
@@ -309,24 +322,6 @@ class FloatQuantized(PackQuantized):
     def rounding(self, name: str) -> Activations | None:
         """How the linear called `name`, decoded before, rounds its input: a static range is in its tensors."""
         return self.found.get(name, super().rounding(name))
-
-
-def _scheme(group: Mapping[str, Any]) -> Scheme:
-    """What a config group says of weights. Raises `FormatError` where it says more than whole numbers in groups."""
-    weights: Mapping[str, Any] = group["weights"]
-    bits, strategy, symmetric = int(weights["num_bits"]), weights["strategy"], weights["symmetric"]
-    size = int(weights["group_size"]) if strategy == "group" else -1
-    faults = {
-        "format": group.get("format", "pack-quantized") != "pack-quantized",
-        "output_activations": group.get("output_activations"),
-        "type": weights.get("type", "int") != "int",
-        "num_bits": not 1 <= bits <= 8,
-        "strategy": strategy not in ("group", "channel"),
-        "group_size": strategy == "group" and size < 1,
-        "symmetric": not isinstance(symmetric, bool),
-    }
-    _refuse(group, faults, "integer codes of 1 to 8 bits in groups or channels")
-    return bits, size, symmetric
 
 
 def _refuse(group: Mapping[str, Any], faults: Mapping[str, Any], wanted: str) -> None:

@@ -51,7 +51,8 @@ class Activations:
     def __post_init__(self) -> None:
         if self.bits not in (*range(2, 9), 16):
             raise RecipeError("bits out of range", where="bits", got=self.bits, wanted="2 to 8, or 16 for none")
-        if self.type != "int" and (self.type != "float" or self.bits not in (8, 16) or not self.sym):
+        float8s = self.type == "float" and self.bits in (8, 16) and self.sym
+        if self.type != "int" and not float8s:
             got = f"{self.type}, bits: {self.bits}, sym: {str(self.sym).lower()}"
             wanted, remedy = "float, bits: 8, sym: true", "use type: int for other bits or zero points"
             raise RecipeError("float inputs are float8", where="type", got=got, wanted=wanted, remedy=remedy)

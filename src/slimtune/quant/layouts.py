@@ -123,10 +123,9 @@ class Affine:
 class Codebook:
     """Codes of levels that need not be evenly spaced: `W = levels[code] * scale`, one scale per group of features.
 
-    Scales are bfloat16 (others' layers keep their `scale_dtype`), or where they are `nested`, quantized too: `scale[o,
-    g] = offset[o, h] + code[o, g] * step[o, h]` with 8-bit codes, and a bfloat16 offset and step for each run `h` of up
-    to 256 scales of a row. `levels` is a name in `slimtune.linalg.levels.LEVELS`; raises `FormatError` on another, and
-    on an unknown dtype.
+    Scales are bfloat16 (or others' `scale_dtype`), or where they are `nested`, quantized too: `scale[o, g] = offset[o,
+    h] + code[o, g] * step[o, h]` with 8-bit codes, and a bfloat16 offset and step for each run `h` of up to 256 scales
+    of a row. `levels` is a name in `slimtune.linalg.levels.LEVELS`; raises `FormatError` on another, or another dtype.
 
     Example:
         >>> layout = Codebook(out_features=8, in_features=100, levels="nf4", group_size=64, nested=True)
