@@ -27,7 +27,7 @@ LEVELS: dict[str, tuple[float, ...]] = {
         0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ),
-    "e4m3fn": tuple(torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double().tolist()),
+    "e4m3fn": tuple(torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).double().tolist()),
 }
 # fmt: on
 """Levels in the order of their codes, by the name that a layout stores; a power of two of them, 0 among them.
