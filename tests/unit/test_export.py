@@ -25,7 +25,7 @@ from slimtune.arch import Port, Space, bind
 from slimtune.errors import BackendMissing, FormatError, RecipeError, SlimtuneError
 from slimtune.export import EXPORTERS, Source, export
 from slimtune.export.base import probe_logits
-from slimtune.export.compressed_tensors import packed_layer, schemes_of
+from slimtune.export.compressed_tensors import Scheme, packed_layer, schemes_of
 from slimtune.export.load import read_model
 from slimtune.export.native import settle_
 from slimtune.linalg.packing import unpack
@@ -330,7 +330,7 @@ def test_layers_the_format_cannot_hold_are_all_named(tmp_path: Path) -> None:
         schemes_of({name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)})
     named = [line.split(":")[-2].strip() for line in str(caught.value).splitlines() if "model.layers" in line]
     assert named == ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.v_proj", "model.layers.1.mlp.down_proj"]
-    assert "its layout is 'raw', not affine" in str(caught.value)
+    assert "its layout is 'raw', neither affine nor float8" in str(caught.value)
     assert "groups of 16 do not divide 40 input features" in str(caught.value)
     assert "32, 64 or -1" in str(caught.value)
     with pytest.raises(FormatError, match="down_proj"):
@@ -352,9 +352,9 @@ def test_rows_of_one_group_join_the_groups_of_their_size() -> None:
     def layers(*widths: tuple[int, int]) -> dict[str, QuantLinear]:
         return {str(n): QuantLinear(Affine(4, width, 4, group, True)) for n, (width, group) in enumerate(widths)}
 
-    assert schemes_of(layers((16, 16), (32, 16))) == {(4, 16, True, 16): ["0", "1"]}
-    assert schemes_of(layers((16, 16), (24, 24))) == {(4, -1, True, 16): ["0", "1"]}
-    assert schemes_of(layers((16, 16), (32, 8))) == {(4, -1, True, 16): ["0"], (4, 8, True, 16): ["1"]}
+    assert schemes_of(layers((16, 16), (32, 16))) == {Scheme(4, 16, True, 16): ["0", "1"]}
+    assert schemes_of(layers((16, 16), (24, 24))) == {Scheme(4, -1, True, 16): ["0", "1"]}
+    assert schemes_of(layers((16, 16), (32, 8))) == {Scheme(4, -1, True, 16): ["0"], Scheme(4, 8, True, 16): ["1"]}
 
 
 @pytest.mark.parametrize("version", [None, "0.16.1"])

@@ -102,7 +102,14 @@ def test_slimtune_reads_packed_ones_back(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"dynamic": False}, {"strategy": "tensor"}, {"type": "float"}, {"num_bits": 1}, {"symmetric": 3}],
+    [
+        {"dynamic": False},
+        {"strategy": "tensor"},
+        {"type": "float"},
+        {"type": "float", "num_bits": 8, "strategy": "tensor", "dynamic": False},  # whose range is not read here
+        {"num_bits": 1},
+        {"symmetric": 3},
+    ],
     ids=str,
 )
 def test_inputs_that_are_rounded_in_an_unknown_way_are_refused(change: dict[str, Any], tmp_path: Path) -> None:

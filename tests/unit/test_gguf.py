@@ -32,6 +32,7 @@ from slimtune.export.load import load, model_config
 from slimtune.lora.attach import add_lora
 from slimtune.quant.activation import Activations
 from slimtune.quant.apply import all_linear, quantize_
+from slimtune.quant.fp8 import Fp8
 from slimtune.quant.linear import QuantLinear
 from slimtune.quant.rtn import Rtn
 from slimtune.recipe.shell import export_model, generate_text
@@ -395,6 +396,20 @@ def test_scaled_rotary_embeddings_survive_the_way_out_and_in(rope: dict[str, Any
     torch.testing.assert_close(logits(loaded, inputs), logits(model, inputs), rtol=0, atol=1e-5)
     torch.testing.assert_close(loaded.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
     assert {key: loaded.config.rope_parameters[key] for key in rope} == pytest.approx(rope)
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0"])
+def test_float8_is_decoded_and_rounded_to_what_was_asked(kind: str, tmp_path: Path) -> None:
+    model = model_of("llama")
+    quantize_(model, bind(model), all_linear(Fp8()))
+    types = export(of(model), "gguf", tmp_path / "out", kind).facts["types"]
+    assert kind.upper() in types
+    other = read(tmp_path / "out", type(model.config)(**model_of("llama").config.to_dict())).state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            weight, got = module.dequantize(torch.float32), other[f"{name}.weight"]
+            stored = kind.upper() if kind != "q8_0" or weight.shape[1] % 32 == 0 else "F16"
+            assert bool(((got - weight).abs() <= slack(weight, stored)).all())
 
 
 def test_rounded_inputs_are_refused(tmp_path: Path) -> None:

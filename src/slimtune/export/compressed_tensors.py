@@ -2,9 +2,9 @@
 
 `pack-quantized` has slimtune's codes as they are (compressed-tensors >= 0.17): `weight_packed` is the stored tensor
 seen as int32, and zero points are packed the same way along `out_features`. Layers of 8 bits that round their inputs to
-8 bits are `int-quantized`, one code a byte, since engines look for W8A8 there; all others are packed, and say so: left
-to itself, compressed-tensors would store W4A4 as bytes, which vLLM does not take. What the formats cannot say is
-refused, layer by layer, before anything is written.
+8 bits are `int-quantized`, one code a byte, since engines look for W8A8 there, and float8 ones `float-quantized`; all
+others are packed, and say so: left to itself, compressed-tensors would store W4A4 as bytes, which vLLM does not take.
+What the formats cannot say is refused, layer by layer, before anything is written.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from packaging.version import Version
@@ -26,20 +26,29 @@ from slimtune.export.load import read_model
 from slimtune.linalg.packing import pack, unpack, words
 from slimtune.lora.attach import has_adapter, load_adapter, plain, save_adapter
 from slimtune.quant.activation import Activations, activations_to_dict
-from slimtune.quant.layouts import Affine, Layout
+from slimtune.quant.layouts import Affine, Codebook, Layout
 from slimtune.quant.linear import QuantLinear
 
 PACKAGE, OLDEST = "compressed-tensors", "0.17"
 ADAPTER = "adapter"
-TOKENS = {"type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+Held = Affine | Codebook
+TOKENS = {"symmetric": True, "strategy": "token", "dynamic": True}
 REMEDY = (
-    "export safetensors, or quantize with a method of whole zero points (rtn, optq) and a group_size of 32, 64 or -1 "
-    "that divides the width"
+    "export safetensors, or quantize with fp8 or a method of whole zero points (rtn, optq), and a group_size of 32, 64 "
+    "or -1 that divides the width"
 )
 
-Scheme = tuple[int, int, bool, int]
-"""What the layers of a config group share: bits, group size (-1: a whole row), whether the grid is symmetric, and the
-bits that inputs are rounded to (16: none)."""
+
+class Scheme(NamedTuple):
+    """What the layers of a config group share; `group_size` -1 is a whole row, `inputs` 16 none that are rounded, and
+    the types are those of `Activations`."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    inputs: int
+    type: str = "int"
+    inputs_type: str = "int"
 
 
 class CompressedTensorsExporter:
@@ -47,12 +56,12 @@ class CompressedTensorsExporter:
 
     loads_in: ClassVar[str] = (
         "A packed Hugging Face model in a compressed-tensors format, made from `{name}`. `config.json` says which:"
-        " `pack-quantized`, `int-quantized` (W8A8), or both (`mixed-precision`).\n\n"
+        " `pack-quantized`, `int-quantized` (W8A8), `float-quantized` (FP8), or several (`mixed-precision`).\n\n"
         "- transformers: `pip install 'compressed-tensors>=0.17'`, then `AutoModelForCausalLM.from_pretrained(FOLDER)`;"
         " 2 to 6 and 8 bits; the weights are decoded in memory, and where inputs are rounded, they are rounded floats\n"
         "- vLLM: the folder is the model; 4 and 8 bits, and 2 and 3 bits in new versions where the grid is symmetric;"
         " W8A8 in integer kernels, W4A8 and W4A4 in versions that have kernels for them (mid-2026 and later),"
-        " inputs of other widths in none\n"
+        " inputs of other widths in none; FP8 with one scale a row\n"
         "- `adapter/`, where there is one, is a stock PEFT adapter trained on these packed weights and not merged into"
         " them; load it on this model:\n"
         "  - transformers + PEFT: `PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(FOLDER),"
@@ -124,13 +133,13 @@ def schemes_of(layers: dict[str, QuantLinear]) -> dict[Scheme, list[str]]:
     if faults:
         raise FormatError("compressed-tensors cannot hold these layers", got="\n          ".join(faults), remedy=REMEDY)
     found = {name: _scheme(layer) for name, layer in layers.items()}
-    grouped = {found[name] for name, layer in layers.items() if cast(Affine, layer.layout).groups > 1}
+    grouped = {found[name] for name, layer in layers.items() if cast(Held, layer.layout).groups > 1}
     schemes: dict[Scheme, list[str]] = {}
     for name, scheme in found.items():
         # A row of one group is a group as well: where others have groups of this size, there is one scheme, not two.
-        alone = cast(Affine, layers[name].layout).groups == 1 and scheme not in grouped
-        schemes.setdefault((scheme[0], -1, *scheme[2:]) if alone else scheme, []).append(name)
-    if _read_late(schemes) and not all(symmetric for _, _, symmetric, _ in schemes):
+        alone = cast(Held, layers[name].layout).groups == 1 and scheme not in grouped
+        schemes.setdefault(scheme._replace(group_size=-1) if alone else scheme, []).append(name)
+    if _read_late(schemes) and not all(scheme.symmetric for scheme in schemes):
         raise FormatError(
             "transformers reads compressed-tensors with zero points only where all layers share bits and group size, "
             "and none rounds its input",
@@ -142,25 +151,25 @@ def schemes_of(layers: dict[str, QuantLinear]) -> dict[Scheme, list[str]]:
 
 def _read_late(schemes: Mapping[Scheme, object]) -> bool:
     """Whether transformers has to decode these after it has loaded them."""
-    return len(schemes) > 1 or any(inputs < 16 for _, _, _, inputs in schemes)
+    return len(schemes) > 1 or any(scheme.inputs < 16 for scheme in schemes)
 
 
 def quantization_config(schemes: dict[Scheme, list[str]], dense: list[str]) -> dict[str, Any]:
     """The `quantization_config` of `config.json`; `dense` are the linears that were left as they are."""
     groups: dict[str, dict[str, Any]] = {}
     for number, (scheme, names) in enumerate(schemes.items()):
-        bits, group_size, symmetric, inputs = scheme
+        rounded = {"num_bits": scheme.inputs, "type": scheme.inputs_type}
         groups[f"group_{number}"] = {
             "targets": ["Linear"] if len(schemes) == 1 else names,  # the form every engine knows, where it will do
             "weights": {
-                "num_bits": bits,
-                "type": "int",
-                "strategy": "channel" if group_size == -1 else "group",
-                "group_size": None if group_size == -1 else group_size,
-                "symmetric": symmetric,
+                "num_bits": scheme.bits,
+                "type": scheme.type,
+                "strategy": "channel" if scheme.group_size == -1 else "group",
+                "group_size": None if scheme.group_size == -1 else scheme.group_size,
+                "symmetric": scheme.symmetric,
                 "dynamic": False,
             },
-            "input_activations": TOKENS | {"num_bits": inputs} if inputs < 16 else None,
+            "input_activations": TOKENS | rounded if scheme.inputs < 16 else None,
             "output_activations": None,
             "format": format_of(scheme),
         }
@@ -178,16 +187,19 @@ def quantization_config(schemes: dict[Scheme, list[str]], dense: list[str]) -> d
 
 
 def packed_layer(layer: QuantLinear, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of an affine layer as compressed-tensors names and packs them.
+    """The tensors of an affine or float8 layer as compressed-tensors names and packs them.
 
-    `int-quantized` has signed codes, one a byte.
+    `int-quantized` has signed codes, one a byte, and `float-quantized` float8 numbers.
 
     Packed ones and zero points are signed and are packed with `2**(bits - 1)` added: that is what ours are. Scales
     are in `dtype`, because readers decode in the dtype of the scales: in bfloat16 they would round a float32
     model's weights.
     """
-    layout, tensors = cast(Affine, layer.layout), layer.qtensor.tensors
+    layout, tensors = cast(Held, layer.layout), layer.qtensor.tensors
     scale = tensors["scale"].to(dtype) if exact(tensors["scale"], dtype) else tensors["scale"]
+    if isinstance(layout, Codebook):
+        codes = unpack(tensors["codes"], layout.bits, layout.in_features)
+        return {"weight": codes.view(torch.float8_e4m3fn).clone(), "weight_scale": scale}
     if format_of(_scheme(layer)) == "int-quantized":
         codes = unpack(tensors["codes"], layout.bits, layout.in_features).to(torch.int16) - 128
         return {"weight": codes.to(torch.int8), "weight_scale": scale}
@@ -203,9 +215,9 @@ def packed_layer(layer: QuantLinear, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def fault_of(layout: Layout) -> str:
     """Why compressed-tensors cannot hold weights of this layout; empty where it can."""
-    if not isinstance(layout, Affine):
-        return f"its layout is '{layout.tag}', not affine"
-    if layout.float_zero:
+    if not isinstance(layout, Affine) and not (isinstance(layout, Codebook) and layout.is_float8):
+        return f"its layout is '{layout.tag}', neither affine nor float8"
+    if isinstance(layout, Affine) and layout.float_zero:
         return "its zero points are not whole numbers"
     if layout.in_features % layout.group_size:
         return f"groups of {layout.group_size} do not divide {layout.in_features} input features"
@@ -214,24 +226,29 @@ def fault_of(layout: Layout) -> str:
 
 def fault_of_rounding(activations: Activations | None) -> str:
     """Why compressed-tensors cannot say that inputs are rounded so; empty where it can."""
-    if activations is None or activations == Activations(activations.bits):
+    if activations is None or activations == Activations(activations.bits, activations.type):
         return ""
-    said = ", ".join(f"{key}: {value}" for key, value in activations_to_dict(activations).items() if key != "bits")
+    facts = activations_to_dict(activations)
+    said = ", ".join(f"{key}: {value}" for key, value in facts.items() if key not in ("bits", "type"))
     return f"its inputs are not rounded per token on all of a symmetric range ({said})"
 
 
 def format_of(scheme: Scheme) -> str:
     """The format of layers of this scheme."""
-    return "int-quantized" if scheme[0] == scheme[3] == 8 and scheme[1] == -1 and scheme[2] else "pack-quantized"
+    if scheme.type == "float":
+        return "float-quantized"
+    plain = scheme.group_size == -1 and scheme.symmetric and scheme.inputs_type == "int"
+    return "int-quantized" if scheme.bits == scheme.inputs == 8 and plain else "pack-quantized"
 
 
 def _scheme(layer: QuantLinear) -> Scheme:
-    layout = cast(Affine, layer.layout)
-    inputs = layer.activations.bits if layer.activations is not None else 16
-    return layout.bits, -1 if layout.groups == 1 and inputs < 16 else layout.group_size, layout.symmetric, inputs
+    layout, inputs = cast(Held, layer.layout), layer.activations or Activations(16)
+    size = -1 if layout.groups == 1 and inputs.bits < 16 else layout.group_size
+    kind, symmetric = ("int", layout.symmetric) if isinstance(layout, Affine) else ("float", True)
+    return Scheme(layout.bits, size, symmetric, inputs.bits, kind, inputs.type)
 
 
 def _spoken(scheme: Scheme) -> str:
-    bits, group_size, symmetric, inputs = scheme
-    rounded = f", inputs {inputs} bits" if inputs < 16 else ""
-    return f"{bits} bits, group_size {group_size}, {'symmetric' if symmetric else 'zero points'}{rounded}"
+    rounded = f", inputs {scheme.inputs} bits ({scheme.inputs_type})" if scheme.inputs < 16 else ""
+    kind = "float8" if scheme.type == "float" else "symmetric" if scheme.symmetric else "zero points"
+    return f"{scheme.bits} bits, group_size {scheme.group_size}, {kind}{rounded}"

@@ -1,14 +1,16 @@
-"""Packed weights that others wrote, read as ours: GPTQ (v1 and v2), AWQ, and compressed-tensors `pack-quantized`.
+"""Packed weights that others wrote, read as ours: GPTQ (v1 and v2), AWQ, and compressed-tensors `pack-quantized` and
+`float-quantized`.
 
-All store affine codes, most as the bitstream that slimtune stores, transposed or not, so a layer becomes a `QTensor`
-without one code being fitted anew. What a file says that is not understood is refused by name: guessing decodes to
-noise.
+The last stores float8 numbers, the others affine codes, most as the bitstream that slimtune stores, transposed or not,
+so a layer becomes a `QTensor` without one code being fitted anew. What a file says that is not understood is refused by
+name: guessing decodes to noise.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -16,17 +18,19 @@ from torch import Tensor, nn
 
 from slimtune.arch.weights import Checkpoint
 from slimtune.errors import FormatError
+from slimtune.linalg.levels import FLOAT8
 from slimtune.linalg.packing import octets, pack, row_bytes, unpack
 from slimtune.quant.activation import Activations
 from slimtune.quant.base import QTensor
-from slimtune.quant.layouts import Affine, Layout
+from slimtune.quant.layouts import Affine, Codebook, Layout
 from slimtune.quant.scattered import SCALES, Scattered
 
 WIDTHS = (2, 3, 4, 8)
 WHERE = "config.json, quantization_config"
 
 Scheme = tuple[int, int, bool]
-"""Bits, group size (-1: a whole row), and whether the grid is symmetric."""
+"""Bits, group size (-1: a whole row), and whether the grid is symmetric; of float8, the rows and columns that share a
+scale (-1: all), and True."""
 
 
 class PackedFormat(Protocol):
@@ -45,7 +49,7 @@ class PackedFormat(Protocol):
         """The weight of the linear called `name`. Raises `FormatError`."""
 
     def rounding(self, name: str) -> Activations | None:
-        """How the linear called `name` rounds its input."""
+        """How the linear called `name`, decoded before, rounds its input."""
 
 
 def packed_format(facts: Mapping[str, Any]) -> PackedFormat | None:
@@ -55,15 +59,15 @@ def packed_format(facts: Mapping[str, Any]) -> PackedFormat | None:
         return Gptq(facts)
     if method == "awq":
         return Awq(facts)
-    if method == "compressed-tensors" and PackQuantized.claims(facts):
-        return PackQuantized(facts)
-    return None
+    kind = {"pack-quantized": PackQuantized, "float-quantized": FloatQuantized}.get(str(facts.get("format")))
+    return kind(facts) if kind is not None and method == "compressed-tensors" else None
 
 
 def read_layers(
     checkpoint: Checkpoint, format: PackedFormat, model: nn.Module, rename: Callable[[str], str]
-) -> tuple[dict[str, QTensor], set[str]]:
-    """Every packed linear of `checkpoint` by its name in `model`, and the names of the tensors that they came from.
+) -> tuple[dict[str, tuple[QTensor, Activations | None]], set[str]]:
+    """Every packed linear of `checkpoint` by its name in `model`, and how it rounds its input; and the names of the
+    tensors that they came from.
 
     `model` lends the shapes and may be on `meta`. `rename` turns a tensor's name in the file into that in the model.
 
@@ -73,11 +77,11 @@ def read_layers(
     for key in checkpoint.files:
         owner, _, leaf = key.rpartition(".")
         held.setdefault(owner, set()).add(leaf)
-    packed = {owner: leaves - {"bias"} for owner, leaves in held.items() if format.tensors & leaves}
+    packed = {owner: leaves - {"bias"} for owner, leaves in held.items() if (format.tensors - {"weight"}) & leaves}
     if not packed:
         raise FormatError("the model folder has no packed weights", where=str(checkpoint.folder), wanted=format.marker)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    layers: dict[str, QTensor] = {}
+    layers = {}
     for owner, leaves in packed.items():
         name = rename(f"{owner}.weight").removesuffix(".weight")
         if name not in linears:
@@ -85,7 +89,8 @@ def read_layers(
         if leaves - format.tensors:
             raise FormatError("a packed layer has tensors that are unknown", where=owner, got=sorted(leaves))
         tensors = {leaf: t for leaf in leaves for t in checkpoint.read([f"{owner}.{leaf}"]).values()}
-        layers[name] = format.decode(owner, tensors, linears[name].out_features, linears[name].in_features)
+        weight = format.decode(owner, tensors, linears[name].out_features, linears[name].in_features)
+        layers[name] = weight, format.rounding(owner)
     return layers, {f"{owner}.{leaf}" for owner, leaves in packed.items() for leaf in leaves}
 
 
@@ -207,22 +212,35 @@ class PackQuantized:
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
         self.schemes: list[tuple[list[str], tuple[Scheme, Activations | None]]] = []
+        self.found: dict[str, Activations] = {}
         try:
             unread = [key for key in ("kv_cache_scheme", "transform_config") if facts.get(key)]
             if (facts.get("sparsity_config") or {}).get("format", "dense") != "dense":
                 unread.append("sparsity_config")
             for group in facts["config_groups"].values():
-                self.schemes.append((list(group["targets"]), (_scheme(group), _rounding(group))))
+                self.schemes.append((list(group["targets"]), (self.scheme(group), _rounding(group))))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             got = str(facts.get("config_groups"))[:200]
             raise FormatError("the compressed-tensors configuration is malformed", where=WHERE, got=got) from error
         if unread:
             raise FormatError("compressed-tensors with more than packed weights", where=WHERE, got=", ".join(unread))
 
-    @staticmethod
-    def claims(facts: Mapping[str, Any]) -> bool:
-        """Whether weights are packed; other formats of compressed-tensors (float8, ...) are left to transformers."""
-        return facts.get("format") == "pack-quantized"
+    def scheme(self, group: Mapping[str, Any]) -> Scheme:
+        """What a config group says of weights. Raises `FormatError` where it says more than whole numbers in groups."""
+        weights: Mapping[str, Any] = group["weights"]
+        bits, strategy, symmetric = int(weights["num_bits"]), weights["strategy"], weights["symmetric"]
+        size = int(weights["group_size"]) if strategy == "group" else -1
+        faults = {
+            "format": group.get("format", "pack-quantized") != "pack-quantized",
+            "output_activations": group.get("output_activations"),
+            "type": weights.get("type", "int") != "int",
+            "num_bits": not 1 <= bits <= 8,
+            "strategy": strategy not in ("group", "channel"),
+            "group_size": strategy == "group" and size < 1,
+            "symmetric": not isinstance(symmetric, bool),
+        }
+        _refuse(group, faults, "integer codes of 1 to 8 bits in groups or channels")
+        return bits, size, symmetric
 
     def decode(self, name: str, tensors: Mapping[str, Tensor], out_features: int, in_features: int) -> QTensor:
         """The weight of the linear called `name`; its codes are as stored."""
@@ -257,46 +275,86 @@ class PackQuantized:
         raise FormatError("no group of the configuration has this packed layer", where=WHERE, got=name)
 
 
-def _scheme(group: Mapping[str, Any]) -> Scheme:
-    """What a config group says of weights. Raises `FormatError` where it says more than whole numbers in groups."""
-    weights: Mapping[str, Any] = group["weights"]
-    bits, strategy, symmetric = int(weights["num_bits"]), weights["strategy"], weights["symmetric"]
-    size = int(weights["group_size"]) if strategy == "group" else -1
-    faults = {
-        "format": group.get("format", "pack-quantized") != "pack-quantized",
-        "output_activations": group.get("output_activations"),
-        "type": weights.get("type", "int") != "int",
-        "num_bits": not 1 <= bits <= 8,
-        "strategy": strategy not in ("group", "channel"),
-        "group_size": strategy == "group" and size < 1,
-        "symmetric": not isinstance(symmetric, bool),
-    }
+class FloatQuantized(PackQuantized):
+    """compressed-tensors `float-quantized`: float8 weights, with a scale for each row, group, block, or for all."""
+
+    marker: ClassVar[str] = "weight_scale"
+    tensors: ClassVar[frozenset[str]] = frozenset({"weight", "weight_scale", "input_scale"})
+
+    def scheme(self, group: Mapping[str, Any]) -> Scheme:
+        """The rows and columns of a weight that share a scale. Raises `FormatError` where it is not float8."""
+        weights: Mapping[str, Any] = group["weights"]
+        strategy, block = weights["strategy"], weights.get("block_structure") or (0, 0)
+        sizes = {"tensor": (-1, -1), "channel": (1, -1), "group": (1, weights.get("group_size") or 0), "block": block}
+        rows, columns = (int(size) for size in sizes.get(strategy, (0, 0)))
+        faults = {
+            "format": group.get("format") not in (None, "float-quantized"),
+            "output_activations": group.get("output_activations"),
+            "type": weights["type"] != "float",
+            "num_bits": weights["num_bits"] != 8,
+            "strategy": not rows or not columns or min(rows, columns) < -1,
+            "symmetric": weights.get("symmetric", True) is not True,
+        }
+        _refuse(group, faults, "float8 weights with a scale for each channel, group, block or tensor")
+        return rows, columns, True
+
+    def decode(self, name: str, tensors: Mapping[str, Tensor], out_features: int, in_features: int) -> QTensor:
+        """The weight of the linear called `name`; its codes are as stored, and a scale is repeated for its rows."""
+        rows, columns, _ = self._group_of(name)[0]
+        _require(name, tensors, {"weight", "weight_scale"})
+        if (rounding := self._group_of(name)[1]) is not None and rounding.static:
+            _require(name, tensors, {"input_scale"})
+            end = FLOAT8 * float(_scales(name, tensors["input_scale"])[1].max())
+            self.found[name] = replace(rounding, low=-end, high=end)
+        weight, scale = tensors["weight"], tensors["weight_scale"]
+        _check(name, weight, (out_features, in_features), torch.float8_e4m3fn)
+        rows, size = _width(rows, out_features), _width(columns, in_features)
+        counts = -(-out_features // rows), -(-in_features // size)
+        scale = scale.reshape(1, 1) if scale.numel() == 1 else scale
+        _check(name, scale, counts, None)
+        codes = weight.view(torch.uint8)
+        if bool(((codes & 127) == 127).any()):
+            raise FormatError("a packed layer has weights that are not finite", where=name)
+        dtype, scale = _scales(name, scale.repeat_interleave(rows, 0)[:out_features])
+        layout = Codebook(out_features, in_features, "e4m3fn", size, scale_dtype=dtype)
+        return QTensor({"codes": pack(codes, 8), "scale": scale}, layout)
+
+    def rounding(self, name: str) -> Activations | None:
+        """How the linear called `name`, decoded before, rounds its input: a static range is in its tensors."""
+        return self.found.get(name, super().rounding(name))
+
+
+def _refuse(group: Mapping[str, Any], faults: Mapping[str, Any], wanted: str) -> None:
+    """Raise `FormatError` where a config group has faults, by the names of its fields."""
     unknown = [key for key, fault in faults.items() if fault]
     if unknown:
         raise FormatError(
             "compressed-tensors weights of an unknown kind",
             where=WHERE,
-            got=", ".join(f"{key}: {group.get(key, weights.get(key))}" for key in unknown)[:200],
-            wanted="integer codes of 1 to 8 bits in groups or channels, and outputs left alone",
+            got=", ".join(f"{key}: {group.get(key, group['weights'].get(key))}" for key in unknown)[:200],
+            wanted=f"{wanted}, and outputs left alone",
         )
-    return bits, size, symmetric
 
 
 def _rounding(group: Mapping[str, Any]) -> Activations | None:
-    """How a config group rounds inputs. Raises `FormatError` where that is not dynamic, whole numbers, per token."""
+    """How a config group rounds inputs. Raises `FormatError` where that is not dynamic per token, or in float8."""
     facts = group.get("input_activations")
     if not facts:
         return None
-    dynamic = facts.get("dynamic") is True and facts.get("strategy") == "token" and facts.get("type", "int") == "int"
-    bits, symmetric = facts["num_bits"], facts.get("symmetric", True)
-    if not dynamic or bits not in range(2, 9) or not isinstance(symmetric, bool) or facts.get("scale_dtype"):
+    bits, kind, symmetric = facts["num_bits"], facts.get("type", "int"), facts.get("symmetric", True)
+    how, size = (facts.get("strategy"), facts.get("dynamic")), facts.get("group_size")
+    known = how == ("token", True) and isinstance(symmetric, bool) and bits in range(2, 9) and kind == "int"
+    static = how == ("tensor", False) and group["weights"].get("type") == "float"
+    if kind == "float" and bits == 8 and symmetric is True:
+        known = static or how == ("token", True) or (how == ("group", True) and isinstance(size, int) and size > 0)
+    if not known or facts.get("scale_dtype"):
         raise FormatError(
             "compressed-tensors rounds inputs in an unknown way",
             where=WHERE,
             got=f"input_activations: {dict(facts)}"[:200],
-            wanted="dynamic integers of 2 to 8 bits per token",
+            wanted="dynamic integers of 2 to 8 bits per token, or float8 per token, group or tensor",
         )
-    return Activations(bits, sym=symmetric)
+    return Activations(bits, kind, symmetric, group_size=size if how[0] == "group" else -1, static=static)
 
 
 def _names(name: str, target: str) -> bool:
@@ -312,13 +370,9 @@ def _is_class(name: str, target: str) -> bool:
 def _qtensor(name: str, codes: Tensor, scale: Tensor, zero: Tensor, group: Tensor, bits: int) -> QTensor:
     """The narrowest layout that says the same; `scale` and `zero` are `[out, groups]`, `group` `[in]`."""
     (rows, groups), columns = scale.shape, len(group)
-    if not bool(scale.isfinite().all()):
-        raise FormatError("a packed layer has scales that are not finite", where=name)
-    dtype = next((key for key, kind in SCALES.items() if exact(scale, kind)), "")
-    if not dtype:
-        raise FormatError("a packed layer has scales of an unknown dtype", where=name, got=str(scale.dtype))
+    dtype, scale = _scales(name, scale)
     symmetric = bool((zero == 2 ** (bits - 1)).all())
-    tensors = {"codes": codes, "scale": scale.to(SCALES[dtype]).contiguous(), "zero": zero.contiguous(), "group": group}
+    tensors = {"codes": codes, "scale": scale, "zero": zero.contiguous(), "group": group}
     size = max(1, int((group == 0).sum()))
     layout: Layout
     if -(-columns // size) == groups and torch.equal(group, torch.arange(columns, dtype=torch.int32) // size):
@@ -327,6 +381,16 @@ def _qtensor(name: str, codes: Tensor, scale: Tensor, zero: Tensor, group: Tenso
         layout = Scattered(rows, columns, bits, groups, symmetric, scale_dtype=dtype)
         layout.check(group, name)
     return QTensor({leaf: tensors[leaf] for leaf in layout.tensors()}, layout)
+
+
+def _scales(name: str, scale: Tensor) -> tuple[str, Tensor]:
+    """The first dtype that holds all scales, by its name, and the scales in it."""
+    if not bool(scale.isfinite().all()):
+        raise FormatError("a packed layer has scales that are not finite", where=name)
+    dtype = next((key for key, kind in SCALES.items() if exact(scale, kind)), "")
+    if not dtype:
+        raise FormatError("a packed layer has scales of an unknown dtype", where=name, got=str(scale.dtype))
+    return dtype, scale.to(SCALES[dtype]).contiguous()
 
 
 def exact(tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -132,13 +132,17 @@ def read_packed(folder: Path, format: PackedFormat, dtype: torch.dtype) -> PreTr
     del config.quantization_config
     checkpoint, empty = Checkpoint(folder), empty_model(config, dtype)
     layers, taken = read_layers(checkpoint, format, empty, partial(_renamed, get_model_conversion_mapping(empty)))
-    groups = [{**layout_to_dict(layer.layout), "modules": [name]} for name, layer in layers.items()]
-    for group in groups:
-        if (rounding := format.rounding(group["modules"][0])) is not None:
-            group["activations"] = activations_to_dict(rounding)
+    groups = [
+        {**layout_to_dict(layer.layout), "modules": [name]}
+        | ({"activations": activations_to_dict(rounding)} if rounding is not None else {})
+        for name, (layer, rounding) in layers.items()
+    ]
     config.quantization_config = SlimtuneConfig(groups=groups).to_dict()  # as transformers reads it from a file
     state = checkpoint.read(checkpoint.files.keys() - taken)
-    for name, layer in layers.items():
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and tensor.itemsize == 1:
+            raise FormatError("a float8 weight has no scale", where=name, wanted=format.marker)
+    for name, (layer, _) in layers.items():
         state.update({f"{name}.{leaf}": tensor for leaf, tensor in layer.tensors.items()})
     model = _loaded(partial(type(empty).from_pretrained, None, state_dict=state), config, dtype, folder)
     if (folder / "generation_config.json").is_file():

@@ -144,9 +144,9 @@ def decode_codebook(
 ) -> Tensor:
     """`W[o, i] = levels[q[o, i]] * scale[o, g]`, float32 or bfloat16 `[out, in_features]`, computed in float32.
 
-    Packed `codes` uint8 `[out, bytes]`, as wide as the index of a level; `scale` float32 `[out, groups]`.
+    Packed `codes` uint8 `[out, bytes]`, as wide as the index of a level; `scale` `[out, groups]`.
     """
-    codes, scale, bits = codes.contiguous(), scale.contiguous(), (len(levels) - 1).bit_length()
+    codes, scale, bits = codes.contiguous(), scale.float().contiguous(), (len(levels) - 1).bit_length()
     weight = torch.empty(len(codes), in_features, dtype=dtype)
     table, sizes = torch.tensor(levels, dtype=torch.float32), (len(codes), in_features, bits, group_size)
     _run("decode_codebook", weight.numel(), codes, codes.shape[1], scale, table, *sizes, weight, KINDS[dtype])

@@ -99,7 +99,8 @@ def dequantize_codebook(
 ) -> Tensor:
     """`W[o, i] = levels[q[o, i]] * scale[o, g]`, computed in the dtype of `scale`: `dtype [out, in_features]`."""
     kernel = reference_codebook
-    if dtype in (torch.float32, torch.bfloat16) and scale.dtype == torch.float32 and compiled.fits(codes, scale):
+    known = dtype in (torch.float32, torch.bfloat16) and scale.dtype in (torch.float32, dtype)
+    if known and compiled.fits(codes, scale):
         kernel = compiled.decode_codebook
     return kernel(codes, scale, levels=levels, group_size=group_size, in_features=in_features, dtype=dtype)
 
@@ -171,7 +172,18 @@ def integers_wanted(x: Tensor) -> bool:
     """Whether a product with `x`, rounded to at most 8 bits, runs in integers: in inference, by Triton's kernels or on
     a CPU with units for it. A graph is captured, and a gradient taken, of the reference."""
     return (
-        not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _references[-1])
+        _no_reference()
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and (triton_runs(x.device) or (x.device.type == "cpu" and int8.fast()))
     )
+
+
+def float8_wanted(x: Tensor) -> bool:
+    """Whether a product with `x`, rounded to float8, runs in it: in inference, in bfloat16, on an NVIDIA GPU of
+    compute capability 8.9 or more."""
+    there = x.device.type == "cuda" and torch.version.cuda is not None and x.dtype == torch.bfloat16
+    return there and _no_reference() and torch.cuda.get_device_capability(x.device) >= (8, 9)
+
+
+def _no_reference() -> bool:
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _references[-1])

@@ -45,7 +45,7 @@ def dequantize_codebook(
 
     Args:
         codes: packed codes, uint8 `[out, row_bytes(in_features, bits)]`, where there are `2**bits` levels.
-        scale: `[out, groups]`, float32 or float64; the arithmetic runs in its dtype.
+        scale: `[out, groups]`, of a dtype that holds all levels; the arithmetic runs in it.
         levels: what the codes stand for; a power of two of them.
         group_size: input features that share a scale; the last group may be shorter.
         in_features: columns of the weight.

@@ -3,20 +3,22 @@
 A token, or a group of its features, is put on a uniform grid of its own: `x ≈ (q - zero) * scale` with whole `q` and
 `zero` in `[0, 2**bits)`. The grid is that of weights (`slimtune.quant.grid`), but its scale is not rounded: it is made
 anew for every token and never stored. compressed-tensors, and so transformers and vLLM, use the same grid. Rounding is
-half to even. What comes back is a float again ("fake quantization"), so every device and dtype can run it.
+half to even. Where the `type` is float, `q` is a number of float8 (e4m3fn), 448 the greatest, and there is no zero
+point. What comes back is a float again ("fake quantization"), so every device and dtype can run it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from slimtune.errors import FormatError, RecipeError
+from slimtune.linalg.levels import FLOAT8, float8
 
 RATIOS = tuple(1.0 - 0.05 * i for i in range(13))
 """Fractions of the range that a search tries: 1 down to 0.4."""
@@ -37,6 +39,7 @@ class Activations:
     """
 
     bits: int = field(default=8, metadata={"help": "bits of an activation: 2 to 8; 16 leaves it alone"})
+    type: Literal["int", "float"] = field(default="int", metadata={"help": "whole numbers, or float8 of 8 bits"})
     sym: bool = field(default=True, metadata={"help": "symmetric grid without zero points"})
     clip_ratio: float = field(default=1.0, metadata={"help": "fraction of the range that the grid spans"})
     search: bool = field(default=False, metadata={"help": "find each layer's clip_ratio on the calibration text"})
@@ -48,6 +51,11 @@ class Activations:
     def __post_init__(self) -> None:
         if self.bits not in (*range(2, 9), 16):
             raise RecipeError("bits out of range", where="bits", got=self.bits, wanted="2 to 8, or 16 for none")
+        float8s = self.type == "float" and self.bits in (8, 16) and self.sym
+        if self.type != "int" and not float8s:
+            got = f"{self.type}, bits: {self.bits}, sym: {str(self.sym).lower()}"
+            wanted, remedy = "float, bits: 8, sym: true", "use type: int for other bits or zero points"
+            raise RecipeError("float inputs are float8", where="type", got=got, wanted=wanted, remedy=remedy)
         if not 0 < self.clip_ratio <= 1:
             raise RecipeError(
                 "clip_ratio out of range", where="clip_ratio", got=self.clip_ratio, wanted="above 0, to 1"
@@ -80,6 +88,8 @@ class Activations:
         parts = pad(work, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
         low, high = parts.aminmax(dim=-1, keepdim=True)
         scale, zero = self.grid(low.clamp_(max=0), high.clamp_(min=0))
+        if self.type == "float":
+            return float8(parts / scale).to(work.dtype), scale, zero
         return (parts / scale).round_().add_(zero).clamp_(0, 2**self.bits - 1), scale, zero
 
     def grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,9 +101,10 @@ class Activations:
             high = torch.maximum(-low, high)
             low = -high
         low, high = low * self.clip_ratio, high * self.clip_ratio
-        scale = (high - low) / (2**self.bits - 1)
+        scale = (high - low) / (2 * FLOAT8 if self.type == "float" else 2**self.bits - 1)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a token of zeros: any scale is exact
-        zero = torch.full_like(scale, 2 ** (self.bits - 1)) if self.sym else (-low / scale).round_()
+        middle = 0 if self.type == "float" else 2 ** (self.bits - 1)
+        zero = torch.full_like(scale, middle) if self.sym else (-low / scale).round_()
         return scale, zero
 
 

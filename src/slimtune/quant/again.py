@@ -21,6 +21,7 @@ from slimtune.errors import FormatError
 from slimtune.linalg.levels import LEVELS
 from slimtune.linalg.packing import pack
 from slimtune.quant.base import QTensor, Stats
+from slimtune.quant.fp8 import Fp8
 from slimtune.quant.hqq import Hqq
 from slimtune.quant.layouts import Affine, Codebook, Layout
 from slimtune.quant.nf4 import Nf4
@@ -164,6 +165,8 @@ def _fresh(old: QTensor, w: Tensor, hessian: Tensor | None) -> QTensor | None:
     layout = old.layout
     if isinstance(layout, Codebook) and layout.levels == "nf4":
         return Nf4(block_size=layout.group_size, double_quant=layout.nested)(w, {})
+    if isinstance(layout, Codebook) and layout.is_float8 and layout.scale_dtype == "bfloat16":
+        return Fp8(group_size=layout.group_size)(w, {})
     if not isinstance(layout, Affine):
         return None
     bits, size = layout.bits, layout.group_size
@@ -192,18 +195,19 @@ def _on_grid(old: QTensor, w: Tensor, hessian: Tensor | None, grid: dict[str, Te
 
 def _codebook(old: QTensor, w: Tensor, hessian: Tensor | None) -> QTensor:
     layout = cast(Codebook, old.layout)
-    levels = torch.tensor(LEVELS[layout.levels], dtype=w.dtype, device=w.device)
+    levels, order = torch.tensor(LEVELS[layout.levels], dtype=w.dtype, device=w.device).sort()
+    levels = levels[levels.isfinite()]  # what is no number is sorted to the end
     between = (levels[1:] + levels[:-1]) / 2
     scale = layout.scales(old.tensors, w.dtype).repeat_interleave(layout.group_size, 1)[:, : layout.in_features]
     apart = torch.where(scale > 0, scale, 1)  # where it is 0 every level decodes to 0: any code will do
     if hessian is None:
-        codes = torch.bucketize((w / apart).contiguous(), between)
+        codes = order[torch.bucketize((w / apart).contiguous(), between)]
     else:
         scales, steps = scale.T.contiguous(), apart.T.contiguous()
 
         def nearest(column: Tensor, place: int) -> tuple[Tensor, Tensor]:
             found = torch.bucketize(column / steps[place], between)
-            return found.to(w.dtype), levels[found] * scales[place]
+            return order[found].to(w.dtype), levels[found] * scales[place]
 
         codes = codes_by(w, hessian, nearest)
     return QTensor({**old.tensors, "codes": pack(codes.to(torch.uint8), layout.bits)}, layout)

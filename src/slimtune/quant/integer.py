@@ -31,6 +31,7 @@ def in_integers(x: Tensor, activations: Activations, layout: Layout) -> bool:
         and not layout.float_zero
         and (layout.symmetric or layout.bits < 8)  # or codes less their zero points would not fit into 8 bits
         and activations.bits <= 8
+        and activations.type == "int"
         and (activations.group_size == -1 or activations.group_size >= layout.in_features)
     )
 

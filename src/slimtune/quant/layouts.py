@@ -122,9 +122,9 @@ class Affine:
 class Codebook:
     """Codes of levels that need not be evenly spaced: `W = levels[code] * scale`, one scale per group of features.
 
-    Scales are bfloat16, or where they are `nested`, quantized too: `scale[o, g] = offset[o, h] + code[o, g] * step[o,
-    h]` with 8-bit codes, and a bfloat16 offset and step for each run `h` of up to 256 scales of a row. `levels` is a
-    name in `slimtune.linalg.levels.LEVELS`; raises `FormatError` on another.
+    Scales are bfloat16 (or others' `scale_dtype`), or where they are `nested`, quantized too: `scale[o, g] = offset[o,
+    h] + code[o, g] * step[o, h]` with 8-bit codes, and a bfloat16 offset and step for each run `h` of up to 256 scales
+    of a row. `levels` is a name in `slimtune.linalg.levels.LEVELS`; raises `FormatError` on another, or another dtype.
 
     Example:
         >>> layout = Codebook(out_features=8, in_features=100, levels="nf4", group_size=64, nested=True)
@@ -140,10 +140,17 @@ class Codebook:
     levels: str
     group_size: int
     nested: bool = False
+    scale_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
+        check_scales(self.scale_dtype)
         if self.levels not in LEVELS:
             raise FormatError("unknown levels", where="levels", got=self.levels, wanted=sorted(LEVELS))
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether a code is a float8 number, and a scale a number too."""
+        return self.levels == "e4m3fn" and not self.nested
 
     @property
     def bits(self) -> int:
@@ -159,7 +166,7 @@ class Codebook:
         """Name, shape and dtype of every stored tensor."""
         stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "codes": ((self.out_features, row_bytes(self.in_features, self.bits)), torch.uint8),
-            "scale": ((self.out_features, self.groups), torch.uint8 if self.nested else torch.bfloat16),
+            "scale": ((self.out_features, self.groups), torch.uint8 if self.nested else SCALES[self.scale_dtype]),
         }
         if self.nested:
             runs = self.out_features, -(-self.groups // NEST)
@@ -177,10 +184,12 @@ class Codebook:
         return scale * step + offset
 
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """The weight, `dtype [out_features, in_features]`."""
+        """The weight, `dtype [out_features, in_features]`, rounded once."""
+        # bfloat16 holds all numbers of float8, and rounds a product with one once.
+        half = self.is_float8 and dtype == SCALES[self.scale_dtype] == torch.bfloat16
         return dequantize_codebook(
             tensors["codes"],
-            self.scales(tensors, torch.promote_types(dtype, torch.float32)),
+            self.scales(tensors, dtype if half else torch.promote_types(dtype, torch.float32)),
             levels=LEVELS[self.levels],
             group_size=self.group_size,
             in_features=self.in_features,

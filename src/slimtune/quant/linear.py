@@ -13,6 +13,7 @@ from slimtune.linalg.lowrank import Factors
 from slimtune.quant.activation import Activations
 from slimtune.quant.autograd import DequantizingMatmul
 from slimtune.quant.base import QTensor
+from slimtune.quant.float8 import float8_product, in_float8
 from slimtune.quant.integer import in_integers, integer_product
 from slimtune.quant.layouts import Affine, Layout
 from slimtune.quant.select import select
@@ -80,8 +81,11 @@ class QuantLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         tensors = {name: getattr(self, name) for name in self.names}
         y: Tensor
-        if self.activations is not None and self.tuning is None and in_integers(x, self.activations, self.layout):
-            y = integer_product(x, self.activations, cast(Affine, self.layout), tensors)
+        rounding = self.activations if self.tuning is None else None
+        if rounding is not None and in_integers(x, rounding, self.layout):
+            y = integer_product(x, rounding, cast(Affine, self.layout), tensors)
+        elif rounding is not None and in_float8(x, rounding, self.layout):
+            y = float8_product(x, rounding, self.layout, tensors)
         else:
             read = x if self.activations is None else self.activations(x)
             if self.tuning is not None:

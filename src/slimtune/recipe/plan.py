@@ -23,6 +23,7 @@ from slimtune.errors import RecipeError, nearest
 from slimtune.evaluate.inference import require_positions
 from slimtune.export import EXPORTERS, compressed_tensors, exporter_of, gptq
 from slimtune.export.decilm import require_described
+from slimtune.export.foreign import PackQuantized, packed_format
 from slimtune.export.gguf_facts import Naming
 from slimtune.export.gguf_widths import Widths
 from slimtune.export.load import DTYPES, empty_model, model_config
@@ -291,6 +292,9 @@ def _held(config: Any, modelmap: ModelMap) -> dict[str, Any]:
     if facts is None:
         return {}
     if facts.get("quant_method") != METHOD:
+        if isinstance(packed_format(facts), PackQuantized):
+            groups = facts["config_groups"].values()
+            return {"bits": max((group["weights"]["num_bits"] for group in groups), default=16)}
         bits, group = facts.get("bits"), facts.get("group_size") or -1
         return {"bits": bits + (24 / group if group > 0 else 0)} if isinstance(bits, int) else {}
     size, decoding = 0.0, 0

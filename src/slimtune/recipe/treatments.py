@@ -11,6 +11,7 @@ from slimtune.errors import RecipeError, nearest
 from slimtune.quant import QUANTIZERS, Quantizer
 from slimtune.quant.activation import Activations
 from slimtune.quant.apply import Choose, Rounds, all_linear, matches
+from slimtune.quant.fp8 import Fp8
 from slimtune.recipe.schema import Quantize, build
 
 
@@ -93,10 +94,13 @@ class Treatments:
                 options |= {key: value for key, value in values.items() if key != "activations"}
                 activations |= _mapping(values.get("activations"), f"{where}.activations")
             rounding = build(Activations, activations, f"{where}.activations") if activations else None
-            self._made[patterns] = Treatment(
-                build(QUANTIZERS[step.method], options, where),
-                rounding if rounding is not None and rounding.bits < 16 else None,
-            )
+            rounding = rounding if rounding is not None and rounding.bits < 16 else None
+            method = build(QUANTIZERS[step.method], options, where)
+            if isinstance(method, Fp8) and rounding is not None and rounding.type != "float":
+                what, where = "float8 weights are multiplied with float8 inputs", f"{where}.activations"
+                got, wanted = f"bits: {rounding.bits}, type: {rounding.type}", "bits: 8, type: float"
+                raise RecipeError(what, where=where, got=got, wanted=wanted, remedy="say so, or use method: rtn")
+            self._made[patterns] = Treatment(method, rounding)
         return self._made[patterns]
 
 
