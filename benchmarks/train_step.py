@@ -7,31 +7,39 @@ in turns; CPU seconds are the least over all steps but the first, memory is the 
     python benchmarks/train_step.py --model DIR
     python benchmarks/train_step.py --model DIR --checkpointing --peer bitsandbytes=/path/to/its/python
 
-Peers run in environments of their own (`peers/README.md`); `--gptq` names a folder of the model in GPTQ's format.
+`slimtune-torch` is without the loops in C; `e8p` and `trellis` are the layouts of `quip` and `trellis` at 2 bits, with
+random codes. Peers run in environments of their own (`peers/README.md`); `--gptq` names a folder of the model in GPTQ's
+format.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from slimtune.arch import bind
 from slimtune.calib.loss import chunked_loss
 from slimtune.export.load import locate
+from slimtune.kernels import compiled
 from slimtune.lora.attach import add_lora, base_of
 from slimtune.quant.apply import all_linear, quantize_
+from slimtune.quant.base import QTensor
+from slimtune.quant.layouts import layout_from_dict
 from slimtune.quant.rtn import Rtn
 from slimtune.recipe.run import environment
 from slimtune.train.loop import for_training
@@ -41,10 +49,28 @@ sys.path.insert(0, str(Path(__file__).parent / "peers"))
 from train_step_arm import TOOLS, take_steps
 
 PEERS = Path(__file__).parent / "peers"
-ARMS = ("peft float32", "peft bfloat16", "slimtune 4", "slimtune 3", "slimtune 2")
+ARMS = ("peft float32", "peft bfloat16", "slimtune 4", "slimtune 3", "slimtune 2", "slimtune e8p", "slimtune trellis")
+ARMS += ("slimtune-torch 4",)
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {"smollm2-135m": 4, "1b": 1}
 """Sequences of 256 tokens in a step."""
+
+
+@dataclass(frozen=True)
+class AnyCodes:
+    """Codes of a layout of 2 bits that stand for nothing, at the weight's size: what a step costs does not depend on
+    them, and finding good ones takes minutes."""
+
+    layout: str
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, weight: Tensor, stats: Any) -> QTensor:
+        """Quantize `weight`."""
+        layout = layout_from_dict({"layout": self.layout, "bits": 2}, *weight.shape)
+        made = {name: torch.ones(shape, dtype=kind) for name, (shape, kind) in layout.tensors().items()}
+        made["codes"].random_(256)
+        made["sign_out"] *= float(weight.std())
+        return QTensor(made, layout)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -59,7 +85,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if tool == "peft":
         peft = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=names))
         return {"arm": arguments.arm, **take_steps(peft, **some)}
-    quantize_(model, bind(model), all_linear(Rtn(bits=int(setting), group_size=64)))
+    if tool == "slimtune-torch":
+        os.environ[compiled.WANTED] = "0"
+    quantizer = Rtn(bits=int(setting), group_size=64) if setting.isdigit() else AnyCodes(setting)
+    quantize_(model, bind(model), all_linear(quantizer))
     wrapped = add_lora(model, r=16, lora_alpha=32)
     options = TrainOptions(gradient_checkpointing=arguments.checkpointing, keep_decoded=arguments.keep_decoded)
     with for_training(wrapped, options):  # as slimtune.train does

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from slimtune.kernels import compiled, int8
-from slimtune.kernels.dispatch import dequantize_affine, dequantize_codebook
+from slimtune.kernels.dispatch import decode_trellis, dequantize_affine, dequantize_codebook
 from slimtune.kernels.rows import gated_silu, rms_norm, rotary
+from slimtune.linalg import trellis
+from slimtune.linalg.hadamard import matrix, small_factors
 from slimtune.linalg.packing import pack
+from slimtune.quant import QUANTIZERS
 
 needed = pytest.mark.skipif(compiled.library() is None, reason="no C compiler")
 HALVES = [torch.float32, torch.bfloat16]
@@ -106,6 +109,48 @@ def test_norms_and_gates_are_the_formulas(dtype: torch.dtype, shape: tuple[int, 
         truth = torch.autograd.grad(wanted, exact, up.double())
         for mine, theirs in zip(torch.autograd.grad(got, of, up), truth, strict=True):
             close(mine, theirs)
+
+
+@needed
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 12), (37, 74), (20, 100), (48, 7), (17, 192)])
+def test_transforms_are_the_matrices(dtype: torch.dtype, rows: int, columns: int) -> None:
+    x, turned = torch.randn(rows, columns), torch.empty(rows + 1, columns)
+    compiled.turn_rows(x, small_factors(columns), turned[1:])
+    close(turned[1:], x.double() @ matrix(columns).T)
+    keep, left = max(1, rows - 3), max(1, columns - 2)
+    down, across = torch.randn(keep), torch.randn(left)
+    got = compiled.turn_columns(x, [factor.T for factor in small_factors(rows)], down, across, dtype)
+    wanted = (matrix(rows).T @ x.double())[:keep, :left] * down.double()[:, None] * across.double()
+    assert got.dtype == dtype
+    close(got, wanted)
+
+
+@needed
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_walks_are_decoded_to_the_same_bits(bits: int) -> None:
+    codes = torch.randint(0, 256, (5, 32 * bits), dtype=torch.uint8)
+    assert torch.equal(decode_trellis(codes, bits, torch.float32), trellis.decode(codes, bits, torch.float32))
+
+
+@needed
+@pytest.mark.parametrize("method", ["quip", "trellis"])
+@pytest.mark.parametrize("shape", [(50, 72), (24, 100)])
+def test_rotated_weights_are_those_of_plain_torch(
+    method: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = QUANTIZERS[method](bits=2)(torch.randn(shape), {"hessian": torch.eye(shape[1])})
+    found = []
+    for library in (compiled.library, lambda: None):
+        monkeypatch.setattr(compiled, "library", library)
+        found.append(weight.dequantize(torch.float32))
+        close(weight.dequantize(torch.bfloat16), found[0])
+    exact = weight.dequantize(torch.float64)
+    assert not torch.equal(*found)  # both ways were taken
+    for each in found:
+        torch.testing.assert_close(each.double(), exact, rtol=0, atol=2e-6 * float(exact.abs().max()))
 
 
 @needed

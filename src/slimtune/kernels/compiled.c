@@ -184,6 +184,85 @@ void decode_codebook(const uint8_t *codes, int64_t bytes, const float *scale, co
     }
 }
 
+/* Closed walks of 256 symbols through 4,096 states: number `t` is that of the 12 bits from symbol `t` on, around. */
+void decode_trellis(const uint8_t *codes, const float *numbers, int64_t rows, int64_t bits, float *out,
+                    int64_t threads) {
+    ROWS(rows) {
+        uint8_t ring[4 * 32 + 4];
+        memcpy(ring, codes + row * 32 * bits, 32 * bits);
+        memcpy(ring + 32 * bits, ring, 4);
+        for (int64_t t = 0; t < 256; t++) {
+            uint32_t word;
+            memcpy(&word, ring + t * bits / 8, 4);
+            out[row * 256 + t] = numbers[word >> t * bits % 8 & 4095];
+        }
+    }
+}
+
+/* --- orthogonal transforms ------------------------------------------------------------------------------------ */
+
+#define LANES 16
+
+typedef float lanes_t __attribute__((vector_size(4 * LANES), aligned(4)));
+
+/* `some` rows of a matrix times a column of vectors, each row into a vector of its own, `apart` of these apart. */
+static inline void some_rows(const float *matrix, const lanes_t *column, int64_t order, lanes_t *to, int64_t apart,
+                             int some) {
+    lanes_t sum[4] = {{0}, {0}, {0}, {0}};
+    for (int64_t j = 0; j < order; j++)
+        for (int i = 0; i < some; i++) sum[i] += matrix[i * order + j] * column[j];
+    for (int i = 0; i < some; i++) to[i * apart] = sum[i];
+}
+
+/* Multiply `LANES` vectors of `n` numbers, side by side in `x`, by a Kronecker product of `count` matrices. */
+static void kronecker(lanes_t *x, lanes_t *column, int64_t n, int64_t count, const int64_t *orders,
+                      const float *matrices) {
+    int64_t right = n;
+    for (int64_t factor = 0; factor < count; factor++) {
+        int64_t order = orders[factor];
+        right /= order;
+        for (int64_t left = 0; left < n; left += order * right)
+            for (lanes_t *at = x + left; at < x + left + right; at++) {
+                int64_t i = 0;
+                for (int64_t j = 0; j < order; j++) column[j] = at[j * right];
+                for (; i + 4 <= order; i += 4) some_rows(matrices + i * order, column, order, at + i * right, right, 4);
+                for (; i + 2 <= order; i += 2) some_rows(matrices + i * order, column, order, at + i * right, right, 2);
+                if (i < order) some_rows(matrices + i * order, column, order, at + i * right, right, 1);
+            }
+        matrices += order * order;
+    }
+}
+
+/* y = M x of `lanes` vectors, whose numbers are `step` apart, and which begin `apart`; of y, to which `y_step` and
+   `y_apart` belong, the first `keep` numbers of each vector, times `by_number` and `by_lane` where these are given. */
+void transform(const float *x, int64_t step, int64_t apart, int64_t n, int64_t lanes, int64_t count,
+               const int64_t *orders, const float *matrices, void *y, int64_t y_step, int64_t y_apart, int64_t keep,
+               const float *by_number, const float *by_lane, int64_t kind, int64_t threads) {
+    ROWS((lanes + LANES - 1) / LANES) {
+        float *block = scratch(2 * n * LANES);
+        int64_t first = row * LANES, here = lanes - first < LANES ? lanes - first : LANES;
+        if (here < LANES) memset(block, 0, 4 * n * LANES);
+        if (apart == 1)
+            for (int64_t i = 0; i < n; i++) memcpy(block + i * LANES, x + i * step + first, 4 * here);
+        else
+            for (int64_t l = 0; l < here; l++)
+                for (int64_t i = 0; i < n; i++) block[i * LANES + l] = x[i * step + (first + l) * apart];
+        kronecker((lanes_t *)block, (lanes_t *)(block + n * LANES), n, count, orders, matrices);
+        for (int64_t i = 0; i < keep; i++) {
+            if (by_number) {
+                float scale = by_number[i];
+                for (int64_t l = 0; l < here; l++) block[i * LANES + l] *= scale * by_lane[first + l];
+            }
+            if (y_apart == 1)
+                for (int64_t l = 0; l < here; l++) put(y, (int)kind, i * y_step + first + l, block[i * LANES + l]);
+        }
+        if (y_apart != 1)
+            for (int64_t l = 0; l < here; l++)
+                for (int64_t i = 0; i < keep; i++)
+                    put(y, (int)kind, i * y_step + (first + l) * y_apart, block[i * LANES + l]);
+    }
+}
+
 /* --- training ------------------------------------------------------------------------------------------------- */
 
 static inline float norm_row(const void *x, const float *gain, float epsilon, int64_t start, int64_t n, void *y,

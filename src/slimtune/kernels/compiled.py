@@ -153,6 +153,35 @@ def decode_codebook(
     return weight
 
 
+def decode_trellis(codes: Tensor, numbers: Tensor, bits: int) -> Tensor:
+    """Closed walks, uint8 `[n, 32 * bits]`, to float32 `[n, 256]`; `numbers`, float32 `[4096]`, are those of states."""
+    codes, out = codes.contiguous(), torch.empty(len(codes), 256)
+    _run("decode_trellis", out.numel(), codes, numbers.contiguous(), len(codes), bits, out)
+    return out
+
+
+def turn_rows(x: Tensor, matrices: Sequence[Tensor], out: Tensor) -> None:
+    """Multiply every row of `x`, float32 `[rows, n]`, by a Kronecker product of matrices: into `out`, as `x`."""
+    (rows, n), x = x.shape, x.contiguous()
+    _run("transform", x.numel(), x, 1, n, n, rows, *_orders(matrices), out, 1, n, n, None, None, 0)
+
+
+def turn_columns(x: Tensor, matrices: Sequence[Tensor], down: Tensor, across: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same of every column of `x`, float32 `[n, columns]`, and of that `len(down)` rows and `len(across)` columns,
+    times these: `dtype [rows, columns]`."""
+    x, down, across = x.contiguous(), down.contiguous(), across.contiguous()
+    y = torch.empty(len(down), len(across), dtype=dtype)
+    sizes = len(across), 1, len(down), down, across, KINDS[dtype]
+    _run("transform", x.numel(), x, x.shape[1], 1, len(x), len(across), *_orders(matrices), y, *sizes)
+    return y
+
+
+def _orders(matrices: Sequence[Tensor]) -> tuple[int, Tensor, Tensor]:
+    """How many matrices, their orders, and all their numbers."""
+    numbers = torch.cat([matrix.to(torch.float32).flatten() for matrix in matrices])
+    return len(matrices), torch.tensor([len(matrix) for matrix in matrices]), numbers
+
+
 def norm(x: Tensor, gain: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """`x gain / rms(x)` over the last dimension, and `1 / rms(x)`, float32 `[..., 1]`; `gain` is float32."""
     x, gain = x.contiguous(), gain.contiguous()

@@ -152,6 +152,8 @@ def decode_trellis(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
         from slimtune.kernels import triton
 
         return triton.decode_trellis(codes, trellis.numbers(bits, dtype, codes.device), bits)
+    if dtype == torch.float32 and compiled.fits(codes):
+        return compiled.decode_trellis(codes, trellis.numbers(bits, dtype, codes.device), bits)
     return trellis.decode(codes, bits, dtype)
 
 

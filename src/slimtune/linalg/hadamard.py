@@ -24,6 +24,9 @@ WIDEST = 64
 """Factors are multiplied together up to this order: fewer passes over the data, while products still cost little.
 Part of the definition of every matrix: what is stored in a basis depends on it."""
 
+SMALL = 8
+"""The same where multiplications cost as much as passes."""
+
 HALVES = (640, 128)
 """The same for a product in bfloat16 on a CPU with AMX, and on one without. No part of the definition: neighbours only.
 
@@ -89,7 +92,29 @@ def transform(x: Tensor, dim: int = -1, *, inverse: bool = False) -> Tensor:
 
 
 @lru_cache(maxsize=256)
+def small_factors(n: int) -> tuple[Tensor, ...]:
+    """The same in factors that are products of few: more of them, and fewer multiplications in all.
+
+    >>> [len(factor) for factor in small_factors(576)], [len(factor) for factor in small_factors(1536)]
+    ([4, 12, 12], [8, 2, 12, 8])
+    """
+    with torch.inference_mode(False):
+        made: list[Tensor] = []
+        for order in (order for parts in _parts(n) for order in parts):
+            factor = _factor(order) / math.sqrt(order)
+            if made and len(made[-1]) * order <= SMALL:
+                factor = torch.kron(made.pop(), factor)
+            made.append(factor)
+        return tuple(made)
+
+
+@lru_cache(maxsize=256)
 def _factors(n: int) -> tuple[Tensor, ...]:
+    return tuple(reduce(torch.kron, map(_factor, parts)) / math.sqrt(math.prod(parts)) for parts in _parts(n))
+
+
+def _parts(n: int) -> list[tuple[int, ...]]:
+    """The orders that each factor is the product of."""
     orders: list[tuple[int, tuple[int, ...]]] = [(order, (order,)) for order in _orders(n, LARGEST)[1]]
     while len(orders) > 1:
         orders.sort()
@@ -97,7 +122,7 @@ def _factors(n: int) -> tuple[Tensor, ...]:
         if a * b > WIDEST:
             break
         orders = [*rest, (a * b, small + smallish)]
-    return tuple(reduce(torch.kron, map(_factor, parts)) / math.sqrt(order) for order, parts in sorted(orders)[::-1])
+    return [parts for _, parts in sorted(orders)[::-1]]
 
 
 @lru_cache(maxsize=256)

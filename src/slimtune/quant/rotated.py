@@ -15,9 +15,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from slimtune.kernels import compiled
 from slimtune.kernels.dispatch import decode_lattice, decode_trellis
 from slimtune.linalg import lattice
-from slimtune.linalg.hadamard import transform
+from slimtune.linalg.hadamard import small_factors, transform
 
 PIECE = 1 << 21
 """Numbers of a weight that are turned at once."""
@@ -120,6 +121,10 @@ def _turned_back(
     wide = _wide(dtype)
     out, into = tensors["sign_out"].to(wide), tensors["sign_in"].to(wide)
     turned = torch.empty(rows, columns, dtype=wide, device=out.device)
+    if dtype in (torch.float32, torch.bfloat16) and compiled.fits(out, into):
+        for part in _parts(rows, max(PIECE // columns // step, 1) * step):
+            compiled.turn_rows(decode(part), [factor.T for factor in small_factors(columns)], turned[part])
+        return compiled.turn_columns(turned, [factor.T for factor in small_factors(rows)], out, into, dtype)
     weight = torch.empty(len(out), len(into), dtype=dtype, device=out.device)
     with torch.autocast(out.device.type, enabled=False):
         for part in _parts(rows, max(PIECE // columns // step, 1) * step):
