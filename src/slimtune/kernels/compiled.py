@@ -160,10 +160,10 @@ def decode_trellis(codes: Tensor, numbers: Tensor, bits: int) -> Tensor:
     return out
 
 
-def turn_rows(x: Tensor, matrices: Sequence[Tensor], out: Tensor) -> None:
-    """Multiply every row of `x`, float32 `[rows, n]`, by a Kronecker product of matrices: into `out`, as `x`."""
-    (rows, n), x = x.shape, x.contiguous()
-    _run("transform", x.numel(), x, 1, n, n, rows, *_orders(matrices), out, 1, n, n, None, None, 0)
+def turn_rows_(x: Tensor, matrices: Sequence[Tensor]) -> None:
+    """Multiply every row of `x`, contiguous float32 `[rows, n]`, by a Kronecker product of matrices, in place."""
+    rows, n = x.shape
+    _run("transform", x.numel(), x, 1, n, n, rows, *_orders(matrices), x, 1, n, n, None, None, 0)
 
 
 def turn_columns(x: Tensor, matrices: Sequence[Tensor], down: Tensor, across: Tensor, dtype: torch.dtype) -> Tensor:

@@ -120,14 +120,17 @@ def _turned_back(
     """
     wide = _wide(dtype)
     out, into = tensors["sign_out"].to(wide), tensors["sign_in"].to(wide)
-    turned = torch.empty(rows, columns, dtype=wide, device=out.device)
+    parts = _parts(rows, max(PIECE // columns // step, 1) * step)
     if dtype in (torch.float32, torch.bfloat16) and compiled.fits(out, into):
-        for part in _parts(rows, max(PIECE // columns // step, 1) * step):
-            compiled.turn_rows(decode(part), [factor.T for factor in small_factors(columns)], turned[part])
+        turned = decode(parts[0]) if len(parts) == 1 else torch.empty(rows, columns)
+        for part in parts[len(parts) == 1 :]:
+            turned[part] = decode(part)
+        compiled.turn_rows_(turned, [factor.T for factor in small_factors(columns)])
         return compiled.turn_columns(turned, [factor.T for factor in small_factors(rows)], out, into, dtype)
+    turned = torch.empty(rows, columns, dtype=wide, device=out.device)
     weight = torch.empty(len(out), len(into), dtype=dtype, device=out.device)
     with torch.autocast(out.device.type, enabled=False):
-        for part in _parts(rows, max(PIECE // columns // step, 1) * step):
+        for part in parts:
             turned[part] = transform(decode(part), inverse=True)
         for part in _parts(len(into), max(PIECE // rows, 1)):
             plain = transform(turned[:, part], 0, inverse=True)[: len(out)]
