@@ -214,6 +214,8 @@ def test_cross_entropy_is_the_formula(dtype: torch.dtype, slope: bool) -> None:
     wide = logits.double().requires_grad_()
     wanted = nn.functional.cross_entropy(wide, labels, reduction="none")
     close(compiled.cross_entropy_(logits, labels, slope=slope), wanted)
+    with pytest.raises(IndexError, match="from 301"):
+        compiled.cross_entropy_(logits, torch.full((5,), 301), slope=slope)
     if slope:
         torch.testing.assert_close(logits.double(), torch.autograd.grad(wanted.sum(), wide)[0], rtol=2**-8, atol=2e-6)
     else:

@@ -161,3 +161,23 @@ def test_gains_that_train_keep_their_gradient() -> None:
     with cpu_kernels(model):
         _, grads = gradients(model, inputs)
     assert all(grad is not None for grad in grads)
+
+
+def test_linears_that_are_replaced_on_the_way_are_used() -> None:
+    model = pico_model("llama").requires_grad_(False)
+    inputs = pico_inputs(model)
+    layer: Any = model.model.layers[0].mlp
+    with cpu_kernels(model):
+        before = model(**inputs).logits
+        narrow = slice(0, 24)  # as pruning does while a model trains
+        for name in ("gate_proj", "up_proj"):
+            linear = nn.Linear(32, 24, bias=False)
+            linear.weight = nn.Parameter(getattr(layer, name).weight[narrow], requires_grad=False)
+            setattr(layer, name, linear)
+        out = nn.Linear(24, 32, bias=False)
+        out.weight = nn.Parameter(layer.down_proj.weight[:, narrow], requires_grad=False)
+        layer.down_proj = out
+        after = model(**inputs).logits
+    assert not torch.allclose(after, before)
+    with torch.no_grad():
+        torch.testing.assert_close(after, model(**inputs).logits)

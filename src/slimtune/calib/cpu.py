@@ -72,17 +72,18 @@ def _running(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None
         del module.forward
 
 
-def _parts(module: nn.Module, block: Block) -> list[nn.Module] | None:
-    """The three linears of a feed-forward layer with a gate by SiLU; `None` of any other."""
+def _parts(module: nn.Module, block: Block) -> list[str] | None:
+    """The three linears of a feed-forward layer with a gate by SiLU, by name: surgery replaces them; `None` of any
+    other layer."""
     names = [port.name.rpartition(".")[2] for port in block.ports if port.name.startswith(f"{block.gated}.")]
     rest = [child for name, child in module.named_children() if name not in names]
     if len(names) != 3 or len(rest) != 1 or not isinstance(rest[0], (nn.SiLU, SiLUActivation)):
         return None
-    return [module.get_submodule(name) for name in names]
+    return names
 
 
-def _gated(module: nn.Module, parts: list[nn.Module], x: Tensor) -> Tensor:
-    gate, value, out = parts
+def _gated(module: nn.Module, parts: list[str], x: Tensor) -> Tensor:
+    gate, value, out = (module.get_submodule(name) for name in parts)
     if not torch.is_grad_enabled():
         return cast(Tensor, type(module).forward(module, x))
     return cast(Tensor, out(gated_silu(gate(x), value(x))))

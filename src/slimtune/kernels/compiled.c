@@ -53,6 +53,7 @@ static float *scratch(int64_t n) {
     if (n > size) {
         free(held);
         held = malloc(4 * n);
+        if (!held) abort();
         size = n;
     }
     return held;

@@ -62,10 +62,10 @@ def library() -> ctypes.CDLL | None:
 
 def _folder() -> Path:
     """The cache folder, or where it cannot be written one for this process alone."""
-    path = cache_folder()
     try:
+        path = cache_folder()
         path.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # or there is no home
         return Path(tempfile.mkdtemp(prefix="slimtune-"))
     return path if os.access(path, os.W_OK) else Path(tempfile.mkdtemp(prefix="slimtune-"))
 
@@ -240,7 +240,12 @@ def slopes_(grad: Tensor, probability: Tensor, less: Tensor) -> None:
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor, *, slope: bool) -> Tensor:
-    """`-log softmax(logits)[label]` of each row of `[n, vocabulary]`; logits become its gradient where `slope`."""
+    """`-log softmax(logits)[label]` of each row of `[n, vocabulary]`; logits become its gradient where `slope`.
+
+    Raises `IndexError` on a label outside the vocabulary.
+    """
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+        raise IndexError(f"labels from {int(labels.min())} to {int(labels.max())}, {logits.shape[1]} logits")
     loss = torch.empty(len(logits), dtype=torch.float32)
     _run(
         "cross_entropy",
