@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def commands(arguments: argparse.Namespace, folder: str) -> Iterator[list[str]]:
     """How to run every arm once."""
     given = ["--steps", str(arguments.steps), *["--checkpointing"] * arguments.checkpointing]
-    for arm in ARMS:
+    for arm in arguments.arms:
         if not (arm == "peft float32" and arguments.shape == "1b"):
             own = ["--shape", arguments.shape, "--keep-decoded", str(arguments.keep_decoded), "--arm", arm]
             yield [sys.executable, "-W", "ignore", __file__, "--model", folder, *own, *given]
@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--gptq", default="", help="the model's folder in GPTQ's format, for gptqmodel")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--arm", choices=ARMS, help="run this one here and print its facts")
     arguments = parser.parse_args()
     if arguments.arm:
