@@ -113,6 +113,12 @@ def test_export_of_an_adapted_model_reads_back_and_leaves_it_as_it_was(
     assert NAME in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_note_of_an_adapter_says_quantized_where_it_was(packed: bool, tmp_path: Path) -> None:
+    export(of(adapted(quantized("llama") if packed else pico_model("llama"))), "peft", tmp_path / "out")
+    assert ("as quantized" in (tmp_path / "out" / "README.md").read_text()) == packed
+
+
 @pytest.mark.parametrize("format", ["compressed-tensors", "safetensors"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_export_in_sixteen_bits_says_so(format: str, dtype: torch.dtype, tmp_path: Path) -> None:
