@@ -468,3 +468,12 @@ def test_export_that_computes_something_else_is_refused(case: str, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
     assert snapshot(model) == before
     assert torch.equal(probe_logits(model), scores)
+
+
+def test_a_model_that_computes_no_numbers_is_not_exported(tmp_path: Path) -> None:
+    model = pico_model("llama")
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[3] = torch.nan
+    with pytest.raises(FormatError, match="a weight is not finite") as caught:
+        export(of(model), "safetensors", tmp_path / "out")
+    assert caught.value.facts["where"] == "model.norm.weight" and not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
+from slimtune.arch.weights import require_logits
 from slimtune.errors import RecipeError, nearest
 from slimtune.export.base import Exporter, Manifest, Source, Written, largest_difference, probe_logits
 from slimtune.export.compressed_tensors import CompressedTensorsExporter
@@ -76,6 +77,7 @@ def export(source: Source, format: str, folder: Path, quantization: str = "", ra
             remedy="rotate with online: [], or export the adapter with format: peft",
         )
     wanted = probe_logits(source.model)
+    require_logits(source.model, wanted)
     with whole_folder(folder) as partial:
         written = exporter.write(source, partial) or Written(dtype=source.dtype)
         try:
