@@ -247,6 +247,27 @@ def test_python_does_what_a_recipe_does(facts: dict[str, Any], finished: tuple[P
     assert {m["name"]: m["value"] for m in metrics}["wiki_perplexity"] == pytest.approx(found["wiki_perplexity"])
 
 
+def test_python_replaces_no_folder_that_is_not_its_own(facts: dict[str, Any], tmp_path: Path) -> None:
+    model, tokenizer = slimtune.load(facts["model"])
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("years of work")
+    before = fingerprint(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(RecipeError, match="not empty and not an export"):
+            slimtune.export(model, tokenizer, "safetensors", tmp_path / "thesis", overwrite=overwrite)
+        with pytest.raises(RecipeError, match="not empty and not an export"):
+            slimtune.rotate_folder(facts["model"], tmp_path / "thesis", overwrite=overwrite)
+    assert fingerprint(tmp_path) == before
+    for write in (
+        lambda **more: slimtune.export(model, tokenizer, "safetensors", tmp_path / "out", **more),
+        lambda **more: slimtune.rotate_folder(facts["model"], tmp_path / "rotated", **more),
+    ):
+        write()
+        with pytest.raises(RecipeError, match="the output folder is not empty"):
+            write()
+        write(overwrite=True)
+
+
 def test_python_listens_to_every_option_of_training(facts: dict[str, Any]) -> None:
     _, tokenizer = slimtune.load(facts["model"])
     said: list[Any] = []

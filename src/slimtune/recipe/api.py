@@ -15,7 +15,7 @@ from slimtune.calib.gradients import Batch, GradientSketch
 from slimtune.calib.rows import DataSource as DataSource
 from slimtune.calib.rows import read_rows
 from slimtune.errors import RecipeError
-from slimtune.export import Manifest, Source
+from slimtune.export import Manifest, Source, require_free
 from slimtune.export import export as write_export
 from slimtune.export.load import DTYPES, Loaded
 from slimtune.export.load import load as load_model
@@ -40,6 +40,7 @@ from slimtune.recipe.treatments import Treatments, check_patterns
 from slimtune.rotate.fuse import RotateFacts, rotate_
 from slimtune.rotate.online import attach_online_
 from slimtune.rotate.options import Rotation
+from slimtune.rotate.record import JSON as ROTATION
 from slimtune.train.data import Collator, Example, padding_id
 from slimtune.train.loop import TrainFacts
 from slimtune.train.loop import finetune as train_model
@@ -76,9 +77,12 @@ def rotate_folder(
     *,
     dtype: str = "float32",
     calibration: DataSource | str | Tensor | None = None,
+    overwrite: bool = False,
     **options: Any,
 ) -> RotateFacts:
-    """`rotate` from the folder `model` to the folder `output`, with one block of weights in memory."""
+    """`rotate` from the folder `model` to the folder `output`, with one block of weights in memory. Where `overwrite`,
+    the folder of a rotated model is replaced; any other that is not empty is refused."""
+    require_free(Path(output), model, overwrite, mark=ROTATION)
     rotation, loaded = build(Rotation, options, "rotate"), load_model(model, dtype=dtype, lazy=True)
     tokens = _windows(calibration, loaded.tokenizer, LEARNED_WINDOWS, rotation.seed)
     return write_rotated(loaded, Path(output), rotation, tokens=tokens)
@@ -258,10 +262,14 @@ def export(
     dtype: str = "float32",
     quantization: str = "",
     rank: int = 0,
+    overwrite: bool = False,
 ) -> Manifest:
     """Write `model` as `format` into the folder `output`, read it back and compare; `quantization` is for `gguf`, and
-    an adapter (`peft`, `gguf-lora`) is cut to `rank` where there is one, the loss among the manifest's facts."""
-    public = name or str(cast(Any, base_of(model)).name_or_path)
+    an adapter (`peft`, `gguf-lora`) is cut to `rank` where there is one, the loss among the manifest's facts. Where
+    `overwrite`, an earlier export is replaced; any other folder that is not empty is refused."""
+    loaded_from = str(cast(Any, base_of(model)).name_or_path)
+    require_free(Path(output), loaded_from, overwrite)
+    public = name or loaded_from
     return write_export(Source(model, tokenizer, public, DTYPES[dtype]), format, Path(output), quantization, rank)
 
 

@@ -13,8 +13,7 @@ from slimtune.arch import bind
 from slimtune.calib.formats import normalise, render_messages, uses_template
 from slimtune.errors import FormatError, RecipeError, nearest
 from slimtune.evaluate.generate import GREEDY, Pace, Sampling, write_reply
-from slimtune.export import Manifest, Source, export, exporter_of
-from slimtune.export.gguf import ADAPTER_FILE, MODEL_FILE
+from slimtune.export import Manifest, Source, export, exporter_of, require_free
 from slimtune.export.load import BUNDLED, Loaded, load
 from slimtune.lora.attach import load_adapter
 from slimtune.quant import QUANTIZERS
@@ -112,26 +111,9 @@ def export_model(
 ) -> Manifest:
     """Export a model or a run's model and adapter."""
     exporter_of(format, quantization, rank)  # what is unknown is refused before anything is loaded
-    _check_export_folder(source, output, overwrite)
+    require_free(output, source, overwrite)
     loaded, model = open_model(source, dtype=dtype)
     return export(Source(model, loaded.tokenizer, loaded.name, loaded.model.dtype), format, output, quantization, rank)
-
-
-def _check_export_folder(source: str, output: Path, overwrite: bool) -> None:
-    """Refuse a folder that an export must not replace: what is there is lost with it."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    ours = (output / "README.md").is_file() and any(
-        (output / name).is_file() for name in ("config.json", "adapter_config.json", MODEL_FILE, ADAPTER_FILE)
-    )
-    if not ours:
-        raise RecipeError(
-            "the output is not empty and not an export", where=str(output), remedy="choose another --output"
-        )
-    if Path(source).expanduser().resolve().is_relative_to(output.resolve()):
-        raise RecipeError("an export cannot replace its source", where=str(output), remedy="choose another --output")
-    if not overwrite:
-        raise RecipeError("the output folder is not empty", where=str(output), remedy="--overwrite replaces it")
 
 
 def generate_text(
