@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,14 +12,16 @@ from torch import Tensor, nn
 
 from slimtune.arch import bind
 from slimtune.calib.formats import normalise, render_messages, uses_template
-from slimtune.errors import FormatError, RecipeError, nearest
+from slimtune.errors import FormatError, RecipeError, SlimtuneError, nearest
 from slimtune.evaluate.generate import GREEDY, Pace, Sampling, write_reply
-from slimtune.export import Manifest, Source, export, exporter_of, require_free
+from slimtune.export import ADAPTERS, Manifest, Source, export, exporter_of, require_free
 from slimtune.export.load import BUNDLED, Loaded, load
 from slimtune.lora.attach import load_adapter
 from slimtune.quant import QUANTIZERS
+from slimtune.recipe.adapters import base_name, belongs
 from slimtune.recipe.document import parse
-from slimtune.recipe.schema import STEPS, Data, Evaluate, Quantize, Recipe, recipe_from, step_from
+from slimtune.recipe.legality import State, after, dtype_after, require, state_of
+from slimtune.recipe.schema import STEPS, Data, Evaluate, Export, Quantize, Recipe, recipe_from, step_from
 from slimtune.recipe.steps import Session, run_step
 
 TOP = ("seed", "dtype")
@@ -53,10 +56,13 @@ def recipe_of(model: str, steps: Sequence[str], arguments: Sequence[str], name: 
 def open_model(name: str, *, dtype: str = "", adapter: Path | None = None) -> tuple[Loaded, nn.Module]:
     """A model by name, or the model and adapter of a run folder (then `dtype` is the run's, unless given)."""
     run = Path(name)
-    facts = _run_facts(run) if _is_run(run) else {}
-    loaded = load(str(run / "model") if facts else name, dtype=dtype or str(facts.get("dtype", "float32")))
-    if facts:
-        loaded.name = BUNDLED[facts["model"]][2] if facts["model"] in BUNDLED else str(facts["model"])
+    held = held_by(run)
+    if held is None:
+        loaded = load(name, dtype=dtype or "float32")
+    else:
+        loaded = load(str(run / "model"), dtype=dtype or dtype_after(held.recipe, held.done))
+        original = held.recipe.model
+        loaded.name = BUNDLED[original][2] if original in BUNDLED else original
         adapter = adapter or (run / "adapter" if (run / "adapter").is_dir() else None)
     return loaded, load_adapter(loaded.model, adapter) if adapter else loaded.model
 
@@ -113,7 +119,14 @@ def export_model(
     exporter_of(format, quantization, rank)  # what is unknown is refused before anything is loaded
     require_free(output, source, overwrite)
     loaded, model = open_model(source, dtype=dtype)
-    return export(Source(model, loaded.tokenizer, loaded.name, loaded.model.dtype), format, output, quantization, rank)
+    held = held_by(Path(source))
+    state = state_of(model, held.state if held else State())
+    require(Export(format, quantization, rank), state, where=f"--format {format}")
+    name, note = loaded.name, ""
+    if held is not None and state.adapter:
+        note = belongs(held.recipe, held.done)
+        name = base_name(held.recipe, held.done, Path(source), name) if format in ADAPTERS else name
+    return export(Source(model, loaded.tokenizer, name, loaded.model.dtype, note), format, output, quantization, rank)
 
 
 def generate_text(
@@ -173,12 +186,27 @@ def _named(text: str) -> tuple[str, str]:
     return (name, path) if sign else (Path(text).name.split(".")[0], text)
 
 
-def _is_run(folder: Path) -> bool:
-    return (folder / "recipe.yaml").is_file() and (folder / "model").is_dir()
+@dataclass(frozen=True)
+class Held:
+    """What a run folder holds: how many steps of its recipe are done, and what is known of its model by them."""
+
+    recipe: Recipe
+    done: int
+
+    @property
+    def state(self) -> State:
+        """What its steps did. The verbs take the model as it is, also where a ramp was to come."""
+        return replace(after(self.recipe.steps[: self.done]), ramp=False)
 
 
-def _run_facts(run: Path) -> dict[str, Any]:
-    facts = parse((run / "recipe.yaml").read_text(encoding="utf-8"))
-    if not isinstance(facts, dict) or "model" not in facts:
-        raise FormatError("the run's recipe is damaged", where=str(run / "recipe.yaml"))
-    return facts
+def held_by(run: Path) -> Held | None:
+    """What the run folder `run` holds; None where it is none. Raises `FormatError` where its files are damaged."""
+    path, state = run / "recipe.yaml", run / "checkpoints" / "state.json"
+    if not path.is_file() or not (run / "model").is_dir():
+        return None
+    try:
+        recipe = recipe_from(parse(path.read_text(encoding="utf-8")))
+        done = len(json.loads(state.read_text(encoding="utf-8"))["steps"]) if state.is_file() else len(recipe.steps)
+    except (SlimtuneError, ValueError, KeyError, TypeError) as error:
+        raise FormatError("the run's recipe is damaged", where=str(path), got=str(error)[:300]) from error
+    return Held(recipe, done)
