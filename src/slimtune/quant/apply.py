@@ -158,9 +158,7 @@ def quantize_(
     rounds = {port.name: activations(port) for port in modelmap.ports if port.name in methods}
     if not methods:
         raise RecipeError("there is nothing to quantize", got=", ".join(sorted({str(v) for v in chosen.values()})))
-    needs = _needs(model, methods, rounds)
-    if needs and tokens is None:
-        raise CalibrationError("the quantizer needs calibration data", wanted=", ".join(sorted(needs)))
+    needs = _needs(model, methods, rounds, tokens)
     context = (
         calibration_stream(model, modelmap, tokens, batch_size=batch_size)
         if needs and tokens is not None
@@ -214,14 +212,23 @@ def _require_finite(model: nn.Module, modelmap: ModelMap, materialise: Callable[
             empty_(slots)
 
 
-def _needs(model: nn.Module, methods: dict[str, Quantizer], rounds: dict[str, Activations | None]) -> frozenset[str]:
-    """What calibration has to find. Raises `ShapeError` for a layer that is no plain linear (any more)."""
+def _needs(
+    model: nn.Module,
+    methods: dict[str, Quantizer],
+    rounds: dict[str, Activations | None],
+    tokens: Tensor | None,
+) -> frozenset[str]:
+    """What calibration has to find. Raises `ShapeError` for a layer that is no plain linear (any more), and
+    `CalibrationError` where something is to be found and there are no `tokens`."""
     for name in methods:
         if not isinstance(linear := model.get_submodule(name), nn.Linear):
             raise ShapeError("only a plain linear can be quantized", where=name, got=type(linear).__name__)
     needs = frozenset[str]().union(*(method.needs for method in methods.values()))
-    searched = any(rounding is not None and rounding.calibrated for rounding in rounds.values())
-    return needs | {"the range of the activations"} if searched else needs
+    if any(rounding is not None and rounding.calibrated for rounding in rounds.values()):
+        needs |= {"the range of the activations"}
+    if needs and tokens is None:
+        raise CalibrationError("the quantizer needs calibration data", wanted=", ".join(sorted(needs)))
+    return needs
 
 
 def _quantize_stage(

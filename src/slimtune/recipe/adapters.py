@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from slimtune.arch import Port
 from slimtune.recipe.legality import after
 from slimtune.recipe.schema import Recipe, Train
 
@@ -18,6 +20,14 @@ OWN = (
     " (`import slimtune` before transformers loads that, where it is packed).\n"
 )
 """Beside an adapter whose base is not the original model."""
+
+
+def excess_rank(r: int, ports: Sequence[Port], where: str) -> list[str]:
+    """A warning where `r` is above what updates of the linears `ports` can have, the smaller of their two widths."""
+    width, name = min(((min(p.in_features, p.out_features), p.name) for p in ports), default=(r, ""))
+    if r <= width:
+        return []
+    return [f"{where}: rank {r:,} is above the smaller width of {name}, {width:,}: beyond that it adds numbers alone"]
 
 
 def base_name(recipe: Recipe, done: int, run: Path | None, original: str) -> str:

@@ -12,6 +12,7 @@ from slimtune.export import ADAPTERS
 from slimtune.hub import cache_bits
 from slimtune.lora.attach import base_of, has_adapter, plain
 from slimtune.lora.inits import INITS, WORDS
+from slimtune.lora.start import parts
 from slimtune.quant.blackbox import FROZEN
 from slimtune.quant.linear import QuantLinear
 from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train
@@ -42,6 +43,7 @@ class State:
     zeros: bool = False  # whether zeros stand for pruned units
     woken: bool = False  # whether those have been trained
     narrow: bool = False  # whether the last adapter is on some linears alone
+    rank: int = 0  # the rank of its files, where that is known
 
     @property
     def own(self) -> bool:
@@ -146,6 +148,11 @@ def _objection(step: Step, state: State, first: bool, train: bool) -> tuple[str,
             return "there is no adapter to export", "put export: {format: peft} after lora, before merge"
         case Export(format="gguf-lora") if not state.adapter:
             return "there is no adapter to export", "put export: {format: gguf-lora} after lora, before merge"
+        case Export() if step.rank > state.rank > 0:
+            return (
+                f"rank {step.rank} is above the adapter's, {state.rank}",
+                "leave out rank: it is written whole",
+            )
         case Export(format="compressed-tensors" | "gptq") if not state.quantized:
             return "there are no packed weights to export", "put a quantize step before, or export safetensors"
         case Export() if state.online and step.format in ("compressed-tensors", "gptq", *DENSE):
@@ -222,7 +229,8 @@ def _after(step: Step, state: State) -> State:
             rounded = bool(step.activations or any("activations" in fields for fields in step.layers.values()))
             return replace(state, quantized=True, residual=True, rounded=rounded, cache=bool(step.kv_cache))
         case Lora():
-            return replace(state, adapter=True, narrow=step.target_modules != "all-linear")
+            rank = step.r * parts(step.init, step.init_residual) if step.ranks == "uniform" else 0
+            return replace(state, adapter=True, narrow=step.target_modules != "all-linear", rank=rank)
         case Merge(keep_bits=True):
             return replace(state, adapter=False, residual=False, changed=True)
         case Merge():

@@ -81,7 +81,16 @@ def evaluate_model(
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """The metrics of a model, as `report.json` has them. A text is `file` or `name=file`."""
-    texts = dict(_named(text) for text in perplexity)
+    texts: dict[str, str] = {}
+    for name, path in map(_named, perplexity):
+        if name in texts:
+            raise RecipeError(
+                "two texts of one name",
+                where="--perplexity",
+                got=f"{name}: {texts[name]} and {path}",
+                remedy=f"name them yourself: --perplexity {Path(path).parent.name or 'other'}-{name}={path}",
+            )
+        texts[name] = path
     step = cast(
         Evaluate,
         step_from(
