@@ -100,13 +100,8 @@ def require_rank(updates: Sequence[Update], rank: int) -> None:
     """Raise `RecipeError` where no update has as many as `rank`: there is nothing to cut."""
     most = max(len(update.a) for update in updates)
     if rank > most:
-        raise RecipeError(
-            "the adapter's rank is lower already",
-            where="rank",
-            got=rank,
-            wanted=f"at most {most}",
-            remedy="leave it out: the adapter is written whole",
-        )
+        what, remedy = "the adapter's rank is lower already", "leave it out: the adapter is written whole"
+        raise RecipeError(what, where="rank", got=rank, wanted=f"at most {most}", remedy=remedy)
 
 
 def cut_all(updates: Sequence[Update], rank: int) -> tuple[list[Update], Cut]:

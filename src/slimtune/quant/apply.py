@@ -213,10 +213,7 @@ def _require_finite(model: nn.Module, modelmap: ModelMap, materialise: Callable[
 
 
 def _needs(
-    model: nn.Module,
-    methods: dict[str, Quantizer],
-    rounds: dict[str, Activations | None],
-    tokens: Tensor | None,
+    model: nn.Module, methods: dict[str, Quantizer], rounds: dict[str, Activations | None], tokens: Tensor | None
 ) -> frozenset[str]:
     """What calibration has to find. Raises `ShapeError` for a layer that is no plain linear (any more), and
     `CalibrationError` where something is to be found and there are no `tokens`."""

@@ -28,6 +28,7 @@ from slimtune.lora.inits import INITS, WORDS, residual
 from slimtune.lora.merge import merge as merge_adapter
 from slimtune.lora.options import LoraOptions
 from slimtune.quant.apply import QuantizeFacts, quantize_
+from slimtune.recipe import schema
 from slimtune.recipe.document import read_recipe
 from slimtune.recipe.gradients import attach_adapter, gradient_batches, gradients_of, wants_gradients, wants_residual
 from slimtune.recipe.legality import State, note_, require, state_of
@@ -36,20 +37,7 @@ from slimtune.recipe.plan import DEFAULT_SAMPLES, Plan
 from slimtune.recipe.plan import plan as make_plan
 from slimtune.recipe.pruning import prune_now
 from slimtune.recipe.run import run as run_recipe
-from slimtune.recipe.schema import (
-    Export,
-    Lora,
-    Merge,
-    Prune,
-    Quantize,
-    Recipe,
-    Rotate,
-    Step,
-    Train,
-    build,
-    recipe_from,
-    step_from,
-)
+from slimtune.recipe.schema import Lora, Quantize, Recipe, Step, build, recipe_from, step_from
 from slimtune.recipe.steps import LEARNED_WINDOWS, Session, examples_of, run_step
 from slimtune.recipe.treatments import Treatments, check_patterns
 from slimtune.rotate.fuse import RotateFacts, rotate_
@@ -81,7 +69,7 @@ def rotate(
     `calibration`, as in `quantize`, is what a learned rotation learns from.
     """
     rotation = build(Rotation, options, "rotate")
-    _require(Rotate(), model)
+    _require(schema.Rotate(), model)
     tokens = _windows(calibration, tokenizer, LEARNED_WINDOWS, rotation.seed)
     facts(rotate_(model, bind(base_of(model)), rotation, tokens=tokens))
     return model
@@ -100,7 +88,7 @@ def rotate_folder(
     the folder of a rotated model is replaced; any other that is not empty is refused."""
     require_free(Path(output), model, overwrite, mark=ROTATION)
     rotation, loaded = build(Rotation, options, "rotate"), load_model(model, dtype=dtype, lazy=True)
-    _require(Rotate(), loaded.model)
+    _require(schema.Rotate(), loaded.model)
     tokens = _windows(calibration, loaded.tokenizer, LEARNED_WINDOWS, rotation.seed)
     return write_rotated(loaded, Path(output), rotation, tokens=tokens)
 
@@ -156,14 +144,7 @@ def prune(
 
     `calibration` and `tokenizer` are those of `quantize`. `facts` is called with what was cut.
     """
-    chosen = build(Prune, options, "prune")
-    if chosen.ramped:
-        raise RecipeError(
-            "a ramp acts along training",
-            where="prune.schedule",
-            got=chosen.schedule,
-            remedy="use a recipe, or one-shot",
-        )
+    chosen = build(schema.Prune, options, "prune")
     _require(chosen, model)
     facts(prune_now(model, chosen, _windows(calibration, tokenizer, DEFAULT_SAMPLES, seed), seed=seed))
     note_(model, chosen)
@@ -205,13 +186,9 @@ def _check_starts(model: nn.Module, chosen: Lora) -> None:
     """Raise `RecipeError` where a layer knows less of what it lost than a rank that `chosen` gives it."""
     for layer in quantized(model) if wants_residual(chosen) else ():
         if layer.start is not None and len(layer.start.a) < min(chosen.r, layer.in_features, layer.out_features):
-            raise RecipeError(
-                "what quantization lost is known to a lower rank",
-                where="lora.r",
-                got=chosen.r,
-                wanted=f"at most {len(layer.start.a)}",
-                remedy=f"use slimtune.quantize(..., residual_rank={chosen.r})",
-            )
+            what, most = "what quantization lost is known to a lower rank", f"at most {len(layer.start.a)}"
+            remedy = f"use slimtune.quantize(..., residual_rank={chosen.r})"
+            raise RecipeError(what, where="lora.r", got=chosen.r, wanted=most, remedy=remedy)
 
 
 def _batches(
@@ -249,7 +226,7 @@ def finetune(
     **options: Any,
 ) -> nn.Module:
     """`model` trained in place on `train`; `options` are the fields of the recipe's `train` step."""
-    chosen = build(Train, options, "train")
+    chosen = build(schema.Train, options, "train")
     _require(chosen, model)
     examples = examples_of(model, tokenizer, _source(train), chosen)[0]
     held_out = examples_of(model, tokenizer, _source(eval), chosen)[0] if eval is not None else ()
@@ -273,7 +250,7 @@ def merge(
     With `keep_bits`, `calibration` is token windows `[samples, length]`; what is lost is refused above `tolerance`
     unless `force`, and given to `facts`.
     """
-    step = Merge(keep_bits=keep_bits)
+    step = schema.Merge(keep_bits=keep_bits)
     _require(step, model)
     note_(model, step)  # its base is what comes back
     if not keep_bits:
@@ -309,13 +286,11 @@ def export(
     `overwrite`, an earlier export is replaced; any other folder that is not empty is refused."""
     loaded_from = str(cast(Any, base_of(model)).name_or_path)
     require_free(Path(output), loaded_from, overwrite)
-    state = _require(Export(format, quantization, rank), model)
+    state = _require(schema.Export(format, quantization, rank), model)
     if state.changed and format in ADAPTERS and not name:
-        raise RecipeError(
-            "the adapter's base is not the model that was loaded: it was trained, or took an adapter in",
-            got=loaded_from,
-            remedy="save that base and pass name=, which others load it by; or merge, and export safetensors",
-        )
+        what = "the adapter's base is not the model that was loaded: it was trained, or took an adapter in"
+        remedy = "save that base and pass name=, which others load it by; or merge, and export safetensors"
+        raise RecipeError(what, got=loaded_from, remedy=remedy)
     noted = model.peft_config["default"].base_model_name_or_path if isinstance(model, PeftModel) else ""
     public = name or noted or loaded_from
     return write_export(Source(model, tokenizer, public, DTYPES[dtype]), format, Path(output), quantization, rank)

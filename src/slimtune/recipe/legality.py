@@ -144,15 +144,10 @@ def _objection(step: Step, state: State, first: bool, train: bool) -> tuple[str,
             return "there is no adapter to merge", "put merge after lora and train"
         case Merge(keep_bits=True) if not state.quantized:
             return "there are no packed weights to merge into", "leave out keep_bits, or quantize before lora"
-        case Export(format="peft") if not state.adapter:
-            return "there is no adapter to export", "put export: {format: peft} after lora, before merge"
-        case Export(format="gguf-lora") if not state.adapter:
-            return "there is no adapter to export", "put export: {format: gguf-lora} after lora, before merge"
+        case Export() if step.format in ADAPTERS and not state.adapter:
+            return "there is no adapter to export", f"put export: {{format: {step.format}}} after lora, before merge"
         case Export() if step.rank > state.rank > 0:
-            return (
-                f"rank {step.rank} is above the adapter's, {state.rank}",
-                "leave out rank: it is written whole",
-            )
+            return f"rank {step.rank} is above the adapter's, {state.rank}", "leave out rank: it is written whole"
         case Export(format="compressed-tensors" | "gptq") if not state.quantized:
             return "there are no packed weights to export", "put a quantize step before, or export safetensors"
         case Export() if state.online and step.format in ("compressed-tensors", "gptq", *DENSE):
@@ -234,6 +229,6 @@ def _after(step: Step, state: State) -> State:
         case Merge(keep_bits=True):
             return replace(state, adapter=False, residual=False, changed=True)
         case Merge():
-            dense = replace(state, quantized=False, rounded=False, cache=False)
-            return replace(dense, adapter=False, residual=False, changed=True)
+            state = replace(state, quantized=False, rounded=False, cache=False)
+            return replace(state, adapter=False, residual=False, changed=True)
     return state

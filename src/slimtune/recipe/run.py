@@ -34,7 +34,7 @@ from slimtune.kernels.memory import PeakMemory
 from slimtune.lora.attach import base_of, has_adapter, load_adapter, save_adapter
 from slimtune.recipe.adapters import base_name, belongs
 from slimtune.recipe.document import write_recipe
-from slimtune.recipe.legality import dtype_after
+from slimtune.recipe.legality import after, dtype_after
 from slimtune.recipe.plan import Plan, plan, resolve
 from slimtune.recipe.pruning import RECORD, pending, read_record
 from slimtune.recipe.report import read_report, write_html
@@ -231,12 +231,7 @@ def _changes_base(step: Step, recipe: Recipe, number: int) -> bool:
         return not step.ramped
     if not isinstance(step, Train):
         return isinstance(step, Rotate | Quantize | Merge)
-    if step.scales or pending(recipe.steps, number) is not None:
-        return True
-    before = recipe.steps[:number]
-    loras = [n for n, s in enumerate(before) if isinstance(s, Lora)]
-    merges = [n for n, s in enumerate(before) if isinstance(s, Merge)]
-    return max(loras, default=-1) <= max(merges, default=-1)
+    return step.scales or pending(recipe.steps, number) is not None or not after(recipe.steps[:number]).adapter
 
 
 def _keep(session: Session, step: Step, number: int, output: Path) -> None:

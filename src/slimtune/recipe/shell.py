@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from slimtune.errors import FormatError, RecipeError, SlimtuneError, nearest
 from slimtune.evaluate.generate import GREEDY, Pace, Sampling, write_reply
 from slimtune.export import ADAPTERS, Manifest, Source, export, exporter_of, require_free
 from slimtune.export.load import BUNDLED, Loaded, load
-from slimtune.lora.attach import load_adapter
+from slimtune.lora.attach import has_adapter, load_adapter
 from slimtune.quant import QUANTIZERS
 from slimtune.recipe.adapters import base_name, belongs
 from slimtune.recipe.document import parse
@@ -56,12 +56,10 @@ def recipe_of(model: str, steps: Sequence[str], arguments: Sequence[str], name: 
 def open_model(name: str, *, dtype: str = "", adapter: Path | None = None) -> tuple[Loaded, nn.Module]:
     """A model by name, or the model and adapter of a run folder (then `dtype` is the run's, unless given)."""
     run = Path(name)
-    held = held_by(run)
-    if held is None:
-        loaded = load(name, dtype=dtype or "float32")
-    else:
-        loaded = load(str(run / "model"), dtype=dtype or dtype_after(held.recipe, held.done))
-        original = held.recipe.model
+    held = _held_by(run)
+    loaded = load(str(run / "model") if held else name, dtype=dtype or (dtype_after(*held) if held else "float32"))
+    if held:
+        original = held[0].model
         loaded.name = BUNDLED[original][2] if original in BUNDLED else original
         adapter = adapter or (run / "adapter" if (run / "adapter").is_dir() else None)
     return loaded, load_adapter(loaded.model, adapter) if adapter else loaded.model
@@ -84,29 +82,14 @@ def evaluate_model(
     texts: dict[str, str] = {}
     for name, path in map(_named, perplexity):
         if name in texts:
+            got, other = f"{name}: {texts[name]} and {path}", f"{Path(path).parent.name or 'other'}-{name}={path}"
             raise RecipeError(
-                "two texts of one name",
-                where="--perplexity",
-                got=f"{name}: {texts[name]} and {path}",
-                remedy=f"name them yourself: --perplexity {Path(path).parent.name or 'other'}-{name}={path}",
+                "two texts of one name", where="--perplexity", got=got, remedy=f"give one: --perplexity {other}"
             )
         texts[name] = path
-    step = cast(
-        Evaluate,
-        step_from(
-            "evaluate",
-            {
-                "perplexity": texts,
-                "tasks": list(tasks),
-                "length": length,
-                "max_tokens": max_tokens,
-                "limit": limit,
-                "num_fewshot": num_fewshot,
-                "speed": speed,
-            },
-            "",
-        ),
-    )
+    counts = {"length": length, "max_tokens": max_tokens, "limit": limit, "num_fewshot": num_fewshot}
+    facts = {"perplexity": texts, "tasks": list(tasks), "speed": speed, **counts}
+    step = cast(Evaluate, step_from("evaluate", facts, ""))
     loaded, opened = open_model(model, dtype=dtype)
     recipe = Recipe(model=model, steps=(step,))
     session = Session(recipe, loaded, opened, say)
@@ -128,13 +111,12 @@ def export_model(
     exporter_of(format, quantization, rank)  # what is unknown is refused before anything is loaded
     require_free(output, source, overwrite)
     loaded, model = open_model(source, dtype=dtype)
-    held = held_by(Path(source))
-    state = state_of(model, held.state if held else State())
-    require(Export(format, quantization, rank), state, where=f"--format {format}")
-    name, note = loaded.name, ""
-    if held is not None and state.adapter:
-        note = belongs(held.recipe, held.done)
-        name = base_name(held.recipe, held.done, Path(source), name) if format in ADAPTERS else name
+    name, note, known = loaded.name, "", State()
+    if held := _held_by(Path(source)):
+        known = replace(after(held[0].steps[: held[1]]), ramp=False)  # a ramp to come does not matter to its model
+        note = belongs(*held) if has_adapter(model) else ""
+        name = base_name(*held, Path(source), name) if format in ADAPTERS else name
+    require(Export(format, quantization, rank), state_of(model, known), where=f"--format {format}")
     return export(Source(model, loaded.tokenizer, name, loaded.model.dtype, note), format, output, quantization, rank)
 
 
@@ -195,21 +177,9 @@ def _named(text: str) -> tuple[str, str]:
     return (name, path) if sign else (Path(text).name.split(".")[0], text)
 
 
-@dataclass(frozen=True)
-class Held:
-    """What a run folder holds: how many steps of its recipe are done, and what is known of its model by them."""
-
-    recipe: Recipe
-    done: int
-
-    @property
-    def state(self) -> State:
-        """What its steps did. The verbs take the model as it is, also where a ramp was to come."""
-        return replace(after(self.recipe.steps[: self.done]), ramp=False)
-
-
-def held_by(run: Path) -> Held | None:
-    """What the run folder `run` holds; None where it is none. Raises `FormatError` where its files are damaged."""
+def _held_by(run: Path) -> tuple[Recipe, int] | None:
+    """The recipe of the run folder `run`, and how many of its steps are done; None where it is no run. Raises
+    `FormatError` where its files are damaged."""
     path, state = run / "recipe.yaml", run / "checkpoints" / "state.json"
     if not path.is_file() or not (run / "model").is_dir():
         return None
@@ -218,4 +188,4 @@ def held_by(run: Path) -> Held | None:
         done = len(json.loads(state.read_text(encoding="utf-8"))["steps"]) if state.is_file() else len(recipe.steps)
     except (SlimtuneError, ValueError, KeyError, TypeError) as error:
         raise FormatError("the run's recipe is damaged", where=str(path), got=str(error)[:300]) from error
-    return Held(recipe, done)
+    return recipe, done

@@ -320,14 +320,8 @@ def _gradient_batches(session: Session, step: Lora, number: int) -> tuple[list[B
     options: TrainOptions = next((s for s in later if isinstance(s, Train)), TrainOptions())
     tokenizer = session.loaded.tokenizer
     examples, _ = examples_of(model, tokenizer, data.train, options)
-    batches = gradient_batches(
-        examples,
-        Collator(padding_id(tokenizer)),
-        step,
-        options.per_device_train_batch_size,
-        session.recipe.seed,
-        str(data.train),
-    )
+    collator, size = Collator(padding_id(tokenizer)), options.per_device_train_batch_size
+    batches = gradient_batches(examples, collator, step, size, session.recipe.seed, str(data.train))
     session.say(f"  {WORDS[INITS[step.init].of]} of {len(batches)} batches of {data.train}")
     return batches, options.gradient_checkpointing
 
@@ -422,14 +416,8 @@ def _evaluate(session: Session, step: Evaluate, number: int) -> Facts:
         limit = step.limit if step.limit > 0 else None
         shots = step.num_fewshot if step.num_fewshot >= 0 else None
         for item in tasks(model, session.loaded.tokenizer, step.tasks, limit=limit, num_fewshot=shots):
-            found.append(
-                {
-                    "name": f"{item.task}_{item.metric}",
-                    "value": item.value,
-                    "stderr": item.stderr,
-                    "samples": item.samples,
-                }
-            )
+            name = f"{item.task}_{item.metric}"
+            found.append({"name": name, "value": item.value, "stderr": item.stderr, "samples": item.samples})
     if step.speed:
         # As long a prompt as others use, where the model has the positions for it and the reply.
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
