@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +19,7 @@ from slimtune.errors import RecipeError
 from slimtune.recipe.document import read_recipe
 from slimtune.recipe.run import run
 from slimtune.recipe.schema import recipe_from, to_dict
+from slimtune.recipe.shell import export_model, open_model
 
 STEPS: list[Any] = [
     {"quantize": {"bits": 4, "group_size": 16}},
@@ -245,6 +247,71 @@ def test_python_does_what_a_recipe_does(facts: dict[str, Any], finished: tuple[P
     report = json.loads((folder / "report.json").read_text())
     found = {m["name"]: m["value"] for m in report["metrics"] if m["after_step"] == 4}
     assert {m["name"]: m["value"] for m in metrics}["wiki_perplexity"] == pytest.approx(found["wiki_perplexity"])
+
+
+TRAIN = {"train": {"max_steps": 2, "max_length": 48, "learning_rate": 1e-2}}
+FEW = {"lora": {"r": 2}}
+
+
+@pytest.mark.parametrize("first", [[TRAIN], [FEW, TRAIN, {"merge": {}}]], ids=["trained", "merged"])
+def test_an_adapter_on_a_base_that_the_run_changed_names_that(
+    first: list[Any], facts: dict[str, Any], tmp_path: Path
+) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    data, out = {"train": facts["data"]["train"]}, tmp_path / "out"
+    steps = [*first, FEW, TRAIN, {"export": {"format": "peft"}}]
+    run(recipe_from({**facts, "data": data, "steps": steps}), out)
+    export_model(str(out), "peft", tmp_path / "again")
+    wanted = open_model(str(out))[1]
+    for folder in (out / "adapter", out / "export" / "peft", tmp_path / "again"):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str((out / "model").resolve())
+        assert "no other" in (folder / "README.md").read_text()
+        found = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokens = torch.arange(3, 40)[None]
+        assert torch.allclose(found(tokens).logits, wanted(tokens).logits, atol=1e-5)
+
+
+def test_verbs_ask_what_a_recipe_asks_of_a_run(facts: dict[str, Any], tmp_path: Path) -> None:
+    data, out = {"train": facts["data"]["train"]}, tmp_path / "out"
+    prune = {"prune": {"importance": "magnitude", "ratio": 0.2}}
+    run(recipe_from({**facts, "data": data, "steps": [prune, FEW, TRAIN]}), out)
+    for format in ("peft", "gguf-lora"):
+        with pytest.raises(RecipeError, match="fits the pruned model alone"):
+            export_model(str(out), format, tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+
+
+def test_verbs_keep_the_dtype_that_a_merge_chose(facts: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(recipe_from({**facts, "data": {}, "steps": [FEW, {"merge": {"dtype": "bfloat16"}}]}), out)
+    assert open_model(str(out))[0].model.dtype == torch.bfloat16
+    assert open_model(str(out), dtype="float32")[0].model.dtype == torch.float32
+    manifest = export_model(str(out), "safetensors", tmp_path / "export")
+    assert load_file(tmp_path / "export" / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+    assert manifest.bytes < 1.5 * sum(path.stat().st_size for path in (out / "model").iterdir())
+
+
+def test_python_replaces_no_folder_that_is_not_its_own(facts: dict[str, Any], tmp_path: Path) -> None:
+    model, tokenizer = slimtune.load(facts["model"])
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("years of work")
+    before = fingerprint(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(RecipeError, match="not empty and not an export"):
+            slimtune.export(model, tokenizer, "safetensors", tmp_path / "thesis", overwrite=overwrite)
+        with pytest.raises(RecipeError, match="not empty and not an export"):
+            slimtune.rotate_folder(facts["model"], tmp_path / "thesis", overwrite=overwrite)
+    assert fingerprint(tmp_path) == before
+    for write in (
+        lambda **more: slimtune.export(model, tokenizer, "safetensors", tmp_path / "out", **more),
+        lambda **more: slimtune.rotate_folder(facts["model"], tmp_path / "rotated", **more),
+    ):
+        write()
+        with pytest.raises(RecipeError, match="the output folder is not empty"):
+            write()
+        write(overwrite=True)
 
 
 def test_python_listens_to_every_option_of_training(facts: dict[str, Any]) -> None:

@@ -7,17 +7,19 @@ import gc
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from pico import PICO, VOCAB_SIZE, logits, pico_inputs, pico_model
+from pico import PICO, VOCAB_SIZE, logits, pico_inputs, pico_model, pico_tokenizer
 from slimtune.arch import Block, ModelMap, Port, bind
 from slimtune.calib import capture
 from slimtune.calib.capture import calibration_stream, model_inputs
 from slimtune.errors import CalibrationError, FormatError, RecipeError, ShapeError
+from slimtune.export.load import load
 from slimtune.quant import QTensor, Quantizer, QuantLinear
 from slimtune.quant.apply import QuantizedLayer, QuantizeFacts, all_linear, dequantize_, quantize_
 from slimtune.quant.layouts import Affine
@@ -452,7 +454,7 @@ def test_blocks_are_materialised_one_by_one() -> None:
             parameter.data.copy_(weights[f"{name}.{key}"])
 
     quantize(model, Optq(group_size=12, grid="minmax"), materialise=materialise)
-    assert on_meta == [[True, True], [False, True]]
+    assert on_meta == [[True, True], [True, True], [True, True], [False, True]]  # they are looked at first, and left
     got, expected = packed(model), packed(wanted)
     assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in got)
 
@@ -511,13 +513,34 @@ def test_a_weight_that_is_not_finite_is_named(method: Quantizer, bad: float) -> 
         model.get_parameter(f"{name}.weight")[3, 4] = bad
     with pytest.raises(FormatError, match="not finite") as caught:
         quantize(model, method)
-    assert name in str(caught.value)
+    assert caught.value.facts["where"] == f"{name}.weight"
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight", "model.layers.1.input_layernorm.weight"])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_weight_that_keeps_its_bits_must_be_finite_too(name: str, lazy: bool, tmp_path: Path) -> None:
+    """It is found before anything is quantized."""
+    model: Any = pico_model("llama")
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[3] = torch.inf
+    model.save_pretrained(tmp_path)
+    pico_tokenizer().save_pretrained(tmp_path)
+    loaded = load(str(tmp_path), lazy=lazy)
+    materialise, done = loaded.materialise, []
+    with pytest.raises(FormatError, match="a weight is not finite") as caught:
+        quantize_(
+            loaded.model, bind(loaded.model), all_linear(ROUND), materialise=materialise,
+            progress=lambda *facts: done.append(facts),
+        )  # fmt: skip
+    assert caught.value.facts["where"] == name and not done
+    first = loaded.model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    assert first.is_meta == lazy
 
 
 def test_an_input_that_is_not_finite_is_named() -> None:
     model = pico_model("llama")
     with torch.no_grad():
-        model.get_parameter("model.layers.1.input_layernorm.weight")[0] = torch.inf
+        model.get_parameter("model.layers.1.input_layernorm.weight")[0] = 3e38  # which is finite
     with pytest.raises(CalibrationError, match="not finite") as caught:
         quantize(model, Optq(group_size=12, grid="minmax"))
     assert "model.layers.1.self_attn.q_proj" in str(caught.value)

@@ -70,7 +70,7 @@ def test_an_adapter_that_learnt_nothing_loses_nothing() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"ranks": "gradient"}])
-@pytest.mark.parametrize("rank", [2, 3, 8])
+@pytest.mark.parametrize("rank", [2, 3, 6])
 def test_a_cut_file_is_a_stock_one_and_states_its_error(options: dict[str, Any], rank: int, tmp_path: Path) -> None:
     model = started(**options)
     manifest = export(of(model), "peft", tmp_path / "out", rank=rank)
@@ -111,6 +111,15 @@ def test_the_model_is_as_it_was_and_a_wrong_file_is_refused(tmp_path: Path, monk
     with pytest.raises(FormatError, match="does not read back"):
         export(of(model), "peft", tmp_path / "spoilt", rank=2)
     assert not (tmp_path / "spoilt").exists() and model.active_adapters == ["default"]
+
+
+@pytest.mark.parametrize("format", ["peft", "gguf-lora"])
+def test_a_rank_above_the_adapters_is_refused(format: str, tmp_path: Path) -> None:
+    model = slimtune.add_lora(pico_model("llama"), r=3)
+    with pytest.raises(RecipeError, match="rank is lower already") as caught:
+        export(of(model), format, tmp_path / "out", rank=4)
+    assert caught.value.facts["wanted"] == "at most 3" and not (tmp_path / "out").exists()
+    export(of(model), format, tmp_path / "out", rank=3)
 
 
 def test_formats_without_a_rank_refuse_one() -> None:

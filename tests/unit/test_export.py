@@ -113,6 +113,12 @@ def test_export_of_an_adapted_model_reads_back_and_leaves_it_as_it_was(
     assert NAME in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_note_of_an_adapter_says_quantized_where_it_was(packed: bool, tmp_path: Path) -> None:
+    export(of(adapted(quantized("llama") if packed else pico_model("llama"))), "peft", tmp_path / "out")
+    assert ("as quantized" in (tmp_path / "out" / "README.md").read_text()) == packed
+
+
 @pytest.mark.parametrize("format", ["compressed-tensors", "safetensors"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_export_in_sixteen_bits_says_so(format: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -462,3 +468,12 @@ def test_export_that_computes_something_else_is_refused(case: str, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
     assert snapshot(model) == before
     assert torch.equal(probe_logits(model), scores)
+
+
+def test_a_model_that_computes_no_numbers_is_not_exported(tmp_path: Path) -> None:
+    model = pico_model("llama")
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[3] = torch.nan
+    with pytest.raises(FormatError, match="a weight is not finite") as caught:
+        export(of(model), "safetensors", tmp_path / "out")
+    assert caught.value.facts["where"] == "model.norm.weight" and not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ import torch
 
 from pico import EOS, PAD, pico_inputs, pico_model, pico_tokenizer
 from slimtune.arch import bind
-from slimtune.errors import RecipeError
+from slimtune.errors import FormatError, RecipeError
 from slimtune.evaluate.generate import Pace, Sampling, choose, stream, write_reply
 from slimtune.lora.attach import add_lora
 from slimtune.quant.apply import all_linear, quantize_
@@ -178,3 +178,18 @@ def test_reply_that_ends_at_once_has_a_pace() -> None:
     model.generation_config.eos_token_id = [tokens_of(model, inputs)[0]]
     pace = write_reply(model, pico_tokenizer(), inputs, 5, Sampling(), print)
     assert pace.new_tokens == 0 and pace.first > 0
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_model_that_computes_no_numbers_does_not_write(bad: float) -> None:
+    model = pico_model("llama")
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[3] = bad
+    with pytest.raises(FormatError, match="a weight is not finite") as caught:
+        tokens_of(model, {"input_ids": pico_inputs(model)["input_ids"][:1]})
+    assert caught.value.facts["where"] == "model.norm.weight"
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[3] = 1.0
+        model.get_parameter("lm_head.weight").fill_(3e38)  # each is finite, and their sums are not
+    with pytest.raises(FormatError, match="logits are not finite"):
+        tokens_of(model, {"input_ids": pico_inputs(model)["input_ids"][:1]})

@@ -20,6 +20,7 @@ PADDED, RAMPED = (
 QUERIES = {"lora": {"target_modules": ["q_proj"]}}
 NARROW = ({"export": {"format": "decilm"}}, {"export": {"format": "gguf-deci"}})
 PEFT, PACKED, DENSE = ({"export": {"format": f}} for f in ("peft", "compressed-tensors", "safetensors"))
+ADAPTER = {"export": {"format": "gguf-lora"}}
 
 
 def recipe(*steps: Any, data: dict[str, Any] = DATA) -> Recipe:
@@ -51,6 +52,9 @@ def recipe(*steps: Any, data: dict[str, Any] = DATA) -> Recipe:
         (PADDED, QUERIES, "train", *NARROW),
         (QUERIES, PADDED, "train", *NARROW),
         (PADDED, "lora", "train", DENSE),
+        ("train", "lora", "train", PEFT, ADAPTER, SPEED),
+        ("lora", "train", PEFT, ADAPTER, "merge", "lora", "train", PEFT, "train"),
+        ("rotate", "lora", "train", PEFT, "merge", DENSE),
     ],
 )
 def test_an_order_that_can_work_is_accepted(steps: tuple[Any, ...]) -> None:
@@ -63,6 +67,29 @@ def test_an_order_that_can_work_is_accepted(steps: tuple[Any, ...]) -> None:
         ((PADDED, "lora", "train", NARROW[0]), "steps[3].export", "woke the units", "schedule: cubic"),
         ((PADDED, "train", NARROW[1]), "steps[2].export", "woke the units", "schedule: cubic"),
         (("lora", RAMPED, "train", "train", NARROW[0]), "steps[4].export", "woke the units", "safetensors"),
+        (
+            ("prune", "lora", ADAPTER),
+            "steps[2].export",
+            "fits the pruned model alone",
+            "merge: {} before, and export gguf",
+        ),
+        (("lora", RAMPED, "train", ADAPTER), "steps[3].export", "fits the pruned model alone", "export gguf"),
+        (("train", "lora", PEFT, "merge"), "steps[2].export", "which a later step changes", "export safetensors"),
+        (("lora", "merge", "lora", PEFT, "prune"), "steps[3].export", "which a later step changes", "merge: {}"),
+        (("rotate", "lora", "merge", "lora", PEFT), "steps[4].export", "rotated basis alone", "export safetensors"),
+        (("rotate", "train", "lora", ADAPTER), "steps[3].export", "rotated basis alone", "export gguf"),
+        (
+            ({"lora": {"r": 4}}, {"export": {"format": "peft", "rank": 5}}),
+            "steps[1].export",
+            "rank 5 is above the adapter's, 4",
+            "leave out rank",
+        ),
+        (
+            ({"lora": {"r": 4, "init": "lora-ga"}}, {"export": {"format": "gguf-lora", "rank": 9}}),
+            "steps[1].export",
+            "rank 9 is above the adapter's, 8",
+            "leave out rank",
+        ),
         (("quantize", "quantize"), "steps[1].quantize", "quantized already", "merge"),
         (("lora", "quantize"), "steps[1].quantize", "with an adapter cannot be quantized", "merge: {} before quantize"),
         ((RESIDUAL,), "steps[0].lora", "what quantization lost", "a quantize step before"),
@@ -129,7 +156,7 @@ def test_an_adapter_leaves_online_transforms_on_its_way_out() -> None:
 def test_the_state_is_the_one_before_each_step() -> None:
     states = check_order(recipe("quantize", "lora", "merge", SPEED))
     packed = State(quantized=True, residual=True)
-    assert states == [State(), packed, replace(packed, adapter=True), State()]
+    assert states == [State(), packed, replace(packed, adapter=True, rank=16), State(changed=True, rank=16)]
 
 
 def test_a_model_that_is_rotated_to_begin_with_is_not_rotated_again() -> None:

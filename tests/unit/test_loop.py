@@ -12,7 +12,7 @@ from torch import nn
 from pico import pico_model, pico_tokenizer
 from slimtune import add_lora, quantize
 from slimtune.calib.formats import normalise
-from slimtune.errors import RecipeError, TrainingDiverged
+from slimtune.errors import FormatError, RecipeError, TrainingDiverged
 from slimtune.lora.attach import plain
 from slimtune.train.callbacks import StepLog
 from slimtune.train.data import Collator, Example, pack, padding_id, tokenize, tokenize_seq2seq
@@ -141,7 +141,7 @@ def test_a_diverging_training_stops_with_a_message(tmp_path: Path, logging_steps
 def test_a_held_out_loss_that_is_no_number_stops_too() -> None:
     model = adapted()
     with torch.no_grad():
-        next(p for n, p in model.named_parameters() if "lora_B" in n).fill_(torch.nan)
+        next(p for n, p in model.named_parameters() if "lora_B" in n).fill_(3e38)  # finite, as weights must be
     with pytest.raises(TrainingDiverged, match="held-out loss"):
         train(model, held_out=EXAMPLES)
 
@@ -250,3 +250,12 @@ def test_the_held_out_loss_is_a_mean_over_tokens(batch_size: int) -> None:
 def test_counted_tokens_leave_padding_out() -> None:
     short, long = Example([5, 6, 7], [-100, 6, 7]), Example([5, 6, 7, 8, 9], [-100, 6, 7, 8, 9])
     assert train(adapted(), examples=[short, long], max_steps=3).tokens == 3 * (3 + 5)
+
+
+def test_weights_that_are_not_finite_are_named_and_no_learning_rate_is_blamed() -> None:
+    model = pico_model("llama")
+    with torch.no_grad():
+        model.get_parameter("lm_head.weight")[3, 4] = torch.inf
+    with pytest.raises(FormatError, match="a weight is not finite") as caught:
+        train(add_lora(model, r=2))
+    assert "lm_head.weight" in caught.value.facts["where"]

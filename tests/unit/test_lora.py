@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from pico import PICO, logits, pico_inputs, pico_model
 from slimtune.arch import bind
 from slimtune.errors import FormatError, RecipeError
-from slimtune.lora.attach import LoraQuantLinear, add_lora, base_of, has_adapter, load_adapter, plain
+from slimtune.lora.attach import LoraQuantLinear, add_lora, base_of, has_adapter, load_adapter, plain, save_adapter
 from slimtune.lora.merge import merge
 from slimtune.lora.options import LoraOptions
 from slimtune.quant import QuantLinear
@@ -291,6 +292,17 @@ def test_an_adapter_is_a_stock_one_and_goes_round(tmp_path: Path, quantized: boo
     for name, update in updates.items():
         layer: Any = base_of(wrapped).get_submodule(name)
         torch.testing.assert_close(update, layer.get_delta_weight("default").detach())
+
+
+def test_an_adapters_file_is_the_same_in_every_process(tmp_path: Path) -> None:
+    wrapped = add_lora(pico_model("llama"), r=2, base_name="someone/original")
+    wrapped.peft_config["default"].target_modules = ["v_proj", "k_proj", "up_proj", "q_proj"]
+    save_adapter(wrapped, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["k_proj", "q_proj", "up_proj", "v_proj"]
+    assert config["base_model_name_or_path"] == "someone/original"
+    save_adapter(wrapped, tmp_path, "another/base")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "another/base"
 
 
 def test_a_folder_that_is_no_adapter_is_refused(tmp_path: Path) -> None:

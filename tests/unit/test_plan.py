@@ -257,6 +257,12 @@ def test_lora_pro_holds_moments_of_whole_weights(config_only: Path, monkeypatch:
     assert pro.steps[1].memory_bytes - usual.steps[1].memory_bytes == 8 * weights + 16 * largest
 
 
+def test_a_rank_that_no_update_can_have_is_a_warning(config_only: Path) -> None:
+    assert planned(config_only, {"lora": {"r": 4}}, memory=2**50).warnings == ()
+    [warning] = planned(config_only, {"lora": {"r": 100_000}}, memory=2**50).warnings
+    assert "steps[0].lora: rank 100,000 is above the smaller width of model.layers.0." in warning
+
+
 def test_a_rank_that_a_format_lacks_is_refused_by_the_plan(config_only: Path) -> None:
     with pytest.raises(RecipeError, match="takes no rank"):
         planned(config_only, "lora", {"export": {"format": "gguf", "rank": 4}})

@@ -175,10 +175,10 @@ def test_a_second_rotation_and_one_of_a_quantized_model_are_errors() -> None:
     with pytest.raises(RecipeError, match="rotated already"):
         slimtune.rotate(model)
     packed = slimtune.quantize(pico_model(), "rtn", bits=4, group_size=8)
-    with pytest.raises(RecipeError, match="only plain weights") as caught:
+    with pytest.raises(RecipeError, match="packed weights cannot be rotated") as caught:
         slimtune.rotate(packed)
     assert "before quantize" in caught.value.facts["remedy"]
-    with pytest.raises(RecipeError, match="only plain weights"):
+    with pytest.raises(RecipeError, match="with an adapter cannot be rotated"):
         slimtune.rotate(add_lora(pico_model(), r=2))
 
 

@@ -7,6 +7,7 @@ before anything is allocated.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -94,6 +95,26 @@ class Checkpoint:
                 setattr(owner, leaf, nn.Parameter(loaded[name], requires_grad=old.requires_grad))
             else:
                 setattr(owner, leaf, loaded[name])
+
+
+def require_finite(model: nn.Module, prefix: str = "") -> None:
+    """Raise `FormatError` at the first parameter in memory of `model` (called `prefix` in a larger one) with a value
+    that is no finite number."""
+    for name, parameter in model.named_parameters(prefix):
+        tensor = parameter.detach()
+        if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if not all(math.isfinite(bound) for bound in tensor.aminmax()):  # one pass, and no copy
+            raise FormatError("a weight is not finite", where=name, remedy="get the model's files again")
+
+
+def require_logits(model: nn.Module, logits: Tensor) -> None:
+    """Raise `FormatError` where `logits` that `model` computed are no numbers; it names the weight, where one is so."""
+    if not math.isfinite(logits.max()):
+        require_finite(model)
+        raise FormatError(
+            "the model's logits are not finite", got=float(logits.max()), remedy="use dtype: float32 or bfloat16"
+        )
 
 
 def _index(path: Path) -> dict[str, list[str] | None]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from slimtune.arch.weights import require_logits
 from slimtune.errors import RecipeError
 from slimtune.evaluate.inference import inference, require_positions
 from slimtune.quant.decoding import decoding
@@ -88,7 +89,8 @@ def stream(
     """The continuation of `inputs["input_ids"]` (`[1, n]`; an encoder-decoder: its answer to them): the text that each
     new token adds, until the end of sequence, `max_new_tokens`, or the model's last position.
 
-    A token that is only part of a character adds "". Raises `RecipeError` where the prompt is longer than the model.
+    A token that is only part of a character adds "". Raises `RecipeError` where the prompt is longer than the model,
+    and `FormatError` where that computes no numbers.
     """
     ids, generator = inputs["input_ids"].to(model.device), torch.Generator().manual_seed(sampling.seed)
     carried: dict[str, Any] = {"logits_to_keep": 1}
@@ -108,6 +110,7 @@ def stream(
         with inference(model):  # for each token: what is done with a piece is not the model's to decide
             output = model(**{name: ids}, **carried, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
+        require_logits(model, output.logits[0, -1])
         token = choose(output.logits[0, -1], sampling, generator)
         if token in stops:
             break

@@ -6,11 +6,12 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
+from slimtune.arch.weights import require_logits
 from slimtune.errors import RecipeError, nearest
 from slimtune.export.base import Exporter, Manifest, Source, Written, largest_difference, probe_logits
 from slimtune.export.compressed_tensors import CompressedTensorsExporter
 from slimtune.export.decilm import DecilmExporter
-from slimtune.export.gguf import GgufDeciExporter, GgufExporter, GgufLoraExporter
+from slimtune.export.gguf import ADAPTER_FILE, MODEL_FILE, GgufDeciExporter, GgufExporter, GgufLoraExporter
 from slimtune.export.gptq import GptqExporter
 from slimtune.export.peft import PeftExporter
 from slimtune.export.safetensors import SafetensorsExporter
@@ -58,6 +59,21 @@ def exporter_of(format: str, quantization: str = "", rank: int = 0) -> Exporter:
     return cast(Exporter, kind(**chosen))
 
 
+def require_free(output: Path, source: str, overwrite: bool, *, mark: str = "README.md") -> None:
+    """Raise `RecipeError` for a folder that must not be replaced, since what is there is lost with it: one that is not
+    empty and, by its file `mark`, not of slimtune's making; the `source`'s own; and any other without `overwrite`."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    names = ("config.json", "adapter_config.json", MODEL_FILE, ADAPTER_FILE)
+    if not (output / mark).is_file() or not any((output / name).is_file() for name in names):
+        raise RecipeError("the output is not empty and not an export", where=str(output), remedy="choose another one")
+    if source and Path(source).expanduser().resolve().is_relative_to(output.resolve()):
+        raise RecipeError("an export cannot replace its source", where=str(output), remedy="choose another output")
+    if not overwrite:
+        remedy = "--overwrite replaces it (in Python overwrite=True)"
+        raise RecipeError("the output folder is not empty", where=str(output), remedy=remedy)
+
+
 def export(source: Source, format: str, folder: Path, quantization: str = "", rank: int = 0) -> Manifest:
     """Write `source` as `format` into `folder` (replaced whole, or not at all), read it back and compare.
 
@@ -76,6 +92,7 @@ def export(source: Source, format: str, folder: Path, quantization: str = "", ra
             remedy="rotate with online: [], or export the adapter with format: peft",
         )
     wanted = probe_logits(source.model)
+    require_logits(source.model, wanted)
     with whole_folder(folder) as partial:
         written = exporter.write(source, partial) or Written(dtype=source.dtype)
         try:
@@ -96,4 +113,4 @@ def export(source: Source, format: str, folder: Path, quantization: str = "", ra
     )
 
 
-__all__ = ["EXPORTERS", "Exporter", "Manifest", "Source", "Written", "export", "exporter_of"]
+__all__ = ["EXPORTERS", "Exporter", "Manifest", "Source", "Written", "export", "exporter_of", "require_free"]

@@ -28,7 +28,7 @@ from slimtune.export.gguf_vocab import add_vocabulary
 from slimtune.export.gguf_widths import own_widths
 from slimtune.export.load import empty_model
 from slimtune.lora.attach import base_of, has_adapter, plain
-from slimtune.lora.cut import Cut, Update, cut_all, updates
+from slimtune.lora.cut import Cut, Update, cut_all, require_rank, updates
 from slimtune.lora.merge import merged_weight
 from slimtune.quant.blackbox import FROZEN
 from slimtune.quant.linear import QuantLinear
@@ -162,8 +162,8 @@ class GgufLoraExporter:
     """`adapter.gguf`: the adapter alone, for a GGUF file of its base."""
 
     loads_in: ClassVar[str] = (
-        "A LoRA adapter in GGUF, trained on `{name}` as quantized by the run it comes from. It needs a GGUF file of"
-        " that model: `slimtune export RUN/model --format gguf` writes the base it was trained on.\n\n"
+        "A LoRA adapter in GGUF for `{name}`. It needs a GGUF file of that model: `slimtune export RUN/model --format"
+        " gguf` writes the base it was trained on.\n\n"
         "- llama.cpp: `llama-cli -m model.gguf --lora adapter.gguf`, `llama-server -m model.gguf --lora adapter.gguf`\n"
         "- llama-cpp-python: `Llama('model.gguf', lora_path='adapter.gguf')`\n"
         "- Ollama: the lines `FROM ./model.gguf` and `ADAPTER ./adapter.gguf` in `Modelfile`\n"
@@ -209,6 +209,7 @@ class GgufLoraExporter:
         if not has_adapter(model):
             raise RecipeError("there is no adapter to export", remedy="export gguf instead, or add a lora step")
         found = updates(model)
+        require_rank(found, self.rank)
         return cut_all(found, self.rank) if self.rank else (found, None)
 
 

@@ -21,22 +21,23 @@ from slimtune.export.base import Source, Written
 from slimtune.files import write_json
 from slimtune.lora.attach import LIVE, save_adapter
 from slimtune.lora.basis import FACTOR_A, FACTOR_B, PREFIX, converted
-from slimtune.lora.cut import Update, cut_all, updates
+from slimtune.lora.cut import Update, cut_all, require_rank, updates
+from slimtune.quant.blackbox import FROZEN
 from slimtune.rotate.record import JSON, rotation_of
 
 REREAD = "read-back"
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+QUANTIZED = "- it was trained on this base as quantized by the run it comes from, and is for the 16-bit one too\n"
 
 
 @dataclass(frozen=True)
 class PeftExporter:
-    """`adapter_config.json` and `adapter_model.safetensors`, for the original 16-bit model."""
+    """`adapter_config.json` and `adapter_model.safetensors`, for the base that the source names."""
 
     loads_in: ClassVar[str] = (
         "A stock PEFT adapter for `{name}`.\n\n"
         "- transformers + PEFT: `PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('{name}'), FOLDER)`\n"
         "- vLLM: `--enable-lora --lora-modules mine=FOLDER` (linear targets of the language model only)\n"
-        "- it was trained on the base as quantized by the run it comes from; on the 16-bit base too\n"
     )
 
     rank: int = field(default=0, metadata={"help": "cut every update to this rank; 0: do not"})
@@ -45,16 +46,19 @@ class PeftExporter:
         """Write the active adapter; that of a rotated model in the basis of the original one."""
         if not isinstance(source.model, PeftModel):
             raise RecipeError("there is no adapter to export", remedy="export safetensors instead, or add a lora step")
-        save_adapter(source.model, folder)
+        save_adapter(source.model, folder, source.name)
         if rotation_of(source.model) is not None:
             (folder / JSON).unlink()
             _convert_(folder, source, inverse=True)
+        note = QUANTIZED if any(isinstance(module, FROZEN) for module in source.model.modules()) else ""
         if not self.rank:
-            return Written(dtype=source.dtype)
-        kept, lost = cut_all(updates(source.model), self.rank)
+            return Written(dtype=source.dtype, note=note)
+        found = updates(source.model)
+        require_rank(found, self.rank)
+        kept, lost = cut_all(found, self.rank)
         _replace(folder, kept, self.rank)
         moved = "\nOn a short text, logits are up to {difference:.3g} away from those of the whole adapter.\n"
-        return Written(lost.to_dict(), note=lost.note + moved)
+        return Written(lost.to_dict(), note=note + lost.note + moved)
 
     def read_back(self, source: Source, folder: Path) -> nn.Module:
         """`source`'s model with the written adapter in place of its own. Every tensor must be finite, and one that was

@@ -310,12 +310,18 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
     return wrapped
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the active adapter to the existing `folder` as PEFT does; where a part of it is frozen, a note of what
-    trains (`LIVE`); on a rotated model, the hash of the basis it was trained in."""
+def save_adapter(model: PeftModel, folder: Path, base_name: str = "") -> None:
+    """Write the active adapter to the existing `folder` as PEFT does, for the base called `base_name` if given; where a
+    part of it is frozen, a note of what trains (`LIVE`); on a rotated model, the hash of the basis it was trained
+    in."""
     # Only linears are adapted. Left to itself, PEFT asks the hub whether the vocabulary has grown.
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()  # PEFT's order is a set's, another in each process
+    write_json(path, {**config, "base_model_name_or_path": base_name or config["base_model_name_or_path"]})
     ranks = live_ranks(adapted(model))
     if ranks:
         write_json(folder / LIVE, {"live_rank": ranks})

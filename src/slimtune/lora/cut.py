@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.arch import bind
-from slimtune.errors import FormatError
+from slimtune.errors import FormatError, RecipeError
 from slimtune.linalg.lowrank import balanced
 from slimtune.lora.attach import adapted
 from slimtune.lora.basis import FACTOR_A, FACTOR_B, PREFIX, converted
@@ -94,6 +94,14 @@ def cut(update: Update, rank: int) -> Update:
     """
     a, b = (t.to(update.a.dtype) for t in balanced(update.a.double(), update.b.double()))
     return update._replace(a=a[:rank].contiguous(), b=b[:, :rank].contiguous())
+
+
+def require_rank(updates: Sequence[Update], rank: int) -> None:
+    """Raise `RecipeError` where no update has as many as `rank`: there is nothing to cut."""
+    most = max(len(update.a) for update in updates)
+    if rank > most:
+        what, remedy = "the adapter's rank is lower already", "leave it out: the adapter is written whole"
+        raise RecipeError(what, where="rank", got=rank, wanted=f"at most {most}", remedy=remedy)
 
 
 def cut_all(updates: Sequence[Update], rank: int) -> tuple[list[Update], Cut]:

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.arch import Block, ModelMap, Port
+from slimtune.arch.weights import require_finite
 from slimtune.calib.capture import CalibrationStream, calibration_stream
+from slimtune.calib.ondemand import empty_, empty_slots
 from slimtune.calib.stats import DRIFT
-from slimtune.errors import CalibrationError, FormatError, RecipeError, ShapeError
+from slimtune.errors import CalibrationError, RecipeError, ShapeError
 from slimtune.kernels.memory import release
 from slimtune.linalg.lowrank import Factors
 from slimtune.quant.activation import Activations, Search
@@ -156,14 +158,13 @@ def quantize_(
     rounds = {port.name: activations(port) for port in modelmap.ports if port.name in methods}
     if not methods:
         raise RecipeError("there is nothing to quantize", got=", ".join(sorted({str(v) for v in chosen.values()})))
-    needs = _needs(model, methods, rounds)
-    if needs and tokens is None:
-        raise CalibrationError("the quantizer needs calibration data", wanted=", ".join(sorted(needs)))
+    needs = _needs(model, methods, rounds, tokens)
     context = (
         calibration_stream(model, modelmap, tokens, batch_size=batch_size)
         if needs and tokens is not None
         else nullcontext(None)
     )
+    _require_finite(model, modelmap, materialise)
     finished: list[QuantizedLayer] = []
     with torch.no_grad(), context as stream, ExitStack() as rounding:
         for number, block in enumerate(modelmap.blocks, start=1):
@@ -199,14 +200,32 @@ def quantize_(
     return _facts(finished, skipped, time.perf_counter() - began)
 
 
-def _needs(model: nn.Module, methods: dict[str, Quantizer], rounds: dict[str, Activations | None]) -> frozenset[str]:
-    """What calibration has to find. Raises `ShapeError` for a layer that is no plain linear (any more)."""
+def _require_finite(model: nn.Module, modelmap: ModelMap, materialise: Callable[[nn.Module, str], None] | None) -> None:
+    """Raise `FormatError` where a weight is not finite, also one that keeps its bits: before hours of work. A block
+    that is on `meta` is read for it, and given back."""
+    require_finite(model)
+    for block in modelmap.blocks:
+        module = model.get_submodule(block.name)
+        if materialise is not None and (slots := empty_slots(module)):
+            materialise(module, block.name)
+            require_finite(module, block.name)
+            empty_(slots)
+
+
+def _needs(
+    model: nn.Module, methods: dict[str, Quantizer], rounds: dict[str, Activations | None], tokens: Tensor | None
+) -> frozenset[str]:
+    """What calibration has to find. Raises `ShapeError` for a layer that is no plain linear (any more), and
+    `CalibrationError` where something is to be found and there are no `tokens`."""
     for name in methods:
         if not isinstance(linear := model.get_submodule(name), nn.Linear):
             raise ShapeError("only a plain linear can be quantized", where=name, got=type(linear).__name__)
     needs = frozenset[str]().union(*(method.needs for method in methods.values()))
-    searched = any(rounding is not None and rounding.calibrated for rounding in rounds.values())
-    return needs | {"the range of the activations"} if searched else needs
+    if any(rounding is not None and rounding.calibrated for rounding in rounds.values()):
+        needs |= {"the range of the activations"}
+    if needs and tokens is None:
+        raise CalibrationError("the quantizer needs calibration data", wanted=", ".join(sorted(needs)))
+    return needs
 
 
 def _quantize_stage(
@@ -228,8 +247,6 @@ def _quantize_stage(
         stats = seen.stats(methods[port.name].needs, rounding)
         name = _within(block, port.name) + ".weight"
         weight = weights[name]
-        if not bool(torch.isfinite(weight).all()):
-            raise FormatError("a weight is not finite", where=port.name, remedy="get the model's files again")
         quantized = methods[port.name](weight, stats)
         dense = quantized.dequantize()
         exact = weight.to(torch.float32)

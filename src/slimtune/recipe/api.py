@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,31 +17,33 @@ from slimtune.calib.gradients import Batch, GradientSketch
 from slimtune.calib.rows import DataSource as DataSource
 from slimtune.calib.rows import read_rows
 from slimtune.errors import RecipeError
-from slimtune.export import Manifest, Source
+from slimtune.export import ADAPTERS, Manifest, Source, require_free
 from slimtune.export import export as write_export
 from slimtune.export.load import DTYPES, Loaded
 from slimtune.export.load import load as load_model
 from slimtune.export.stream import rotate_folder as write_rotated
 from slimtune.hub import round_cache_
-from slimtune.lora.attach import base_of
+from slimtune.lora.attach import base_of, quantized
 from slimtune.lora.inits import INITS, WORDS, residual
 from slimtune.lora.merge import merge as merge_adapter
 from slimtune.lora.options import LoraOptions
-from slimtune.prune.options import PruneOptions
 from slimtune.quant.apply import QuantizeFacts, quantize_
+from slimtune.recipe import schema
 from slimtune.recipe.document import read_recipe
-from slimtune.recipe.gradients import attach_adapter, gradient_batches, gradients_of, wants_gradients
+from slimtune.recipe.gradients import attach_adapter, gradient_batches, gradients_of, wants_gradients, wants_residual
+from slimtune.recipe.legality import State, note_, require, state_of
 from slimtune.recipe.merging import merge_low_bit
 from slimtune.recipe.plan import DEFAULT_SAMPLES, Plan
 from slimtune.recipe.plan import plan as make_plan
 from slimtune.recipe.pruning import prune_now
 from slimtune.recipe.run import run as run_recipe
-from slimtune.recipe.schema import Quantize, Recipe, build, recipe_from, step_from
+from slimtune.recipe.schema import Lora, Quantize, Recipe, Step, build, recipe_from, step_from
 from slimtune.recipe.steps import LEARNED_WINDOWS, Session, examples_of, run_step
 from slimtune.recipe.treatments import Treatments, check_patterns
 from slimtune.rotate.fuse import RotateFacts, rotate_
 from slimtune.rotate.online import attach_online_
 from slimtune.rotate.options import Rotation
+from slimtune.rotate.record import JSON as ROTATION
 from slimtune.train.data import Collator, Example, padding_id
 from slimtune.train.loop import TrainFacts
 from slimtune.train.loop import finetune as train_model
@@ -65,6 +69,7 @@ def rotate(
     `calibration`, as in `quantize`, is what a learned rotation learns from.
     """
     rotation = build(Rotation, options, "rotate")
+    _require(schema.Rotate(), model)
     tokens = _windows(calibration, tokenizer, LEARNED_WINDOWS, rotation.seed)
     facts(rotate_(model, bind(base_of(model)), rotation, tokens=tokens))
     return model
@@ -76,10 +81,14 @@ def rotate_folder(
     *,
     dtype: str = "float32",
     calibration: DataSource | str | Tensor | None = None,
+    overwrite: bool = False,
     **options: Any,
 ) -> RotateFacts:
-    """`rotate` from the folder `model` to the folder `output`, with one block of weights in memory."""
+    """`rotate` from the folder `model` to the folder `output`, with one block of weights in memory. Where `overwrite`,
+    the folder of a rotated model is replaced; any other that is not empty is refused."""
+    require_free(Path(output), model, overwrite, mark=ROTATION)
     rotation, loaded = build(Rotation, options, "rotate"), load_model(model, dtype=dtype, lazy=True)
+    _require(schema.Rotate(), loaded.model)
     tokens = _windows(calibration, loaded.tokenizer, LEARNED_WINDOWS, rotation.seed)
     return write_rotated(loaded, Path(output), rotation, tokens=tokens)
 
@@ -108,6 +117,7 @@ def quantize(
     done to each layer.
     """
     step = Quantize(method, tuple(ignore), dict(activations or {}), dict(layers or {}), dict(kv_cache or {}), options)
+    _require(step, model)
     treatments, modelmap = Treatments(step, method), bind(model)
     check_patterns(step, [port.name for port in modelmap.linears], method)
     if step.kv_cache:
@@ -134,15 +144,10 @@ def prune(
 
     `calibration` and `tokenizer` are those of `quantize`. `facts` is called with what was cut.
     """
-    chosen = build(PruneOptions, options, "prune")
-    if chosen.ramped:
-        raise RecipeError(
-            "a ramp acts along training",
-            where="prune.schedule",
-            got=chosen.schedule,
-            remedy="use a recipe, or one-shot",
-        )
+    chosen = build(schema.Prune, options, "prune")
+    _require(chosen, model)
     facts(prune_now(model, chosen, _windows(calibration, tokenizer, DEFAULT_SAMPLES, seed), seed=seed))
+    note_(model, chosen)
     return model
 
 
@@ -164,7 +169,9 @@ def add_lora(
     needed), of `tokens` `[samples, length]`, or of a sketch that was saved. `facts` is called with how each layer
     started.
     """
-    chosen = build(LoraOptions, options, "lora")
+    chosen = build(Lora, options, "lora")
+    _require(chosen, model)
+    _check_starts(model, chosen)
     batches: list[Batch] = []
     if wants_gradients(chosen) and (gradients is None or tokens is not None or train is not None):
         batches = _batches(model, chosen, tokenizer, train, tokens, seed)
@@ -173,6 +180,15 @@ def add_lora(
     wrapped, found = attach_adapter(model, chosen, gradients, batches, base_name=base_name, seed=seed)
     facts(found)
     return wrapped
+
+
+def _check_starts(model: nn.Module, chosen: Lora) -> None:
+    """Raise `RecipeError` where a layer knows less of what it lost than a rank that `chosen` gives it."""
+    for layer in quantized(model) if wants_residual(chosen) else ():
+        if layer.start is not None and len(layer.start.a) < min(chosen.r, layer.in_features, layer.out_features):
+            what, most = "what quantization lost is known to a lower rank", f"at most {len(layer.start.a)}"
+            remedy = f"use slimtune.quantize(..., residual_rank={chosen.r})"
+            raise RecipeError(what, where="lora.r", got=chosen.r, wanted=most, remedy=remedy)
 
 
 def _batches(
@@ -210,10 +226,12 @@ def finetune(
     **options: Any,
 ) -> nn.Module:
     """`model` trained in place on `train`; `options` are the fields of the recipe's `train` step."""
-    chosen = build(TrainOptions, options, "train")
+    chosen = build(schema.Train, options, "train")
+    _require(chosen, model)
     examples = examples_of(model, tokenizer, _source(train), chosen)[0]
     held_out = examples_of(model, tokenizer, _source(eval), chosen)[0] if eval is not None else ()
     facts(train_model(model, examples, Collator(padding_id(tokenizer)), chosen, held_out=held_out, seed=seed))
+    note_(model, chosen)
     return model
 
 
@@ -232,6 +250,9 @@ def merge(
     With `keep_bits`, `calibration` is token windows `[samples, length]`; what is lost is refused above `tolerance`
     unless `force`, and given to `facts`.
     """
+    step = schema.Merge(keep_bits=keep_bits)
+    _require(step, model)
+    note_(model, step)  # its base is what comes back
     if not keep_bits:
         return merge_adapter(model, DTYPES[dtype] if dtype else None)
     merged, lost = merge_low_bit(model, calibration, tolerance=tolerance, force=force)
@@ -258,10 +279,20 @@ def export(
     dtype: str = "float32",
     quantization: str = "",
     rank: int = 0,
+    overwrite: bool = False,
 ) -> Manifest:
     """Write `model` as `format` into the folder `output`, read it back and compare; `quantization` is for `gguf`, and
-    an adapter (`peft`, `gguf-lora`) is cut to `rank` where there is one, the loss among the manifest's facts."""
-    public = name or str(cast(Any, base_of(model)).name_or_path)
+    an adapter (`peft`, `gguf-lora`) is cut to `rank` where there is one, the loss among the manifest's facts. Where
+    `overwrite`, an earlier export is replaced; any other folder that is not empty is refused."""
+    loaded_from = str(cast(Any, base_of(model)).name_or_path)
+    require_free(Path(output), loaded_from, overwrite)
+    state = _require(schema.Export(format, quantization, rank), model)
+    if state.changed and format in ADAPTERS and not name:
+        what = "the adapter's base is not the model that was loaded: it was trained, or took an adapter in"
+        remedy = "save that base and pass name=, which others load it by; or merge, and export safetensors"
+        raise RecipeError(what, got=loaded_from, remedy=remedy)
+    noted = model.peft_config["default"].base_model_name_or_path if isinstance(model, PeftModel) else ""
+    public = name or noted or loaded_from
     return write_export(Source(model, tokenizer, public, DTYPES[dtype]), format, Path(output), quantization, rank)
 
 
@@ -280,6 +311,14 @@ def run(
 ) -> dict[str, Any]:
     """Run a recipe into the folder `output`; returns the report."""
     return run_recipe(_recipe(recipe), Path(output), resume=resume, overwrite=overwrite, say=say)
+
+
+def _require(step: Step, model: nn.Module) -> State:
+    """The state of `model`, in which `step` can work by the rules of recipes; raises `RecipeError` where it cannot."""
+    bind(model)  # refuses what slimtune does not know
+    state = state_of(model)
+    require(step, replace(state, residual=True))  # `add_lora` says what to do where that is not known
+    return state
 
 
 def _windows(

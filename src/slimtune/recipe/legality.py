@@ -5,13 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from torch import nn
+
 from slimtune.errors import RecipeError
+from slimtune.export import ADAPTERS
+from slimtune.hub import cache_bits
+from slimtune.lora.attach import base_of, has_adapter, plain
 from slimtune.lora.inits import INITS, WORDS
+from slimtune.lora.start import parts
+from slimtune.quant.blackbox import FROZEN
+from slimtune.quant.linear import QuantLinear
 from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train
 from slimtune.rotate.options import FOLDED
+from slimtune.rotate.record import rotation_of
 
 DENSE = ("decilm", "gguf", "gguf-deci", "safetensors")
 """Formats of the whole model that know no rounding of inputs."""
+
+NOTE = "slimtune_past"
+"""The attribute of a model in memory that says what was done to it and cannot be seen."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +35,20 @@ class State:
     rotated: bool = False
     online: tuple[str, ...] = ()  # those that other engines would have to run
     residual: bool = False  # whether it is known what quantization lost
-    pruned: bool = False  # whether the adapter's base is no longer the original model
+    pruned: bool = False  # whether units were cut off the base
+    changed: bool = False  # whether the base was trained, or took an adapter in
     ramp: bool = False  # whether the next train step prunes
     rounded: bool = False  # whether linears round their inputs
     cache: bool = False  # whether attention rounds keys and values
     zeros: bool = False  # whether zeros stand for pruned units
     woken: bool = False  # whether those have been trained
     narrow: bool = False  # whether the last adapter is on some linears alone
+    rank: int = 0  # the rank of its files, where that is known
+
+    @property
+    def own(self) -> bool:
+        """Whether an adapter's base is no longer the original model, but the one that these steps made."""
+        return self.pruned or self.changed
 
 
 def check_order(recipe: Recipe, start: State = State()) -> list[State]:
@@ -37,19 +56,65 @@ def check_order(recipe: Recipe, start: State = State()) -> list[State]:
     states, state = [], start
     for number, step in enumerate(recipe.steps):
         states.append(state)
-        reason = _objection(step, state, recipe) or _pruning(step, state, recipe.steps[number + 1 :])
-        if reason:
-            what, remedy = reason
-            raise RecipeError(what, where=f"steps[{number}].{step.name}", remedy=remedy)
+        later, train = recipe.steps[number + 1 :], recipe.data.train is not None
+        require(step, state, first=number == 0, later=later, train=train, where=f"steps[{number}].{step.name}")
         state = _after(step, state)
     return states
 
 
-def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | None:
+def require(
+    step: Step, state: State, *, first: bool = True, later: Sequence[Step] = (), train: bool = True, where: str = ""
+) -> None:
+    """Raise `RecipeError` where `step` cannot work on a model in `state`: as the first or not, with or without training
+    data, and with `later` steps after it."""
+    reason = _objection(step, state, first, train) or _pruning(step, state, later) or _leaving(step, state, later)
+    if reason:
+        what, remedy = reason
+        raise RecipeError(what, where=where or step.name, remedy=remedy)
+
+
+def after(steps: Sequence[Step], state: State = State()) -> State:
+    """What is known of a model in `state` when `steps` have been done."""
+    for step in steps:
+        state = _after(step, state)
+    return state
+
+
+def dtype_after(recipe: Recipe, done: int) -> str:
+    """The dtype of dense weights after the first `done` steps: the recipe's, or the last merge's."""
+    merges = [step for step in recipe.steps[:done] if isinstance(step, Merge)]
+    return (merges[-1].dtype if merges else "") or recipe.dtype
+
+
+def state_of(model: nn.Module, known: State = State()) -> State:
+    """What is known of `model`: what can be seen of it, and of its past what `known` says, or a note of `note_`."""
+    base, basis = base_of(model), rotation_of(model)
+    packed = [module for module in plain(model).values() if isinstance(module, FROZEN)]
+    ours = [module for module in packed if isinstance(module, QuantLinear)]
+    return replace(
+        known,
+        quantized=bool(packed),
+        adapter=has_adapter(model),
+        rotated=basis is not None,
+        online=tuple(name for name in basis.rotation.online if name in FOLDED) if basis is not None else (),
+        residual=any(layer.start is not None for layer in ours),
+        rounded=any(layer.activations is not None for layer in ours),
+        cache=cache_bits(base) < 16,
+        **base.__dict__.get(NOTE, {}),
+    )
+
+
+def note_(model: nn.Module, step: Step) -> None:
+    """Note on `model` what `step` did to it that cannot be seen: with that it is no longer what it was loaded as."""
+    state, base = after([step], state_of(model)), base_of(model)
+    base.__dict__[NOTE] = {"pruned": state.pruned, "changed": state.changed}
+
+
+def _objection(step: Step, state: State, first: bool, train: bool) -> tuple[str, str] | None:
     match step:
         case Rotate() if state.rotated:
             return "the model is rotated already", "keep one rotate step: a second rotation adds nothing"
-        case Rotate(stream=True) if step is not recipe.steps[0]:
+        case Rotate(stream=True) if not first:
             return "only a model that is in a folder streams", "put rotate first, or leave out stream"
         case Rotate() if state.quantized:
             return "packed weights cannot be rotated", "put rotate before quantize"
@@ -65,9 +130,9 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
             return "nothing is known of what quantization lost", "put a quantize step before it, in this recipe"
         case Lora() if INITS[step.init].start is not None and step.init_residual:
             return "this init gives back what quantization lost already", "leave out init_residual: true"
-        case Lora() if (INITS[step.init].directions or step.ranks == "gradient") and recipe.data.train is None:
+        case Lora() if (INITS[step.init].directions or step.ranks == "gradient") and not train:
             return f"there is nothing to take {WORDS[INITS[step.init].of]} of", "add data: {train: {path: FILE}}"
-        case Train() if recipe.data.train is None:
+        case Train() if not train:
             return "there is nothing to train on", "add data: {train: {path: FILE}}"
         case Train(scales=True) if not state.quantized:
             return "there are no scales to train", "put a quantize step before, or leave out scales"
@@ -79,10 +144,10 @@ def _objection(step: Step, state: State, recipe: Recipe) -> tuple[str, str] | No
             return "there is no adapter to merge", "put merge after lora and train"
         case Merge(keep_bits=True) if not state.quantized:
             return "there are no packed weights to merge into", "leave out keep_bits, or quantize before lora"
-        case Export(format="peft") if not state.adapter:
-            return "there is no adapter to export", "put export: {format: peft} after lora, before merge"
-        case Export(format="gguf-lora") if not state.adapter:
-            return "there is no adapter to export", "put export: {format: gguf-lora} after lora, before merge"
+        case Export() if step.format in ADAPTERS and not state.adapter:
+            return "there is no adapter to export", f"put export: {{format: {step.format}}} after lora, before merge"
+        case Export() if step.rank > state.rank > 0:
+            return f"rank {step.rank} is above the adapter's, {state.rank}", "leave out rank: it is written whole"
         case Export(format="compressed-tensors" | "gptq") if not state.quantized:
             return "there are no packed weights to export", "put a quantize step before, or export safetensors"
         case Export() if state.online and step.format in ("compressed-tensors", "gptq", *DENSE):
@@ -127,8 +192,20 @@ def _pruning(step: Step, state: State, later: Sequence[Step]) -> tuple[str, str]
                 "training woke the units that pruning had padded with zeros: none is left to leave out",
                 "prune along the training (schedule: cubic), or after it; or export safetensors",
             )
-        case Export(format="peft") if state.pruned:
-            return "the adapter fits the pruned model alone", "put merge: {} before, and export safetensors"
+    return None
+
+
+def _leaving(step: Step, state: State, later: Sequence[Step]) -> tuple[str, str] | None:
+    """What stands against giving away the adapter alone, because of the model that it is for."""
+    if not isinstance(step, Export) or step.format not in ADAPTERS or not state.own:
+        return None
+    whole = f"put merge: {{}} before, and export {'safetensors' if step.format == 'peft' else 'gguf'}"
+    if state.pruned:
+        return "the adapter fits the pruned model alone", whole
+    if state.rotated:
+        return "the adapter's base was trained or merged, and is kept in its rotated basis alone", whole
+    if any(isinstance(s, Prune | Merge) or (isinstance(s, Train) and s.scales) for s in later):
+        return "the adapter's base is the run's own model, which a later step changes", f"{whole}; or end here"
     return None
 
 
@@ -141,14 +218,17 @@ def _after(step: Step, state: State) -> State:
             return replace(state, ramp=step.ramped, pruned=state.pruned or not step.ramped, zeros=zeros)
         case Train():
             woken = state.woken or (state.zeros and not state.ramp and not (state.adapter and state.narrow))
-            return replace(state, ramp=False, pruned=state.pruned or state.ramp, woken=woken)
+            changed = state.changed or not state.adapter
+            return replace(state, ramp=False, pruned=state.pruned or state.ramp, changed=changed, woken=woken)
         case Quantize():
             rounded = bool(step.activations or any("activations" in fields for fields in step.layers.values()))
             return replace(state, quantized=True, residual=True, rounded=rounded, cache=bool(step.kv_cache))
         case Lora():
-            return replace(state, adapter=True, narrow=step.target_modules != "all-linear")
+            rank = step.r * parts(step.init, step.init_residual) if step.ranks == "uniform" else 0
+            return replace(state, adapter=True, narrow=step.target_modules != "all-linear", rank=rank)
         case Merge(keep_bits=True):
-            return replace(state, adapter=False, residual=False)
+            return replace(state, adapter=False, residual=False, changed=True)
         case Merge():
-            return replace(state, quantized=False, adapter=False, residual=False, rounded=False, cache=False)
+            state = replace(state, quantized=False, rounded=False, cache=False)
+            return replace(state, adapter=False, residual=False, changed=True)
     return state

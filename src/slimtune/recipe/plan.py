@@ -35,6 +35,7 @@ from slimtune.prune.collect import BATCH, GRADIENTS
 from slimtune.prune.surgery import prune_
 from slimtune.quant import QTensor, Quantizer
 from slimtune.quant.layouts import layout_from_dict
+from slimtune.recipe.adapters import excess_rank
 from slimtune.recipe.gradients import wants_gradients
 from slimtune.recipe.legality import State, check_order
 from slimtune.recipe.pruning import importance_of, needs_data, pending, rehearse
@@ -171,7 +172,7 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
     modelmap = bind(model)
     shape = whole = replace(_Shape.of(model, modelmap, recipe), **_held(config, modelmap))
     baseline = psutil.Process().memory_info().rss + RUNTIME_BYTES
-    steps = []
+    steps, notes = [], list[str]()
     for number, (step, state) in enumerate(zip(recipe.steps, states, strict=True)):
         where = f"steps[{number}].{step.name}"
         if isinstance(step, Quantize):
@@ -181,6 +182,7 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
             ports = [p for p in modelmap.ports if p.kind == "linear" and _named(p.name, targets)]
             rank = step.r * parts(step.init, step.init_residual)
             shape = replace(shape, adapter=sum(rank * (p.in_features + p.out_features) for p in ports))
+            notes += excess_rank(step.r, ports, where)
         _check_fit(step, number, recipe, model, modelmap, where)
         held, flops = shape.demand(step, state, recipe)
         if isinstance(step, Rotate) and shape.tied:  # the head becomes a weight of its own
@@ -196,8 +198,8 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
     peak = max(step.memory_bytes for step in steps)
     free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     available = free if memory is None else memory
-    warnings = (_too_much(recipe, steps, available),) if peak > available else ()
-    return Plan(recipe, whole.parameters, tuple(steps), peak, available, warnings)
+    notes += [_too_much(recipe, steps, available)] if peak > available else []
+    return Plan(recipe, whole.parameters, tuple(steps), peak, available, tuple(notes))
 
 
 def _check_fit(step: Step, number: int, recipe: Recipe, model: Any, modelmap: ModelMap, where: str) -> None:

@@ -32,7 +32,9 @@ from slimtune.files import whole_folder, write_json, write_text
 from slimtune.kernels import compiled
 from slimtune.kernels.memory import PeakMemory
 from slimtune.lora.attach import base_of, has_adapter, load_adapter, save_adapter
+from slimtune.recipe.adapters import base_name, belongs
 from slimtune.recipe.document import write_recipe
+from slimtune.recipe.legality import after, dtype_after
 from slimtune.recipe.plan import Plan, plan, resolve
 from slimtune.recipe.pruning import RECORD, pending, read_record
 from slimtune.recipe.report import read_report, write_html
@@ -49,7 +51,7 @@ from slimtune.recipe.schema import (
     recipe_from,
     to_dict,
 )
-from slimtune.recipe.steps import Session, belongs, run_step, size_of
+from slimtune.recipe.steps import Session, run_step, size_of
 
 Say = Callable[[str], None]
 RECIPE = "recipe.yaml"
@@ -203,7 +205,7 @@ def _session(recipe: Recipe, output: Path, state: dict[str, Any], say: Say, *, r
     first = next(iter(recipe.steps[len(done) :]), None)
     loaded = load(
         str(output / "model") if dense else recipe.model,
-        dtype=cast(Merge, recipe.steps[merged]).dtype or recipe.dtype if merged >= 0 else recipe.dtype,
+        dtype=dtype_after(recipe, len(done)),
         lazy=isinstance(first, Quantize) or _streams(first),
     )
     if dense:
@@ -229,12 +231,7 @@ def _changes_base(step: Step, recipe: Recipe, number: int) -> bool:
         return not step.ramped
     if not isinstance(step, Train):
         return isinstance(step, Rotate | Quantize | Merge)
-    if step.scales or pending(recipe.steps, number) is not None:
-        return True
-    before = recipe.steps[:number]
-    loras = [n for n, s in enumerate(before) if isinstance(s, Lora)]
-    merges = [n for n, s in enumerate(before) if isinstance(s, Merge)]
-    return max(loras, default=-1) <= max(merges, default=-1)
+    return step.scales or pending(recipe.steps, number) is not None or not after(recipe.steps[:number]).adapter
 
 
 def _keep(session: Session, step: Step, number: int, output: Path) -> None:
@@ -244,8 +241,9 @@ def _keep(session: Session, step: Step, number: int, output: Path) -> None:
         _write_base(session, output / "checkpoints" / f"step-{number}-model")
     if has_adapter(session.model) and (changed or isinstance(step, Lora | Train)):
         with whole_folder(output / "checkpoints" / f"step-{number}-adapter") as partial:
-            save_adapter(cast(PeftModel, session.model), partial)
-            if note := belongs(session.recipe):
+            name = base_name(session.recipe, number + 1, output, session.loaded.name)
+            save_adapter(cast(PeftModel, session.model), partial, name)
+            if note := belongs(session.recipe, number + 1):
                 (partial / "README.md").write_text(note, encoding="utf-8")
 
 

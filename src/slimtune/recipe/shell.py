@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,15 +12,16 @@ from torch import Tensor, nn
 
 from slimtune.arch import bind
 from slimtune.calib.formats import normalise, render_messages, uses_template
-from slimtune.errors import FormatError, RecipeError, nearest
+from slimtune.errors import FormatError, RecipeError, SlimtuneError, nearest
 from slimtune.evaluate.generate import GREEDY, Pace, Sampling, write_reply
-from slimtune.export import Manifest, Source, export, exporter_of
-from slimtune.export.gguf import ADAPTER_FILE, MODEL_FILE
+from slimtune.export import ADAPTERS, Manifest, Source, export, exporter_of, require_free
 from slimtune.export.load import BUNDLED, Loaded, load
-from slimtune.lora.attach import load_adapter
+from slimtune.lora.attach import has_adapter, load_adapter
 from slimtune.quant import QUANTIZERS
+from slimtune.recipe.adapters import base_name, belongs
 from slimtune.recipe.document import parse
-from slimtune.recipe.schema import STEPS, Data, Evaluate, Quantize, Recipe, recipe_from, step_from
+from slimtune.recipe.legality import State, after, dtype_after, require, state_of
+from slimtune.recipe.schema import STEPS, Data, Evaluate, Export, Quantize, Recipe, recipe_from, step_from
 from slimtune.recipe.steps import Session, run_step
 
 TOP = ("seed", "dtype")
@@ -54,10 +56,11 @@ def recipe_of(model: str, steps: Sequence[str], arguments: Sequence[str], name: 
 def open_model(name: str, *, dtype: str = "", adapter: Path | None = None) -> tuple[Loaded, nn.Module]:
     """A model by name, or the model and adapter of a run folder (then `dtype` is the run's, unless given)."""
     run = Path(name)
-    facts = _run_facts(run) if _is_run(run) else {}
-    loaded = load(str(run / "model") if facts else name, dtype=dtype or str(facts.get("dtype", "float32")))
-    if facts:
-        loaded.name = BUNDLED[facts["model"]][2] if facts["model"] in BUNDLED else str(facts["model"])
+    held = _held_by(run)
+    loaded = load(str(run / "model") if held else name, dtype=dtype or (dtype_after(*held) if held else "float32"))
+    if held:
+        original = held[0].model
+        loaded.name = BUNDLED[original][2] if original in BUNDLED else original
         adapter = adapter or (run / "adapter" if (run / "adapter").is_dir() else None)
     return loaded, load_adapter(loaded.model, adapter) if adapter else loaded.model
 
@@ -76,23 +79,17 @@ def evaluate_model(
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """The metrics of a model, as `report.json` has them. A text is `file` or `name=file`."""
-    texts = dict(_named(text) for text in perplexity)
-    step = cast(
-        Evaluate,
-        step_from(
-            "evaluate",
-            {
-                "perplexity": texts,
-                "tasks": list(tasks),
-                "length": length,
-                "max_tokens": max_tokens,
-                "limit": limit,
-                "num_fewshot": num_fewshot,
-                "speed": speed,
-            },
-            "",
-        ),
-    )
+    texts: dict[str, str] = {}
+    for name, path in map(_named, perplexity):
+        if name in texts:
+            got, other = f"{name}: {texts[name]} and {path}", f"{Path(path).parent.name or 'other'}-{name}={path}"
+            raise RecipeError(
+                "two texts of one name", where="--perplexity", got=got, remedy=f"give one: --perplexity {other}"
+            )
+        texts[name] = path
+    counts = {"length": length, "max_tokens": max_tokens, "limit": limit, "num_fewshot": num_fewshot}
+    facts = {"perplexity": texts, "tasks": list(tasks), "speed": speed, **counts}
+    step = cast(Evaluate, step_from("evaluate", facts, ""))
     loaded, opened = open_model(model, dtype=dtype)
     recipe = Recipe(model=model, steps=(step,))
     session = Session(recipe, loaded, opened, say)
@@ -112,26 +109,15 @@ def export_model(
 ) -> Manifest:
     """Export a model or a run's model and adapter."""
     exporter_of(format, quantization, rank)  # what is unknown is refused before anything is loaded
-    _check_export_folder(source, output, overwrite)
+    require_free(output, source, overwrite)
     loaded, model = open_model(source, dtype=dtype)
-    return export(Source(model, loaded.tokenizer, loaded.name, loaded.model.dtype), format, output, quantization, rank)
-
-
-def _check_export_folder(source: str, output: Path, overwrite: bool) -> None:
-    """Refuse a folder that an export must not replace: what is there is lost with it."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    ours = (output / "README.md").is_file() and any(
-        (output / name).is_file() for name in ("config.json", "adapter_config.json", MODEL_FILE, ADAPTER_FILE)
-    )
-    if not ours:
-        raise RecipeError(
-            "the output is not empty and not an export", where=str(output), remedy="choose another --output"
-        )
-    if Path(source).expanduser().resolve().is_relative_to(output.resolve()):
-        raise RecipeError("an export cannot replace its source", where=str(output), remedy="choose another --output")
-    if not overwrite:
-        raise RecipeError("the output folder is not empty", where=str(output), remedy="--overwrite replaces it")
+    name, note, known = loaded.name, "", State()
+    if held := _held_by(Path(source)):
+        known = replace(after(held[0].steps[: held[1]]), ramp=False)  # a ramp to come does not matter to its model
+        note = belongs(*held) if has_adapter(model) else ""
+        name = base_name(*held, Path(source), name) if format in ADAPTERS else name
+    require(Export(format, quantization, rank), state_of(model, known), where=f"--format {format}")
+    return export(Source(model, loaded.tokenizer, name, loaded.model.dtype, note), format, output, quantization, rank)
 
 
 def generate_text(
@@ -191,12 +177,15 @@ def _named(text: str) -> tuple[str, str]:
     return (name, path) if sign else (Path(text).name.split(".")[0], text)
 
 
-def _is_run(folder: Path) -> bool:
-    return (folder / "recipe.yaml").is_file() and (folder / "model").is_dir()
-
-
-def _run_facts(run: Path) -> dict[str, Any]:
-    facts = parse((run / "recipe.yaml").read_text(encoding="utf-8"))
-    if not isinstance(facts, dict) or "model" not in facts:
-        raise FormatError("the run's recipe is damaged", where=str(run / "recipe.yaml"))
-    return facts
+def _held_by(run: Path) -> tuple[Recipe, int] | None:
+    """The recipe of the run folder `run`, and how many of its steps are done; None where it is no run. Raises
+    `FormatError` where its files are damaged."""
+    path, state = run / "recipe.yaml", run / "checkpoints" / "state.json"
+    if not path.is_file() or not (run / "model").is_dir():
+        return None
+    try:
+        recipe = recipe_from(parse(path.read_text(encoding="utf-8")))
+        done = len(json.loads(state.read_text(encoding="utf-8"))["steps"]) if state.is_file() else len(recipe.steps)
+    except (SlimtuneError, ValueError, KeyError, TypeError) as error:
+        raise FormatError("the run's recipe is damaged", where=str(path), got=str(error)[:300]) from error
+    return recipe, done

@@ -21,7 +21,7 @@ from slimtune.evaluate.perplexity import perplexity
 from slimtune.evaluate.rouge import rouge
 from slimtune.evaluate.speed import speed
 from slimtune.evaluate.tasks import tasks
-from slimtune.export import Source, export
+from slimtune.export import ADAPTERS, Source, export
 from slimtune.export.load import DTYPES, Loaded, load, locate
 from slimtune.export.stream import rotate_folder
 from slimtune.hub import round_cache_
@@ -32,6 +32,7 @@ from slimtune.prune.options import PruneOptions
 from slimtune.quant.apply import Start, quantize_
 from slimtune.quant.linear import QuantLinear
 from slimtune.quant.size import Size, model_size
+from slimtune.recipe.adapters import base_name, belongs
 from slimtune.recipe.blocks import FolderStore
 from slimtune.recipe.gradients import (
     attach_adapter,
@@ -52,12 +53,6 @@ from slimtune.train.loop import finetune
 from slimtune.train.options import TrainOptions
 
 Facts = dict[str, Any]
-
-BELONGS = (
-    "\nScales of the packed base were trained together with this adapter: it belongs to the model in `model/` of its"
-    " run, and does less on any other.\n"
-)
-"""Beside an adapter whose base changed with it."""
 
 OUTLIER_WINDOWS = 4, 512
 """Windows, and tokens in each at most, on which a rotate step looks at activations."""
@@ -115,7 +110,7 @@ def run_step(session: Session, step: Step, number: int) -> Facts:
         case Evaluate():
             return _evaluate(session, step, number)
         case Export():
-            return _export(session, step)
+            return _export(session, step, number)
 
 
 def size_of(model: nn.Module) -> Size:
@@ -299,7 +294,8 @@ def _lora(session: Session, step: Lora, number: int) -> Facts:
     if wants_gradients(step):
         batches, checkpointing = _gradient_batches(session, step, number)
         gradients = gradients_of(session.whole(), batches, step, seed=seed, checkpointing=checkpointing)
-    model, facts = attach_adapter(session.whole(), step, gradients, batches, base_name=session.loaded.name, seed=seed)
+    name = base_name(session.recipe, number, session.folder, session.loaded.name)
+    model, facts = attach_adapter(session.whole(), step, gradients, batches, base_name=name, seed=seed)
     if found := facts.get("search"):
         session.say(f"  a step of {found['size']:g}: loss {found['before']:.4f} before, {found['after']:.4f} after")
     session.model = model
@@ -324,14 +320,8 @@ def _gradient_batches(session: Session, step: Lora, number: int) -> tuple[list[B
     options: TrainOptions = next((s for s in later if isinstance(s, Train)), TrainOptions())
     tokenizer = session.loaded.tokenizer
     examples, _ = examples_of(model, tokenizer, data.train, options)
-    batches = gradient_batches(
-        examples,
-        Collator(padding_id(tokenizer)),
-        step,
-        options.per_device_train_batch_size,
-        session.recipe.seed,
-        str(data.train),
-    )
+    collator, size = Collator(padding_id(tokenizer)), options.per_device_train_batch_size
+    batches = gradient_batches(examples, collator, step, size, session.recipe.seed, str(data.train))
     session.say(f"  {WORDS[INITS[step.init].of]} of {len(batches)} batches of {data.train}")
     return batches, options.gradient_checkpointing
 
@@ -426,14 +416,8 @@ def _evaluate(session: Session, step: Evaluate, number: int) -> Facts:
         limit = step.limit if step.limit > 0 else None
         shots = step.num_fewshot if step.num_fewshot >= 0 else None
         for item in tasks(model, session.loaded.tokenizer, step.tasks, limit=limit, num_fewshot=shots):
-            found.append(
-                {
-                    "name": f"{item.task}_{item.metric}",
-                    "value": item.value,
-                    "stderr": item.stderr,
-                    "samples": item.samples,
-                }
-            )
+            name = f"{item.task}_{item.metric}"
+            found.append({"name": name, "value": item.value, "stderr": item.stderr, "samples": item.samples})
     if step.speed:
         # As long a prompt as others use, where the model has the positions for it and the reply.
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
@@ -462,18 +446,15 @@ def _text(session: Session, source: DataSource) -> str:
     return "".join(render(c, session.loaded.tokenizer, str(source)) for c in conversations)
 
 
-def belongs(recipe: Recipe) -> str:
-    """What the README of an adapter says where scales of its base were trained with it; empty elsewhere."""
-    trained = any(isinstance(step, Train) and step.scales for step in recipe.steps)
-    return BELONGS if trained else ""
-
-
-def _export(session: Session, step: Export) -> Facts:
+def _export(session: Session, step: Export, number: int) -> Facts:
     assert session.folder is not None, "a run has a folder"
     model = session.whole()
     dtype = cast(Any, base_of(model)).dtype  # the recipe's, or the last merge's
-    note = belongs(session.recipe) if has_adapter(model) else ""
-    source = Source(model, session.loaded.tokenizer, session.loaded.name, dtype, note)
+    name = session.loaded.name
+    if step.format in ADAPTERS:
+        name = base_name(session.recipe, number, session.folder, name)
+    note = belongs(session.recipe, number) if has_adapter(model) else ""
+    source = Source(model, session.loaded.tokenizer, name, dtype, note)
     rank = f"rank-{step.rank}" if step.rank else ""
     place = f"export/{'-'.join(filter(None, (step.format, step.quantization, rank)))}"
     manifest = export(source, step.format, session.folder / place, step.quantization, step.rank)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from slimtune.arch import bind
+from slimtune.arch.weights import require_finite
 from slimtune.calib.cpu import cpu_kernels
 from slimtune.calib.loss import chunked_loss
 from slimtune.errors import RecipeError
@@ -178,7 +179,8 @@ def finetune(
         prune: prune along the training, and cut at the end of the ramp.
         windows: tokens `[samples, length]` on which `prune.refit` fits.
 
-    Raises `TrainingDiverged` when the loss is not finite, `RecipeError` when nothing is trainable.
+    Raises `TrainingDiverged` when the loss is not finite, `FormatError` when a weight is not to begin with, and
+    `RecipeError` when nothing is trainable.
     """
     trainable = _trainable(model, options)
     rounding = nullcontext() if options.fake_quant is None else rounded_lora(model, options.fake_quant)
@@ -268,6 +270,7 @@ def _along(
 
 def _trainable(model: nn.Module, options: TrainOptions) -> int:
     """How many numbers train, scales among them where `options` want that; the model can learn as they say."""
+    require_finite(model)
     if options.distill:
         require_plain_head(base_of(model))
     if options.scales and not tune_(model):
