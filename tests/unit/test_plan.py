@@ -1,6 +1,7 @@
 """Plans: pure, complete, and refusing by name what cannot work."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,12 @@ import torch
 from pico import pico_config, save_pico
 from slimtune import load, quantize
 from slimtune.arch.weights import Checkpoint
-from slimtune.errors import CalibrationError, FormatError, RecipeError, UnknownArchitecture
+from slimtune.errors import BackendMissing, CalibrationError, FormatError, RecipeError, UnknownArchitecture
 from slimtune.export.native import write_model
 from slimtune.recipe.plan import Plan, plan
 from slimtune.recipe.schema import recipe_from
 from slimtune.recipe.terminal import plan_text
+from slimtune.train import optimizers
 
 PYDOCS = {"builtin": "pydocs"}
 QUANTIZE = {"quantize": {"bits": 4, "group_size": 8}}
@@ -95,6 +97,29 @@ def test_a_step_that_cannot_work_is_refused_by_name(
         planned(config_only, step)
     assert said in str(caught.value)
     assert caught.value.facts["where"].endswith(where)
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "parts"),
+    [
+        ({"train": {"report_to": "tensorbord"}}, RecipeError, ["unknown tracker", "report_to", "'tensorboard'"]),
+        ({"train": {"report_to": "absent"}}, BackendMissing, ["not installed", "report_to", "no absent", "none"]),
+        ({"train": {"optim": "lora-pus"}}, RecipeError, ["unknown optimizer", "optim", "did you mean 'lora-plus'"]),
+        ({"evaluate": {"tasks": ["arc_easy"]}}, BackendMissing, ["lm-eval", "tasks", "slimtune[eval]"]),
+    ],
+)
+def test_what_is_unknown_or_not_installed_is_said_before_anything_runs(
+    config_only: Path, monkeypatch: pytest.MonkeyPatch, step: dict[str, Any], error: type[Exception], parts: list[str]
+) -> None:
+    def absent() -> None:
+        raise RuntimeError("there is no absent")
+
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(optimizers.INTEGRATION_TO_CALLBACK, "absent", absent)
+    with pytest.raises(error) as caught:
+        planned(config_only, "lora", step)
+    for part in (*parts, "steps[1]."):
+        assert part in str(caught.value)
 
 
 def test_a_group_size_is_refused_only_where_it_divides_nothing(config_only: Path) -> None:

@@ -19,8 +19,9 @@ from slimtune.arch import ModelMap, Space, bind
 from slimtune.calib.loss import CHUNK
 from slimtune.calib.rows import FILES, DataSource, read_rows
 from slimtune.calib.stats import STATISTICS
-from slimtune.errors import RecipeError, nearest
+from slimtune.errors import RecipeError, SlimtuneError, nearest
 from slimtune.evaluate.inference import require_positions
+from slimtune.evaluate.tasks import require_harness
 from slimtune.export import EXPORTERS, compressed_tensors, exporter_of, gptq
 from slimtune.export.decilm import require_described
 from slimtune.export.gguf_facts import Naming
@@ -41,6 +42,7 @@ from slimtune.recipe.schema import Evaluate, Export, Lora, Prune, Quantize, Reci
 from slimtune.recipe.treatments import Treatment, Treatments, check_patterns
 from slimtune.rotate.options import FOLDED
 from slimtune.rotate.record import KEY
+from slimtune.train.optimizers import require_tools
 
 RUNTIME_BYTES = 90_000_000
 """What the matrix libraries set up at the first product, beyond what the imports take (measured)."""
@@ -138,6 +140,13 @@ def resolve(recipe: Recipe) -> Recipe:
             )
         if isinstance(step, Export):
             exporter_of(step.format, step.quantization, step.rank)
+        try:
+            if isinstance(step, Train):
+                require_tools(step)
+            if isinstance(step, Evaluate) and step.tasks:
+                require_harness()
+        except SlimtuneError as error:
+            raise error.within(f"steps[{number}].{step.name}") from error
         steps.append(step)
     return replace(recipe, steps=tuple(steps))
 

@@ -7,6 +7,7 @@ resolved, see `slimtune.recipe.treatments`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal, TypeVar, cast, get_type_hints
@@ -241,11 +242,16 @@ def build(cls: type[T], facts: object, where: str) -> T:
         raise RecipeError("a key is missing", where=where or "the recipe", wanted=", ".join(missing))
     hints = get_type_hints(cls)
     try:
-        return TypeAdapter(cls).validate_python({k: _literal(v, hints[k]) for k, v in values.items()})
+        built = TypeAdapter(cls).validate_python({k: _literal(v, hints[k]) for k, v in values.items()})
     except SlimtuneError as error:  # raised by the dataclass itself, which does not know where it stands
         raise error.within(where) from error
     except ValidationError as error:
         raise _misfit(error, values, where) from error
+    for name in valid:
+        if isinstance(value := getattr(built, name), float) and not math.isfinite(value):
+            place = ".".join(filter(None, (where, name)))
+            raise RecipeError(f"{name} out of range", where=place, got=value, wanted="a finite number")
+    return built
 
 
 def to_dict(value: Any) -> Any:
