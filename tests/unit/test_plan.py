@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from slimtune.arch.weights import Checkpoint
 from slimtune.errors import BackendMissing, CalibrationError, FormatError, RecipeError, UnknownArchitecture
 from slimtune.export.native import write_model
 from slimtune.recipe.plan import Plan, plan
-from slimtune.recipe.schema import recipe_from
+from slimtune.recipe.schema import Quantize, recipe_from
 from slimtune.recipe.terminal import plan_text
 from slimtune.train import optimizers
 
@@ -125,6 +125,19 @@ def test_what_is_unknown_or_not_installed_is_said_before_anything_runs(
 def test_a_group_size_is_refused_only_where_it_divides_nothing(config_only: Path) -> None:
     planned(config_only, {"quantize": {"group_size": 40}})  # the widest rows of this model
     planned(config_only, {"quantize": {"group_size": -1}})
+
+
+@pytest.mark.parametrize(("method", "key"), [("rtn", "group_size"), ("optq", "group_size"), ("nf4", "block_size")])
+@pytest.mark.parametrize("width", [49, 10**12])
+def test_a_group_wider_than_every_row_is_the_row_and_is_told(
+    config_only: Path, method: str, key: str, width: int
+) -> None:
+    made = planned(config_only, {"quantize": {"method": method, key: width}}, {"export": {"format": "safetensors"}})
+    assert cast(Quantize, made.recipe.steps[0]).options[key] == -1
+    assert [warning for warning in made.warnings if f"steps[0].quantize.{key}" in warning and f"{width:,}" in warning]
+    row = planned(config_only, {"quantize": {"method": method, key: -1}}, {"export": {"format": "safetensors"}})
+    assert (row.recipe, row.warnings) == (made.recipe, ())
+    planned(config_only, {"quantize": {"method": method, "layers": {"q_proj": {key: width}}, key: 8}})
 
 
 @pytest.mark.parametrize(("method", "fault"), [("nf4", "'codebook'"), ("quip", "'e8p'"), ("hqq", "not whole numbers")])

@@ -18,7 +18,6 @@ import torch
 from slimtune.arch import ModelMap, Space, bind
 from slimtune.calib.loss import CHUNK
 from slimtune.calib.rows import FILES, DataSource, read_rows
-from slimtune.calib.stats import STATISTICS
 from slimtune.errors import RecipeError, SlimtuneError, nearest
 from slimtune.evaluate.inference import require_positions
 from slimtune.evaluate.tasks import require_harness
@@ -33,13 +32,12 @@ from slimtune.lora.attach import resolve_targets
 from slimtune.lora.start import parts
 from slimtune.prune.collect import BATCH, GRADIENTS
 from slimtune.prune.surgery import prune_
-from slimtune.quant import QTensor, Quantizer
 from slimtune.quant.layouts import layout_from_dict
 from slimtune.recipe.gradients import wants_gradients
 from slimtune.recipe.legality import State, check_order
 from slimtune.recipe.pruning import importance_of, needs_data, pending, rehearse
 from slimtune.recipe.schema import Evaluate, Export, Lora, Prune, Quantize, Recipe, Rotate, Step, Train, to_dict
-from slimtune.recipe.treatments import Treatment, Treatments, check_patterns
+from slimtune.recipe.treatments import Treatments, check_patterns, whole_rows
 from slimtune.rotate.options import FOLDED
 from slimtune.rotate.record import KEY
 from slimtune.train.optimizers import require_tools
@@ -177,6 +175,7 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
     states = check_order(recipe, start)
     model = empty_model(config, DTYPES[recipe.dtype])
     modelmap = bind(model)
+    recipe, warnings = whole_rows(recipe, modelmap)
     shape = whole = replace(_Shape.of(model, modelmap, recipe), **_held(config, modelmap))
     baseline = psutil.Process().memory_info().rss + RUNTIME_BYTES
     steps = []
@@ -204,8 +203,9 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
     peak = max(step.memory_bytes for step in steps)
     free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     available = free if memory is None else memory
-    warnings = (_too_much(recipe, steps, available),) if peak > available else ()
-    return Plan(recipe, whole.parameters, tuple(steps), peak, available, warnings)
+    if peak > available:
+        warnings.append(_too_much(recipe, steps, available))
+    return Plan(recipe, whole.parameters, tuple(steps), peak, available, tuple(warnings))
 
 
 def _check_fit(step: Step, number: int, recipe: Recipe, model: Any, modelmap: ModelMap, where: str) -> None:
@@ -241,7 +241,7 @@ def _check_packable(step: Quantize, later: tuple[Step, ...], modelmap: ModelMap,
     packed = [s.format for s in later if isinstance(s, Export) and s.format in HOLDS]
     for kind in packed:
         for treatment in treatments.all:
-            if fault := HOLDS[kind](_sample(treatment.method, _group(treatment)).layout):
+            if fault := HOLDS[kind](treatment.sample().layout):
                 raise RecipeError(
                     f"{kind} cannot hold what this method makes",
                     where=f"{where}.method",
@@ -256,7 +256,7 @@ def _check_packable(step: Quantize, later: tuple[Step, ...], modelmap: ModelMap,
                 got=fault,
                 remedy="use activations: {bits: N} alone, or the model folder",
             )
-    groups = {p.name: _group(treatments.of(p.name)) for p in modelmap.linears}
+    groups = {p.name: treatments.of(p.name).group for p in modelmap.linears}
     ragged = [p for p in modelmap.linears if 0 < groups[p.name] < p.in_features and p.in_features % groups[p.name]]
     if packed and ragged:
         names = ", ".join(p.name for p in ragged[:3])
@@ -274,21 +274,21 @@ def _check_quantize(step: Quantize, modelmap: ModelMap, where: str) -> dict[str,
     ports = {p: treatments.of(p.name) for p in modelmap.ports if not isinstance(treatments.choose(p), str)}
     if not ports:
         raise RecipeError("there is nothing left to quantize", where=f"{where}.ignore", got=list(step.ignore))
-    groups = {port: _group(treatment) for port, treatment in ports.items()}
+    groups = {port: treatment.group for port, treatment in ports.items()}
     if all(0 < group < port.in_features and port.in_features % group for port, group in groups.items()):
         widths = sorted({port.in_features for port in ports})
         divisors = [g for g in (32, 64, 128, 256) if all(w % g == 0 for w in widths)]
         raise RecipeError(
             "the group size divides no layer's width",
             where=f"{where}.group_size",
-            got=_group(treatments.default),
+            got=treatments.default.group,
             wanted=f"a divisor of {', '.join(map(str, widths))}",
             remedy=f"use {' or '.join(map(str, divisors)) or '-1 (whole rows)'}",
         )
     sizes = {port: port.in_features * port.out_features for port in ports}
-    stored = {treatment: _stored_bits(treatment) for treatment in set(ports.values())}
+    stored = {treatment: treatment.stored_bits() for treatment in set(ports.values())}
     bits = sum(stored[ports[port]] * size for port, size in sizes.items()) / sum(sizes.values())
-    tags = {_sample(treatment.method, _group(treatment)).layout.tag for treatment in stored}
+    tags = {treatment.sample().layout.tag for treatment in stored}
     decoding = max(DECODING.get(tag, 0) for tag in tags)
     return {"bits": bits, "needs_data": treatments.need_data, "decoding": decoding}
 
@@ -313,29 +313,6 @@ def _held(config: Any, modelmap: ModelMap) -> dict[str, Any]:
         size += sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.tensors().values())
         decoding = max(decoding, DECODING.get(layout.tag, 0))
     return {"bits": 8 * size / sum(p.in_features * p.out_features for p in modelmap.linears), "decoding": decoding}
-
-
-def _group(treatment: Treatment) -> int:
-    return int(treatment.options.get("group_size", -1))
-
-
-def _sample(method: Quantizer, group: int) -> QTensor:
-    """What the method makes of a small weight of zeros, in whole groups, and independent inputs."""
-    width = math.lcm(64, max(group, 1))
-    stats = {}
-    for name in method.needs:
-        statistic = STATISTICS[name](width, torch.device("cpu"))
-        statistic.update(torch.eye(width), torch.eye(width))
-        stats[name] = statistic.result()
-    return method(torch.zeros(32, width), stats)
-
-
-def _stored_bits(treatment: Treatment) -> float:
-    method, options, group = treatment.method, treatment.options, _group(treatment)
-    if not method.needs:  # what one row of it takes is quickly seen
-        return method(torch.zeros(1, 4096), {}).bits_per_weight
-    per_group = (16 if options.get("sym") else 24) / group if group > 0 else 0
-    return float(options.get("bits", 16) + per_group)
 
 
 @dataclass(frozen=True)
