@@ -80,6 +80,8 @@ def test_the_resolved_recipe_has_every_field_of_the_method(config_only: Path) ->
         ({"quantize": {"group_size": 28}}, "steps[0].quantize.group_size", "divides no layer's width"),
         ({"quantize": {"grid": "mes"}}, "steps[0].quantize.grid", "'mse' or 'minmax'"),
         ({"quantize": {"ignore": ["*"], "group_size": 8}}, "steps[0].quantize.ignore", "nothing left to quantize"),
+        ({"quantize": {"ignore": ["down_prj"]}}, "steps[0].quantize.ignore", "did you mean 'down_proj'"),
+        ({"quantize": {"ignore": "*.9.*"}}, "steps[0].quantize.ignore", "got:    *.9.*"),
         ({"export": {"format": "pefd"}}, "steps[0].export.format", "did you mean 'peft'"),
         (
             {"evaluate": {"perplexity": {"p": PYDOCS}, "length": 257}},
@@ -125,6 +127,10 @@ def test_what_is_unknown_or_not_installed_is_said_before_anything_runs(
 def test_a_group_size_is_refused_only_where_it_divides_nothing(config_only: Path) -> None:
     planned(config_only, {"quantize": {"group_size": 40}})  # the widest rows of this model
     planned(config_only, {"quantize": {"group_size": -1}})
+
+
+def test_what_is_left_alone_in_any_case_may_be_ignored(config_only: Path) -> None:
+    planned(config_only, {"quantize": {"ignore": ["lm_head", "embed_tokens", "*.0.*"], "group_size": 8}})
 
 
 @pytest.mark.parametrize(("method", "key"), [("rtn", "group_size"), ("optq", "group_size"), ("nf4", "block_size")])

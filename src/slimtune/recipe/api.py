@@ -109,7 +109,7 @@ def quantize(
     """
     step = Quantize(method, tuple(ignore), dict(activations or {}), dict(layers or {}), dict(kv_cache or {}), options)
     treatments, modelmap = Treatments(step, method), bind(model)
-    check_patterns(step, [port.name for port in modelmap.linears], method)
+    check_patterns(step, modelmap, method)
     if step.kv_cache:
         round_cache_(cast(PreTrainedModel, model), treatments.cache.bits)
     tokens = _windows(calibration, tokenizer, DEFAULT_SAMPLES, seed)

@@ -270,7 +270,7 @@ def _check_packable(step: Quantize, later: tuple[Step, ...], modelmap: ModelMap,
 
 def _check_quantize(step: Quantize, modelmap: ModelMap, where: str) -> dict[str, Any]:
     treatments = Treatments(step, where)
-    check_patterns(step, [port.name for port in modelmap.linears], where)
+    check_patterns(step, modelmap, where)
     ports = {p: treatments.of(p.name) for p in modelmap.ports if not isinstance(treatments.choose(p), str)}
     if not ports:
         raise RecipeError("there is nothing left to quantize", where=f"{where}.ignore", got=list(step.ignore))

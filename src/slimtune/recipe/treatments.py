@@ -127,13 +127,15 @@ class Treatments:
         return self._made[patterns]
 
 
-def check_patterns(step: Quantize, names: list[str], where: str) -> None:
-    """Raise `RecipeError` for a pattern of `layers` that matches none of `names`, the linears of a model."""
-    for pattern in step.layers:
-        if not any(matches(name, pattern) for name in names):
-            raise RecipeError(
-                "no layer has such a name", where=f"{where}.layers", got=pattern, wanted=f"like {names[0]}"
-            )
+def check_patterns(step: Quantize, modelmap: ModelMap, where: str) -> None:
+    """Raise `RecipeError` for a pattern of `layers` that matches no linear, or one of `ignore` that matches nothing."""
+    linears, ports = ([port.name for port in some] for some in (modelmap.linears, modelmap.ports))
+    for key, patterns, names in (("layers", step.layers, linears), ("ignore", step.ignore, ports)):
+        wrong = [pattern for pattern in patterns if not any(matches(name, pattern) for name in names)]
+        if wrong:
+            remedy = nearest(wrong[0], {name.rsplit(".", 1)[-1] for name in names})
+            place, wanted = f"{where}.{key}", f"like {linears[0]}"
+            raise RecipeError("no layer has such a name", where=place, got=wrong[0], wanted=wanted, remedy=remedy)
 
 
 def whole_rows(recipe: Recipe, modelmap: ModelMap) -> tuple[Recipe, list[str]]:
