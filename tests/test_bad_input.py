@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 import slimtune.recipe.blocks
 import slimtune.recipe.plan
+import slimtune.recipe.shell
 from pico import save_pico
 from slimtune.cli import _guarded, app
 
@@ -203,6 +205,24 @@ def test_an_output_folder_that_holds_something_else(refused: Command, recipe: Pa
     assert fingerprint(full) == before
 
 
+def test_an_output_is_looked_at_before_the_work(
+    refused: Command, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def worked(*_: object, **__: object) -> None:
+        raise AssertionError("nothing is loaded for an output that cannot be")
+
+    monkeypatch.setattr(slimtune.recipe.shell, "load", worked)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    for arguments in (
+        ("evaluate", model, "--speed", "--output", tmp_path / "deep" / "m.json"),
+        ("export", model, "--format", "safetensors", "--output", tmp_path / "out"),
+        ("report", model, "--output", tmp_path / "r.html"),
+    ):
+        message = refused(*arguments)
+        assert "cannot be made" in message and f"{tmp_path} may not be written to" in message
+        assert "remedy: choose another --output" in message
+
+
 def test_an_output_folder_that_holds_another_run(refused: Command, recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert "other.jsonl" in refused("run", recipe, "data.train=other.jsonl", "--output", out)
@@ -285,6 +305,11 @@ def test_a_diverging_training_exits_1_and_keeps_what_there_was(refused: Command,
         (("export", "{model}", "--format", "safetensors", "--output", "{folder}"), ["not empty and not an export"]),
         (("export", "{model}", "--format", "safetensors", "--output", "{recipe}"), ["not empty and not an export"]),
         (("report", "{folder}"), ["no report here", "slimtune run"]),
+        (("report", "{recipe}"), ["no report here", "slimtune run"]),
+        (("report", "{folder}", "--output", "{folder}"), ["cannot be made", "is a folder"]),
+        (("evaluate", "{model}", "--speed", "--output", "{folder}"), ["cannot be made", "is a folder"]),
+        (("evaluate", "{model}", "--speed", "--output", "{recipe}/a/m.json"), ["cannot be made", "is a file"]),
+        (("export", "{model}", "--format", "gguf", "--output", "{recipe}/out"), ["cannot be made", "is a file"]),
     ],
 )
 def test_a_command_that_asks_for_what_there_is_not(

@@ -124,11 +124,8 @@ def _open_folder(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool)
         except ValueError as error:
             raise FormatError("the run's state is damaged", where=str(path), remedy="--overwrite the run") from error
         return state
-    try:
-        write_text(output / RECIPE, text)
-        path.parent.mkdir(exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise RecipeError("the output folder cannot be made", where=str(output), got=error.strerror) from error
+    write_text(output / RECIPE, text)
+    path.parent.mkdir(exist_ok=True)
     return {"steps": [], "metrics": []}
 
 

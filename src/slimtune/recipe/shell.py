@@ -16,6 +16,7 @@ from slimtune.evaluate.generate import GREEDY, Pace, Sampling, write_reply
 from slimtune.export import Manifest, Source, export, exporter_of
 from slimtune.export.gguf import ADAPTER_FILE, MODEL_FILE
 from slimtune.export.load import BUNDLED, Loaded, load
+from slimtune.files import require_place
 from slimtune.lora.attach import load_adapter
 from slimtune.quant import QUANTIZERS
 from slimtune.recipe.document import parse
@@ -113,6 +114,7 @@ def export_model(
     """Export a model or a run's model and adapter."""
     exporter_of(format, quantization, rank)  # what is unknown is refused before anything is loaded
     _check_export_folder(source, output, overwrite)
+    require_place(output, folder=True)
     loaded, model = open_model(source, dtype=dtype)
     return export(Source(model, loaded.tokenizer, loaded.name, loaded.model.dtype), format, output, quantization, rank)
 
