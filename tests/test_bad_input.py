@@ -197,7 +197,7 @@ def test_an_output_folder_that_holds_something_else(refused: Command, recipe: Pa
     full.mkdir()
     (full / "thesis.txt").write_text("years of work")
     before = fingerprint(full)
-    for flags in ((), ("--resume",), ("--overwrite",), ("--resume", "--overwrite")):
+    for flags in ((), ("--resume",), ("--overwrite",)):
         assert "not empty and not a run" in refused("run", recipe, "--output", full, *flags)
         assert fingerprint(full) == before
     for place in (full / "thesis.txt", full / "thesis.txt" / "run"):

@@ -82,7 +82,7 @@ def test_the_resolved_recipe_has_every_field_of_the_method(config_only: Path) ->
         ({"quantize": {"ignore": ["*"], "group_size": 8}}, "steps[0].quantize.ignore", "nothing left to quantize"),
         ({"quantize": {"ignore": ["down_prj"]}}, "steps[0].quantize.ignore", "did you mean 'down_proj'"),
         ({"quantize": {"ignore": "*.9.*"}}, "steps[0].quantize.ignore", "got:    *.9.*"),
-        ({"export": {"format": "pefd"}}, "steps[0].export.format", "did you mean 'peft'"),
+        ({"export": {"format": "pefd"}}, "steps[0].export", "did you mean 'peft'"),
         (
             {"evaluate": {"perplexity": {"p": PYDOCS}, "length": 257}},
             "steps[0].evaluate.length",

@@ -18,10 +18,10 @@ import torch
 from slimtune.arch import ModelMap, Space, bind
 from slimtune.calib.loss import CHUNK
 from slimtune.calib.rows import FILES, DataSource, read_rows
-from slimtune.errors import RecipeError, SlimtuneError, nearest
+from slimtune.errors import RecipeError, SlimtuneError
 from slimtune.evaluate.inference import require_positions
 from slimtune.evaluate.tasks import require_harness
-from slimtune.export import EXPORTERS, compressed_tensors, exporter_of, gptq
+from slimtune.export import compressed_tensors, exporter_of, gptq
 from slimtune.export.decilm import require_described
 from slimtune.export.gguf_facts import Naming
 from slimtune.export.gguf_widths import Widths
@@ -129,16 +129,9 @@ def resolve(recipe: Recipe) -> Recipe:
                     got=f"importance: {step.importance}, refit: {str(step.refit).lower()}",
                     remedy="add data: {calibration: {builtin: pydocs}} or a file, or use importance: magnitude",
                 )
-        if isinstance(step, Export) and step.format not in EXPORTERS:
-            raise RecipeError(
-                "unknown format",
-                where=f"steps[{number}].export.format",
-                got=step.format,
-                remedy=nearest(step.format, EXPORTERS),
-            )
-        if isinstance(step, Export):
-            exporter_of(step.format, step.quantization, step.rank)
         try:
+            if isinstance(step, Export):
+                exporter_of(step.format, step.quantization, step.rank)
             if isinstance(step, Train):
                 require_tools(step)
             if isinstance(step, Evaluate) and step.tasks:

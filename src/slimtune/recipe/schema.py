@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar, cast, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -208,7 +208,7 @@ def recipe_from(facts: object, *, name: str = "recipe") -> Recipe:
     _known(data, [f.name for f in fields(Data)], "data")
     sources = {key: _source(value, f"data.{key}") for key, value in data.items() if value is not None}
     header = build(Recipe, {**top, "steps": ()}, "")
-    return _replaced(header, data=Data(**sources), steps=tuple(_step(step, i) for i, step in enumerate(steps)))
+    return replace(header, data=Data(**sources), steps=tuple(_step(step, i) for i, step in enumerate(steps)))
 
 
 def step_from(name: str, facts: Mapping[str, Any], where: str) -> Step:
@@ -321,8 +321,3 @@ def _misfit(error: ValidationError, values: Mapping[str, Any], where: str) -> Re
         got=f"{values[key]!r:.200}",
         wanted=" or ".join(dict.fromkeys(wanted)),
     )
-
-
-def _replaced(recipe: Recipe, **changes: Any) -> Recipe:
-    values = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
-    return Recipe(**{**values, **changes})

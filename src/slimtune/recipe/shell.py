@@ -19,7 +19,7 @@ from slimtune.export.load import BUNDLED, Loaded, load
 from slimtune.files import require_place
 from slimtune.lora.attach import load_adapter
 from slimtune.quant import QUANTIZERS
-from slimtune.recipe.document import parse
+from slimtune.recipe.document import parse, parse_for
 from slimtune.recipe.schema import STEPS, Data, Evaluate, Quantize, Recipe, recipe_from, step_from
 from slimtune.recipe.steps import Session, run_step
 
@@ -35,16 +35,15 @@ def recipe_of(model: str, steps: Sequence[str], arguments: Sequence[str], name: 
     sources = [f.name for f in fields(Data)]
     pairs = _pairs(arguments)
     own = _method_keys(pairs.get("method", Quantize.method)) if "quantize" in steps else []
-    for key, value in pairs.items():
-        owners = [step for step in steps if key in _keys(step)]
+    for key, text in pairs.items():
+        owners = [step for step in steps if key in _keys(step)] or ["quantize"] * (key in own)
         if key in TOP:
-            facts[key] = value
+            facts[key] = parse_for([key], text, f"--{key}")
         elif key in sources and not owners:
-            facts["data"][key] = value
+            facts["data"][key] = parse_for(["data", key], text, f"--{key}")
         elif owners:
+            value = parse_for([owners[0], key], text, f"--{key}")
             facts["steps"][list(steps).index(owners[0])][owners[0]][key] = value
-        elif key in own:
-            facts["steps"][list(steps).index("quantize")]["quantize"][key] = value
         else:
             names = [k.replace("_", "-") for k in (*TOP, *sources, *(k for step in steps for k in _keys(step)), *own)]
             wrong = key.replace("_", "-")
@@ -169,13 +168,13 @@ def _keys(step: str) -> list[str]:
     return [f.name for f in fields(STEPS[step]) if f.name != "options"]
 
 
-def _method_keys(method: object) -> list[str]:
+def _method_keys(method: str) -> list[str]:
     """The fields of a quantizer, which are options of `quantize` too."""
-    return [f.name for f in fields(cast(Any, QUANTIZERS[str(method)]))]
+    return [f.name for f in fields(cast(Any, QUANTIZERS[method]))]
 
 
-def _pairs(arguments: Sequence[str]) -> dict[str, Any]:
-    pairs: dict[str, Any] = {}
+def _pairs(arguments: Sequence[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
     rest = list(arguments)
     while rest:
         key = rest.pop(0)
@@ -184,7 +183,7 @@ def _pairs(arguments: Sequence[str]) -> dict[str, Any]:
         name, sign, value = key[2:].partition("=")
         if not sign:
             value = "true" if not rest or rest[0].startswith("--") else rest.pop(0)
-        pairs[name.replace("-", "_")] = parse(value, key)
+        pairs[name.replace("-", "_")] = value
     return pairs
 
 
