@@ -137,16 +137,11 @@ class Evaluate:
     speed: bool = field(default=False, metadata={"help": "measure prefill and decode tokens per second"})
 
     def __post_init__(self) -> None:
-        if self.num_fewshot < -1:
-            raise RecipeError("num_fewshot out of range", got=self.num_fewshot, wanted="at least 0, or -1")
-        if self.length < 2:
-            raise RecipeError("length out of range", got=self.length, wanted="at least 2")
-        if self.max_tokens != -1 and self.max_tokens < 2:
-            raise RecipeError("max_tokens out of range", got=self.max_tokens, wanted="at least 2, or -1")
-        if self.limit != -1 and self.limit < 1:
-            raise RecipeError("limit out of range", got=self.limit, wanted="at least 1, or -1")
-        if self.max_new_tokens < 1:
-            raise RecipeError("max_new_tokens out of range", got=self.max_new_tokens, wanted="at least 1")
+        for name, least in (("num_fewshot", 0), ("length", 2), ("max_tokens", 2), ("limit", 1), ("max_new_tokens", 1)):
+            value, optional = getattr(self, name), getattr(Evaluate, name) == -1
+            if value < least and not (optional and value == -1):
+                wanted = f"at least {least}" + ", or -1" * optional
+                raise RecipeError(f"{name} out of range", got=value, wanted=wanted)
 
     @property
     def sources(self) -> tuple[DataSource, ...]:

@@ -13,6 +13,7 @@ from slimtune.arch import bind
 from slimtune.calib.formats import normalise, render_messages, uses_template
 from slimtune.errors import FormatError, RecipeError, nearest
 from slimtune.evaluate.generate import GREEDY, Pace, Sampling, write_reply
+from slimtune.evaluate.inference import require_vocabulary
 from slimtune.export import Manifest, Source, export, exporter_of
 from slimtune.export.gguf import ADAPTER_FILE, MODEL_FILE
 from slimtune.export.load import BUNDLED, Loaded, load
@@ -160,6 +161,7 @@ def generate_text(
     tokens = loaded.tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
     if tokens["input_ids"].shape[1] == 0:
         raise RecipeError("there is nothing to continue", where="prompt", remedy="write at least one word")
+    require_vocabulary(loaded.model, tokens["input_ids"], "prompt")
     inputs = cast(Mapping[str, Tensor], tokens)
     return write_reply(cast(Any, opened), loaded.tokenizer, inputs, max_new_tokens, sampling, write)
 
