@@ -188,8 +188,7 @@ def _batches(
 ) -> list[Batch]:
     usual = TrainOptions()
     if tokens is not None:
-        rows = cast(Tensor, _windows(model, tokens)).tolist()
-        examples: Sequence[Example] = [Example(row, row) for row in rows]
+        examples: Sequence[Example] = [Example(row, row) for row in cast(Tensor, _windows(model, tokens)).tolist()]
         return gradient_batches(examples, Collator(0), chosen, usual.per_device_train_batch_size, seed)
     if train is None or tokenizer is None:
         raise RecipeError(

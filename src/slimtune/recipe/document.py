@@ -14,8 +14,7 @@ from slimtune.calib.rows import DataSource
 from slimtune.errors import RecipeError, nearest
 from slimtune.recipe.schema import STEPS, Recipe, recipe_from, to_dict
 
-PLAIN = (str, tuple[str, ...], DataSource, type(None))
-"""What a text of the shell is taken for without being read as YAML."""
+PLAIN = (str, tuple[str, ...], DataSource, type(None))  # what a text of the shell may be without being read as YAML
 
 
 class _Loader(yaml.SafeLoader):

@@ -52,8 +52,7 @@ from slimtune.recipe.steps import Session, belongs, run_step, size_of
 
 Say = Callable[[str], None]
 RECIPE = "recipe.yaml"
-PLACE = "began-in.json"
-"""Under `checkpoints/`: the folder that the recipe's paths are relative to."""
+PLACE = "began-in.json"  # under checkpoints/: the folder that the recipe's paths are relative to
 
 
 def run(

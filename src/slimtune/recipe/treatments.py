@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -42,9 +42,8 @@ class Treatment:
             statistic = STATISTICS[name](width, torch.device("cpu"))
             statistic.update(torch.eye(width), torch.eye(width))
             stats[name] = statistic.result()
-        method: Any = self.method
-        made: Quantizer = replace(method, group_size=width) if "group_size" in self.options else method
-        return made(torch.zeros(32, width), stats)
+        one_group = {"group_size": width} if "group_size" in self.options else {}
+        return cast(QTensor, replace(cast(Any, self.method), **one_group)(torch.zeros(32, width), stats))
 
     def stored_bits(self) -> float:
         """Bits that a weight takes, scales and zero points included."""

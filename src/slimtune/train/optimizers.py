@@ -110,15 +110,14 @@ def own_optimizer(model: nn.Module, options: TrainOptions) -> Optimizer | None:
 def require_tools(options: TrainOptions) -> None:
     """Raise `RecipeError` for an optimizer or a tracker that nobody knows, `BackendMissing` for a tracker that is not
     installed."""
-    if options.optim not in (*OPTIMIZERS, *(str(name.value) for name in OptimizerNames)):
-        remedy = nearest(options.optim, [*OPTIMIZERS, "adamw_torch"])
-        raise RecipeError("unknown optimizer", where="optim", got=options.optim, remedy=remedy)
-    tracker = options.report_to
+    ours, optim = [*OPTIMIZERS, "adamw_torch"], options.optim
+    if optim not in (*ours, *(str(name.value) for name in OptimizerNames)):
+        raise RecipeError("unknown optimizer", where="optim", got=optim, remedy=nearest(optim, ours))
+    known, tracker = ["none", *INTEGRATION_TO_CALLBACK], options.report_to
+    if tracker not in ("all", *known):
+        raise RecipeError("unknown tracker", where="report_to", got=tracker, remedy=nearest(tracker, known))
     if tracker in ("none", "all"):
         return
-    if tracker not in INTEGRATION_TO_CALLBACK:
-        remedy = nearest(tracker, ["none", *INTEGRATION_TO_CALLBACK])
-        raise RecipeError("unknown tracker", where="report_to", got=tracker, remedy=remedy)
     try:
         INTEGRATION_TO_CALLBACK[tracker]()  # which looks for its package
     except (ImportError, RuntimeError) as error:
