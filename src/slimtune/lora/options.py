@@ -71,9 +71,7 @@ class LoraOptions:
             )
         for name in ("r", "lora_alpha", "init_target", "init_passes"):
             if not 0 < getattr(self, name) < math.inf:
-                raise RecipeError(
-                    f"{name} out of range", where="lora", got=getattr(self, name), wanted="a number above 0"
-                )
+                raise RecipeError(f"{name} out of range", where="lora", got=getattr(self, name), wanted="above 0")
         for name in ("init_gamma", "init_tolerance"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise RecipeError(f"{name} out of range", where="lora", got=getattr(self, name), wanted="0 or above")
