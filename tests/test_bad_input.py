@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import slimtune
 import slimtune.recipe.blocks
 import slimtune.recipe.plan
+import slimtune.recipe.shell
 from pico import save_pico
 from slimtune.cli import _guarded, app
+from slimtune.errors import RecipeError, SlimtuneError
 
 Command = Callable[..., str]
 
@@ -195,12 +199,30 @@ def test_an_output_folder_that_holds_something_else(refused: Command, recipe: Pa
     full.mkdir()
     (full / "thesis.txt").write_text("years of work")
     before = fingerprint(full)
-    for flags in ((), ("--resume",), ("--overwrite",), ("--resume", "--overwrite")):
+    for flags in ((), ("--resume",), ("--overwrite",)):
         assert "not empty and not a run" in refused("run", recipe, "--output", full, *flags)
         assert fingerprint(full) == before
     for place in (full / "thesis.txt", full / "thesis.txt" / "run"):
         assert "cannot be made" in refused("run", recipe, "--output", place)
     assert fingerprint(full) == before
+
+
+def test_an_output_is_looked_at_before_the_work(
+    refused: Command, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def worked(*_: object, **__: object) -> None:
+        raise AssertionError("nothing is loaded for an output that cannot be")
+
+    monkeypatch.setattr(slimtune.recipe.shell, "load", worked)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    for arguments in (
+        ("evaluate", model, "--speed", "--output", tmp_path / "deep" / "m.json"),
+        ("export", model, "--format", "safetensors", "--output", tmp_path / "out"),
+        ("report", model, "--output", tmp_path / "r.html"),
+    ):
+        message = refused(*arguments)
+        assert "cannot be made" in message and f"{tmp_path} may not be written to" in message
+        assert "remedy: choose another --output" in message
 
 
 def test_an_output_folder_that_holds_another_run(refused: Command, recipe: Path, tmp_path: Path) -> None:
@@ -294,6 +316,11 @@ def test_a_diverging_training_exits_1_and_keeps_what_there_was(refused: Command,
         (("export", "{model}", "--format", "safetensors", "--output", "{folder}"), ["not empty and not an export"]),
         (("export", "{model}", "--format", "safetensors", "--output", "{recipe}"), ["not empty and not an export"]),
         (("report", "{folder}"), ["no report here", "slimtune run"]),
+        (("report", "{recipe}"), ["no report here", "slimtune run"]),
+        (("report", "{folder}", "--output", "{folder}"), ["cannot be made", "is a folder"]),
+        (("evaluate", "{model}", "--speed", "--output", "{folder}"), ["cannot be made", "is a folder"]),
+        (("evaluate", "{model}", "--speed", "--output", "{recipe}/a/m.json"), ["cannot be made", "is a file"]),
+        (("export", "{model}", "--format", "gguf", "--output", "{recipe}/out"), ["cannot be made", "is a file"]),
     ],
 )
 def test_a_command_that_asks_for_what_there_is_not(
@@ -319,3 +346,59 @@ def test_a_command_line_that_is_not_one(arguments: list[str], capsys: pytest.Cap
     assert _guarded(lambda: app(arguments, standalone_mode=True)) == 2
     err = capsys.readouterr().err
     assert "Usage: " in err and "Traceback" not in err
+
+
+def test_a_tokenizer_of_another_model(refused: Command, recipe: Path, tmp_path: Path) -> None:
+    """It has tokens that the model has no embedding of."""
+    small = save_pico(tmp_path / "small", vocab_size=40)
+    said = ["not in the model's vocabulary", "wanted: 0 to 39", "the model's own tokenizer"]
+    out = ("--output", tmp_path / "out")
+    for arguments in (
+        ("generate", small, "--prompt", "What is 1 and 2?"),
+        ("run", recipe, f"model={small}", "steps=[{quantize: {group_size: 8}}]", *out),
+        ("run", recipe, f"model={small}", "steps=[rotate]", *out, "--overwrite"),
+        ("run", recipe, f"model={small}", "steps=[lora, {train: {max_steps: 1}}]", *out, "--overwrite"),
+    ):
+        message = refused(*arguments)
+        for part in said:
+            assert part in message
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        (torch.arange(32), r"windows of whole numbers\n  got:    torch.int64 \[32\]"),
+        (torch.rand(2, 32), r"windows of whole numbers\n  got:    torch.float32 \[2, 32\]"),
+        (torch.zeros(0, 32, dtype=torch.long), r"windows of whole numbers\n  got:    torch.int64 \[0, 32\]"),
+        (torch.full((2, 32), 9999), r"not in the model's vocabulary\n  where:  tokens\n  got:    9999"),
+    ],
+)
+def test_tokens_that_are_no_windows(model: Path, tokens: torch.Tensor, said: str) -> None:
+    loaded, _ = slimtune.load(str(model))
+    for function, options in (
+        (slimtune.quantize, {"method": "optq", "group_size": 8, "calibration": tokens}),
+        (slimtune.prune, {"calibration": tokens}),
+        (slimtune.rotate, {"kind": "learned", "calibration": tokens}),
+        (slimtune.add_lora, {"init": "lora-ga", "tokens": tokens}),
+    ):
+        with pytest.raises(SlimtuneError, match=said):
+            function(loaded, **options)
+
+
+def test_python_functions_refuse_what_is_no_recipe_and_no_dtype(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="expected keys and values"):
+        slimtune.plan([1])  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="expected keys and values"):
+        slimtune.run(None, tmp_path / "out")  # type: ignore[arg-type]
+    adapted = slimtune.add_lora(slimtune.load(str(model))[0], r=2)
+    with pytest.raises(RecipeError, match=r"merge\.dtype(.|\n)*'int3'(.|\n)*bfloat16"):
+        slimtune.merge(adapted, "int3")
+
+
+def test_fewer_windows_than_were_asked_for_are_told(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["run", str(recipe), "data.calibration.samples=5000", "steps=[{quantize: {group_size: 8}}]"]
+    assert _guarded(lambda: app([*arguments, "--output", str(tmp_path / "out")], standalone_mode=True)) == 0
+    samples = json.loads((tmp_path / "out" / "report.json").read_text())["steps"][0]["facts"]["calibration"]["samples"]
+    assert f"it has {samples} windows of 32 tokens, all used, not 5,000" in capsys.readouterr().err

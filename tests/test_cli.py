@@ -133,11 +133,11 @@ def test_quantize_takes_the_fields_of_its_method(
 ) -> None:
     out = tmp_path / "out"
     command("quantize", place / "base", "--method", "rtn", *style, "--bits", "3", "--sym", "--seed", "4",
-            "--ignore", "down_proj", "-o", out)  # fmt: skip
+            "--ignore", "*down_proj", "-o", out)  # fmt: skip
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     step = recipe["steps"][0]["quantize"]
     assert (recipe["seed"], step["bits"], step["group_size"], step["sym"], step["ignore"]) == (
-        4, 3, 8, True, ["down_proj"]
+        4, 3, 8, True, ["*down_proj"]
     )  # fmt: skip
     skipped = json.loads((out / "report.json").read_text())["steps"][0]["facts"]["skipped"]
     assert sum("down_proj" in entry["name"] for entry in skipped) == 2

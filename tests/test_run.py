@@ -3,7 +3,9 @@
 import hashlib
 import json
 import math
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +198,9 @@ def test_overwriting_starts_again_and_leaves_nothing_of_the_old(facts: dict[str,
     (out / "export" / "old").touch()
     with pytest.raises(RecipeError, match="another recipe's run"):
         run(short(facts, seed=1), out, resume=True)
-    run(short(facts, seed=1), out, overwrite=True, resume=True)  # of another recipe: there is nothing to resume
+    with pytest.raises(RecipeError, match="both continued and replaced"):
+        run(short(facts, seed=1), out, overwrite=True, resume=True)
+    run(short(facts, seed=1), out, overwrite=True)
     assert not (out / "export").exists()
     assert "seed: 1" in (out / "recipe.yaml").read_text()
     assert len(json.loads((out / "report.json").read_text())["steps"]) == 1
@@ -214,6 +218,34 @@ def test_a_run_of_an_older_version_is_resumed(facts: dict[str, Any], tmp_path: P
     assert said == ["every step of this run is done"]
     with pytest.raises(RecipeError, match="another recipe's run"):
         run(short(facts, steps=[{"quantize": {"method": "rtn", "group_size": 8, "sym": True}}]), out, resume=True)
+
+
+def test_a_run_is_resumed_from_any_folder(
+    facts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its recipe names files that lie beside it, or in the folder where it began."""
+    home, other, said = tmp_path / "home", tmp_path / "other", []
+    shutil.copytree(facts["model"], home / "base")
+    (home / "wiki.txt").write_text("It is what it is.\n" * 20)
+    other.mkdir()
+    steps = "[{evaluate: {perplexity: {wiki: wiki.txt}, length: 16}}]"
+    (home / "r.yaml").write_text(f"model: base\ndata: {{train: wiki.txt}}\nsteps: {steps}\n")
+    monkeypatch.chdir(home)
+    run(read_recipe(Path("r.yaml")), home / "out")
+    for folder in (home, other, home / "out", tmp_path):
+        monkeypatch.chdir(folder)
+        recipe = read_recipe(Path(os.path.relpath(home / "r.yaml")))
+        run(recipe, home / "out", resume=True, say=said.append)
+        with pytest.raises(RecipeError, match="holds a run of this recipe"):
+            run(recipe, home / "out")
+    assert said == ["every step of this run is done"] * 4
+    shutil.copy(home / "wiki.txt", other)  # another text of this name
+    monkeypatch.chdir(other)
+    with pytest.raises(RecipeError, match="another recipe's run"):
+        run(read_recipe(home / "r.yaml"), home / "out", resume=True)
+    home.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    run(read_recipe(Path("r.yaml")), Path("out"), resume=True)
 
 
 def test_a_run_that_did_nothing_yet_holds_nothing(facts: dict[str, Any], tmp_path: Path) -> None:

@@ -131,8 +131,11 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, tasks, speed and size of a model."""
+    from slimtune.files import require_place, write_json
     from slimtune.recipe.shell import evaluate_model
 
+    if output is not None:
+        require_place(output)
     facts = evaluate_model(
         model,
         perplexity=perplexity or [],
@@ -146,8 +149,6 @@ def evaluate(
         say=(lambda _: None) if as_json else say,
     )
     if output is not None:
-        from slimtune.files import write_json
-
         write_json(output, facts)
     if as_json:
         print(json.dumps(facts))
@@ -216,8 +217,11 @@ def report(
     """Compare runs in one table."""
     from rich.console import Console
 
+    from slimtune.files import require_place
     from slimtune.recipe.report import compare, print_comparison, write_comparison_html, write_html
 
+    if output is not None:
+        require_place(output)
     comparison = compare(runs)
     if as_json:
         print(json.dumps(comparison.to_json()))

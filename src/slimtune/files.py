@@ -25,14 +25,28 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SLIMTUNE_CACHE") or Path(root) / "slimtune").expanduser()
 
 
+def require_place(path: str | os.PathLike[str], *, folder: bool = False) -> None:
+    """Raise `RecipeError` where no file (or `folder`) can be written at `path`: to be asked before the work, too."""
+    path = Path(path)
+    above = next((place for place in path.absolute().parents if os.path.exists(place)), path)
+    faults = {
+        f"{above} is a file": not above.is_dir(),
+        f"{path} is a {'file' if folder else 'folder'}": path.is_file() if folder else path.is_dir(),
+        f"{above} may not be written to": not os.access(above, os.W_OK),
+    }
+    for fault in (fault for fault, found in faults.items() if found):
+        raise RecipeError("the output cannot be made", where=str(path), got=fault, remedy="choose another --output")
+
+
 @contextmanager
 def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A new folder, written beside `path` and renamed to it when the block ends without an error.
 
     An existing folder is replaced only at that moment. On any error the half-written folder is removed and the old one
-    stays. Raises `RecipeError` where the disk is full.
+    stays. Raises `RecipeError` where the disk is full, and what `require_place` raises.
     """
     path = Path(path)
+    require_place(path, folder=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     old = path.with_name(f".{path.name}.old")
@@ -56,6 +70,7 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A file path to write to; renamed to `path` when the block ends without an error, removed otherwise."""
     path = Path(path)
+    require_place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:

@@ -7,7 +7,7 @@ import pytest
 
 from slimtune.calib.rows import DataSource
 from slimtune.errors import RecipeError
-from slimtune.recipe.document import parse, read_recipe, write_recipe
+from slimtune.recipe.document import parse, parse_for, read_recipe, write_recipe
 from slimtune.recipe.schema import Evaluate, Lora, Merge, Quantize, Train
 
 SHORT = "model: m\nsteps:\n  - evaluate: {speed: true}\n"
@@ -83,6 +83,42 @@ def test_overrides_reach_every_kind_of_place(tmp_path: Path) -> None:
     assert isinstance(evaluate, Evaluate) and set(evaluate.perplexity) == {"wikitext2", "more"}
 
 
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("quantize.ignore=*down_proj", "quantize.ignore", "*down_proj"),
+        ("steps.0.quantize.ignore=&x", "quantize.ignore", "&x"),
+        ("quantize.ignore=[lm_head, '*.0.*']", "quantize.ignore", ["lm_head", "*.0.*"]),
+        ("quantize.ignore='*down_proj'", "quantize.ignore", "*down_proj"),
+        ("quantize.layers={q_proj: {bits: 8}}", "quantize.layers", {"q_proj": {"bits": 8}}),
+        ("quantize.bits=3", "quantize.bits", 3),
+        ("data.train=run #2.jsonl", "data.train", "run #2.jsonl"),
+        ("data.train=set: a.jsonl", "data.train", "set: a.jsonl"),
+        ("data.train=2024", "data.train", "2024"),
+        ("data.train=[draft].jsonl", "data.train", "[draft].jsonl"),
+        ("data.train={path: a.csv, samples: 3}", "data.train", {"path": "a.csv", "samples": 3}),
+        ("data.train=null", "data.train", None),
+        ("data.train.path=@a", "data.train.path", "@a"),
+        ("data.train.columns.prompt=Q: {question}", "data.train.columns.prompt", "Q: {question}"),
+        ("evaluate.perplexity.wiki=w #1.txt", "evaluate.perplexity.wiki", "w #1.txt"),
+        ("evaluate.perplexity={w: a.txt}", "evaluate.perplexity", {"w": "a.txt"}),
+        ("lora.target_modules=*", "lora.target_modules", "*"),
+        ("lora.init=lora-ga", "lora.init", "lora-ga"),
+        ("lora.r=8", "lora.r", 8),
+        ("train.fake_quant={weights: 4}", "train.fake_quant", {"weights": 4}),
+        ("train.fake_quant.weights=4", "train.fake_quant.weights", 4),
+        ("model=123", "model", "123"),
+        ("seed=123", "seed", 123),
+        ("steps=[merge]", "steps", ["merge"]),
+    ],
+)
+def test_a_text_of_the_shell_is_read_as_its_field_wants_it(override: str, key: str, value: object) -> None:
+    name, _, text = override.partition("=")
+    assert name.endswith(key)
+    got = parse_for(name.split("."), text, override)
+    assert (got, type(got)) == (value, type(value))
+
+
 def test_an_override_gives_keys_to_a_step_without_any(tmp_path: Path) -> None:
     recipe = read_recipe(written(tmp_path, "model: m\nsteps: [{quantize: }]\n"), ["quantize.bits=3"])
     assert recipe.steps == (Quantize(options={"bits": 3}),)
@@ -148,6 +184,13 @@ def test_broken_yaml_names_the_file_and_the_line(tmp_path: Path, text: str, plac
     with pytest.raises(RecipeError, match="not valid YAML") as caught:
         read_recipe(path)
     assert caught.value.facts["where"].startswith(f"{path}, {place}")
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"r\.yaml, line 4, column 1(.|\n)*a second key 'model'"):
+        read_recipe(written(tmp_path, f"{SHORT}model: n\n"))
+    with pytest.raises(RecipeError, match=r"a second key 'bits'"):
+        read_recipe(written(tmp_path, "model: m\nsteps: [{quantize: {bits: 3, bits: 4}}]\n"))
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00\x01", b"model: \x00\n", b"caf\xe9: 1\n"])

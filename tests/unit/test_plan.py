@@ -1,9 +1,10 @@
 """Plans: pure, complete, and refusing by name what cannot work."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ import torch
 from pico import pico_config, save_pico
 from slimtune import load, quantize
 from slimtune.arch.weights import Checkpoint
-from slimtune.errors import CalibrationError, FormatError, RecipeError, UnknownArchitecture
+from slimtune.errors import BackendMissing, CalibrationError, FormatError, RecipeError, UnknownArchitecture
 from slimtune.export.native import write_model
 from slimtune.recipe.plan import Plan, plan
-from slimtune.recipe.schema import recipe_from
+from slimtune.recipe.schema import Quantize, recipe_from
 from slimtune.recipe.terminal import plan_text
+from slimtune.train import optimizers
 
 PYDOCS = {"builtin": "pydocs"}
 QUANTIZE = {"quantize": {"bits": 4, "group_size": 8}}
@@ -78,7 +80,9 @@ def test_the_resolved_recipe_has_every_field_of_the_method(config_only: Path) ->
         ({"quantize": {"group_size": 28}}, "steps[0].quantize.group_size", "divides no layer's width"),
         ({"quantize": {"grid": "mes"}}, "steps[0].quantize.grid", "'mse' or 'minmax'"),
         ({"quantize": {"ignore": ["*"], "group_size": 8}}, "steps[0].quantize.ignore", "nothing left to quantize"),
-        ({"export": {"format": "pefd"}}, "steps[0].export.format", "did you mean 'peft'"),
+        ({"quantize": {"ignore": ["down_prj"]}}, "steps[0].quantize.ignore", "did you mean 'down_proj'"),
+        ({"quantize": {"ignore": "*.9.*"}}, "steps[0].quantize.ignore", "got:    *.9.*"),
+        ({"export": {"format": "pefd"}}, "steps[0].export", "did you mean 'peft'"),
         (
             {"evaluate": {"perplexity": {"p": PYDOCS}, "length": 257}},
             "steps[0].evaluate.length",
@@ -97,9 +101,49 @@ def test_a_step_that_cannot_work_is_refused_by_name(
     assert caught.value.facts["where"].endswith(where)
 
 
+@pytest.mark.parametrize(
+    ("step", "error", "parts"),
+    [
+        ({"train": {"report_to": "tensorbord"}}, RecipeError, ["unknown tracker", "report_to", "'tensorboard'"]),
+        ({"train": {"report_to": "absent"}}, BackendMissing, ["not installed", "report_to", "no absent", "none"]),
+        ({"train": {"optim": "lora-pus"}}, RecipeError, ["unknown optimizer", "optim", "did you mean 'lora-plus'"]),
+        ({"evaluate": {"tasks": ["arc_easy"]}}, BackendMissing, ["lm-eval", "tasks", "slimtune[eval]"]),
+    ],
+)
+def test_what_is_unknown_or_not_installed_is_said_before_anything_runs(
+    config_only: Path, monkeypatch: pytest.MonkeyPatch, step: dict[str, Any], error: type[Exception], parts: list[str]
+) -> None:
+    def absent() -> None:
+        raise RuntimeError("there is no absent")
+
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(optimizers.INTEGRATION_TO_CALLBACK, "absent", absent)
+    with pytest.raises(error) as caught:
+        planned(config_only, "lora", step)
+    for part in (*parts, "steps[1]."):
+        assert part in str(caught.value)
+
+
 def test_a_group_size_is_refused_only_where_it_divides_nothing(config_only: Path) -> None:
     planned(config_only, {"quantize": {"group_size": 40}})  # the widest rows of this model
     planned(config_only, {"quantize": {"group_size": -1}})
+
+
+def test_what_is_left_alone_in_any_case_may_be_ignored(config_only: Path) -> None:
+    planned(config_only, {"quantize": {"ignore": ["lm_head", "embed_tokens", "*.0.*"], "group_size": 8}})
+
+
+@pytest.mark.parametrize(("method", "key"), [("rtn", "group_size"), ("optq", "group_size"), ("nf4", "block_size")])
+@pytest.mark.parametrize("width", [49, 10**12])
+def test_a_group_wider_than_every_row_is_the_row_and_is_told(
+    config_only: Path, method: str, key: str, width: int
+) -> None:
+    made = planned(config_only, {"quantize": {"method": method, key: width}}, {"export": {"format": "safetensors"}})
+    assert cast(Quantize, made.recipe.steps[0]).options[key] == -1
+    assert [warning for warning in made.warnings if f"steps[0].quantize.{key}" in warning and f"{width:,}" in warning]
+    row = planned(config_only, {"quantize": {"method": method, key: -1}}, {"export": {"format": "safetensors"}})
+    assert (row.recipe, row.warnings) == (made.recipe, ())
+    planned(config_only, {"quantize": {"method": method, "layers": {"q_proj": {key: width}}, key: 8}})
 
 
 @pytest.mark.parametrize(("method", "fault"), [("nf4", "'codebook'"), ("quip", "'e8p'"), ("hqq", "not whole numbers")])

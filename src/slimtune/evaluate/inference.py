@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from slimtune.errors import RecipeError
+from slimtune.errors import CalibrationError, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,4 +43,18 @@ def require_positions(model: PreTrainedModel, wanted: int, where: str) -> None:
             got=wanted,
             wanted=f"at most {limit}",
             remedy="ask for fewer tokens",
+        )
+
+
+def require_vocabulary(model: PreTrainedModel, tokens: torch.Tensor, where: str) -> None:
+    """Raise `CalibrationError` where one of `tokens` is none of the model's."""
+    low, high = (int(bound) for bound in tokens.aminmax())
+    vocabulary = model.config.get_text_config().vocab_size
+    if low < 0 or high >= vocabulary:
+        raise CalibrationError(
+            "a token is not in the model's vocabulary",
+            where=where,
+            got=low if low < 0 else high,
+            wanted=f"0 to {vocabulary - 1}",
+            remedy="tokenize the text with the model's own tokenizer",
         )

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from slimtune.errors import CalibrationError, RecipeError, ShapeError
-from slimtune.evaluate.inference import inference, require_positions
+from slimtune.evaluate.inference import inference, require_positions, require_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,13 +123,4 @@ def _require(model: PreTrainedModel, tokens: torch.Tensor, length: int, batch_si
         raise ShapeError("a text is one sequence of tokens", where=where, got=tuple(tokens.shape), wanted="(n,)")
     if tokens.numel() < 2:
         raise CalibrationError("a text needs two tokens or more", where=where, got=f"{tokens.numel()} tokens")
-    low, high = (int(bound) for bound in tokens.aminmax())
-    vocabulary = model.config.get_text_config().vocab_size
-    if low < 0 or high >= vocabulary:
-        raise CalibrationError(
-            "a token is not in the model's vocabulary",
-            where=where,
-            got=low if low < 0 else high,
-            wanted=f"0 to {vocabulary - 1}",
-            remedy="tokenize the text with the model's own tokenizer",
-        )
+    require_vocabulary(model, tokens, where)

@@ -25,6 +25,7 @@ import copy
 import csv
 import difflib
 import gzip
+import importlib.util
 import io
 import json
 import math
@@ -51,6 +52,12 @@ if TYPE_CHECKING:
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".csv.gz")
 FORMS = "{question, choices, answer}, MMLU's with a subject, or LLM-Adapters' {instruction, input, output, answer}"
 LETTERS = "ABCDEFGHIJ"
+
+
+def require_harness() -> None:
+    """Raise `BackendMissing` without lm-eval."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise BackendMissing("evaluation on tasks needs lm-eval", where="tasks", remedy='pip install "slimtune[eval]"')
 
 
 @dataclass(frozen=True)
@@ -85,14 +92,11 @@ def tasks(
     Raises `BackendMissing` without lm-eval, `RecipeError` for an unknown or repeated name or a count too small,
     `FormatError` and `CalibrationError` for a bad local file, and `CalibrationError` where a task's data cannot be had.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise BackendMissing(
-            "evaluation on tasks needs lm-eval", where="tasks", got=error, remedy='pip install "slimtune[eval]"'
-        ) from error
+    require_harness()
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     _require_counts(limit=(limit, 1), num_fewshot=(num_fewshot, 0), batch_size=(batch_size, 1))
     shots = num_fewshot or 0
     local: dict[str, list[Any]] = {n: [local_task(file, num_fewshot=shots) for file in _files(Path(n))] for n in names}

@@ -57,12 +57,8 @@ class LoraOptions:
     )
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise RecipeError("r out of range", where="lora", got=self.r, wanted="a positive number")
         if not 0 <= self.lora_dropout < 1:
             raise RecipeError("lora_dropout out of range", where="lora", got=self.lora_dropout, wanted="0 to 1")
-        if self.lora_alpha <= 0:
-            raise RecipeError("lora_alpha out of range", where="lora", got=self.lora_alpha, wanted="above 0")
         if self.ranks == "gradient" and self.init in ("eva", "corda"):
             raise RecipeError(
                 "this init does not look at gradients", where="lora.ranks", got=self.init, remedy="use ranks: uniform"
@@ -73,7 +69,7 @@ class LoraOptions:
             raise RecipeError(
                 "a pooled adapter starts from zero", where="lora", got=self.init, wanted="init: default or gaussian"
             )
-        for name in ("init_target", "init_passes"):
+        for name in ("r", "lora_alpha", "init_target", "init_passes"):
             if not 0 < getattr(self, name) < math.inf:
                 raise RecipeError(f"{name} out of range", where="lora", got=getattr(self, name), wanted="above 0")
         for name in ("init_gamma", "init_tolerance"):

@@ -16,7 +16,8 @@ from slimtune.calib.data import calibration_tokens
 from slimtune.calib.gradients import Batch, GradientSketch
 from slimtune.calib.rows import DataSource as DataSource
 from slimtune.calib.rows import read_rows
-from slimtune.errors import RecipeError
+from slimtune.errors import RecipeError, ShapeError
+from slimtune.evaluate.inference import require_vocabulary
 from slimtune.export import ADAPTERS, Manifest, Source, require_free
 from slimtune.export import export as write_export
 from slimtune.export.load import DTYPES, Loaded
@@ -49,6 +50,8 @@ from slimtune.train.loop import TrainFacts
 from slimtune.train.loop import finetune as train_model
 from slimtune.train.options import TrainOptions
 
+Calibration = DataSource | str | Tensor | None
+
 
 def load(model: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer, by hub id, folder, `.gguf` file or bundled name."""
@@ -60,7 +63,7 @@ def rotate(
     model: nn.Module,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    calibration: DataSource | str | Tensor | None = None,
+    calibration: Calibration = None,
     facts: Callable[[RotateFacts], None] = lambda _: None,
     **options: Any,
 ) -> nn.Module:
@@ -70,7 +73,7 @@ def rotate(
     """
     rotation = build(Rotation, options, "rotate")
     _require(schema.Rotate(), model)
-    tokens = _windows(calibration, tokenizer, LEARNED_WINDOWS, rotation.seed)
+    tokens = _windows(model, calibration, tokenizer, LEARNED_WINDOWS, rotation.seed)
     facts(rotate_(model, bind(base_of(model)), rotation, tokens=tokens))
     return model
 
@@ -80,7 +83,7 @@ def rotate_folder(
     output: str | Path,
     *,
     dtype: str = "float32",
-    calibration: DataSource | str | Tensor | None = None,
+    calibration: Calibration = None,
     overwrite: bool = False,
     **options: Any,
 ) -> RotateFacts:
@@ -89,7 +92,7 @@ def rotate_folder(
     require_free(Path(output), model, overwrite, mark=ROTATION)
     rotation, loaded = build(Rotation, options, "rotate"), load_model(model, dtype=dtype, lazy=True)
     _require(schema.Rotate(), loaded.model)
-    tokens = _windows(calibration, loaded.tokenizer, LEARNED_WINDOWS, rotation.seed)
+    tokens = _windows(loaded.model, calibration, loaded.tokenizer, LEARNED_WINDOWS, rotation.seed)
     return write_rotated(loaded, Path(output), rotation, tokens=tokens)
 
 
@@ -98,7 +101,7 @@ def quantize(
     method: str = "optq",
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    calibration: DataSource | str | Tensor | None = None,
+    calibration: Calibration = None,
     ignore: Sequence[str] = (),
     activations: Mapping[str, Any] | None = None,
     layers: Mapping[str, Any] | None = None,
@@ -119,10 +122,10 @@ def quantize(
     step = Quantize(method, tuple(ignore), dict(activations or {}), dict(layers or {}), dict(kv_cache or {}), options)
     _require(step, model)
     treatments, modelmap = Treatments(step, method), bind(model)
-    check_patterns(step, [port.name for port in modelmap.linears], method)
+    check_patterns(step, modelmap, method)
     if step.kv_cache:
         round_cache_(cast(PreTrainedModel, model), treatments.cache.bits)
-    tokens = _windows(calibration, tokenizer, DEFAULT_SAMPLES, seed)
+    tokens = _windows(model, calibration, tokenizer, DEFAULT_SAMPLES, seed)
     start = (lambda weight, base, stats: residual(weight, base, residual_rank, stats)) if residual_rank > 0 else None
     rounds = treatments.rounds
     facts(quantize_(model, modelmap, treatments.choose, activations=rounds, tokens=tokens, start=start))
@@ -134,7 +137,7 @@ def prune(
     model: nn.Module,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    calibration: DataSource | str | Tensor | None = None,
+    calibration: Calibration = None,
     seed: int = 0,
     facts: Callable[[dict[str, Any]], None] = lambda _: None,
     **options: Any,
@@ -146,7 +149,7 @@ def prune(
     """
     chosen = build(schema.Prune, options, "prune")
     _require(chosen, model)
-    facts(prune_now(model, chosen, _windows(calibration, tokenizer, DEFAULT_SAMPLES, seed), seed=seed))
+    facts(prune_now(model, chosen, _windows(model, calibration, tokenizer, DEFAULT_SAMPLES, seed), seed=seed))
     note_(model, chosen)
     return model
 
@@ -201,7 +204,7 @@ def _batches(
 ) -> list[Batch]:
     usual = TrainOptions()
     if tokens is not None:
-        examples: Sequence[Example] = [Example(row, row) for row in tokens.tolist()]
+        examples: Sequence[Example] = [Example(row, row) for row in cast(Tensor, _windows(model, tokens)).tolist()]
         return gradient_batches(examples, Collator(0), chosen, usual.per_device_train_batch_size, seed)
     if train is None or tokenizer is None:
         raise RecipeError(
@@ -250,12 +253,12 @@ def merge(
     With `keep_bits`, `calibration` is token windows `[samples, length]`; what is lost is refused above `tolerance`
     unless `force`, and given to `facts`.
     """
-    step = schema.Merge(keep_bits=keep_bits)
+    step = build(schema.Merge, {"dtype": dtype, "keep_bits": keep_bits, "tolerance": tolerance}, "merge")
     _require(step, model)
     note_(model, step)  # its base is what comes back
     if not keep_bits:
         return merge_adapter(model, DTYPES[dtype] if dtype else None)
-    merged, lost = merge_low_bit(model, calibration, tolerance=tolerance, force=force)
+    merged, lost = merge_low_bit(model, _windows(model, calibration), tolerance=tolerance, force=force)
     facts(lost)
     return merged
 
@@ -322,16 +325,23 @@ def _require(step: Step, model: nn.Module) -> State:
 
 
 def _windows(
-    calibration: DataSource | str | Tensor | None, tokenizer: PreTrainedTokenizerBase | None, samples: int, seed: int
+    model: nn.Module, calibration: Calibration, tokenizer: Any = None, samples: int = 0, seed: int = 0
 ) -> Tensor | None:
     """Token windows of calibration data, or those that it is; `samples` where the source does not say how many."""
-    if calibration is None or isinstance(calibration, Tensor):
-        return calibration
-    source = _source(calibration)
-    if tokenizer is None:
-        raise RecipeError("calibration text needs the model's tokenizer", remedy="pass tokenizer=")
-    rows = read_rows(source)
-    return calibration_tokens(rows, tokenizer, source.samples or samples, source.length, seed, str(source))
+    if calibration is None:
+        return None
+    tokens, where = calibration, "tokens"
+    if not isinstance(tokens, Tensor):
+        if tokenizer is None:
+            raise RecipeError("calibration text needs the model's tokenizer", remedy="pass tokenizer=")
+        source, where = _source(tokens), str(tokens)
+        rows = read_rows(source)
+        tokens = calibration_tokens(rows, tokenizer, source.samples or samples, source.length, seed, where)
+    if tokens.dim() != 2 or tokens.is_floating_point() or not tokens.numel():
+        got = f"{tokens.dtype} {list(tokens.shape)}"
+        raise ShapeError("tokens are windows of whole numbers", got=got, wanted="int64 [samples, length]")
+    require_vocabulary(cast(PreTrainedModel, base_of(model)), tokens, where)
+    return tokens
 
 
 def _source(source: DataSource | str) -> DataSource:
@@ -341,4 +351,4 @@ def _source(source: DataSource | str) -> DataSource:
 def _recipe(recipe: Recipe | dict[str, Any] | str | Path) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
-    return recipe_from(recipe) if isinstance(recipe, dict) else read_recipe(Path(recipe))
+    return read_recipe(Path(recipe)) if isinstance(recipe, str | Path) else recipe_from(recipe)

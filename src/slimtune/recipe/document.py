@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from slimtune.calib.rows import DataSource
 from slimtune.errors import RecipeError, nearest
-from slimtune.recipe.schema import Recipe, recipe_from, to_dict
+from slimtune.recipe.schema import STEPS, Recipe, recipe_from, to_dict
+
+PLAIN = (str, tuple[str, ...], DataSource, type(None))  # what a text of the shell may be without being read as YAML
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with one repair: `1e-4` is a number, as in YAML 1.2."""
+    """YAML 1.1 with two repairs: `1e-4` is a number, as in YAML 1.2, and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The keys and values of a node."""
+        for number, (key, _) in enumerate(node.value):
+            if any(key.value == other.value for other, _ in node.value[:number]):
+                raise yaml.MarkedYAMLError(problem=f"a second key '{key.value}'", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -41,6 +51,22 @@ def parse(text: str, where: str = "") -> Any:
         raise RecipeError("not valid YAML", where=where, got=" ".join(str(error).split())) from error
 
 
+def parse_for(keys: Sequence[str], text: str, where: str) -> Any:
+    """The value of a recipe's field `keys` from the shell. A string, a path or names are the text as it stands, unless
+    it is in brackets, braces or quotes; everything else is YAML."""
+    hint: Any = Recipe
+    for key in keys[2:] if keys[0] == "steps" else keys:
+        owner = next(filter(is_dataclass, (hint, *get_args(hint))), None)
+        inner = get_type_hints(owner) | (STEPS if owner is Recipe else {}) if owner else {}
+        hint = get_args(hint)[1] if get_origin(hint) is dict else inner.get(key)
+    kinds = (hint,) if hint in PLAIN else () if get_origin(hint) is dict else get_args(hint)
+    plain = kinds and all(kind in PLAIN or isinstance(kind, str) for kind in kinds)
+    nothing = type(None) in kinds and text in ("", "~", "null")
+    if plain and not nothing and text[:1] + text[-1:] not in ("[]", "{}", "''", '""'):
+        return text
+    return parse(text, where)
+
+
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, with `key=value` overrides: `seed=1`, `data.train.path=x.jsonl`, `quantize.bits=3`
     (every step of that name) or `steps.0.quantize.bits=3`.
@@ -64,18 +90,8 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         first = key.split(".")[0]
         if first not in valid:
             raise RecipeError("an unknown key or step", where=override, got=first, remedy=nearest(first, set(valid)))
-        _set(facts, key.split("."), parse(value, override), override)
-    _anchor(facts, "model", path.parent)
-    for key in _mapping(facts.get("data")):
-        _anchor(facts["data"], key, path.parent)
-    for step in _steps(facts):
-        evaluate = _mapping(step.get("evaluate"))
-        tasks = evaluate.get("tasks")
-        for texts in (_mapping(evaluate.get(key)) for key in ("perplexity", "accuracy", "rouge")):
-            for key in texts:
-                _anchor(texts, key, path.parent)
-        for number in range(len(tasks) if isinstance(tasks, list) else 0):
-            _anchor(tasks, number, path.parent)
+        _set(facts, key.split("."), parse_for(key.split("."), value, override), override)
+    settle(facts, path.parent)
     return recipe_from(facts, name=path.stem)
 
 
@@ -117,10 +133,24 @@ def _mapping(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _anchor(owner: Any, key: Any, folder: Path) -> None:
-    """Make `owner[key]`, or its `path`, say where it is if it lies beside the recipe and not in the current folder."""
-    source = owner[key] if isinstance(owner, list) else owner.get(key)
-    if isinstance(source, dict) and "path" in source:
-        _anchor(source, "path", folder)
-    elif isinstance(source, str) and not Path(source).expanduser().exists() and (folder / source).exists():
-        owner[key] = str(folder / source)
+def settle(facts: object, folder: Path, *, whole: bool = False) -> None:
+    """Make names of a model, data and tasks say where they are if they lie in `folder` and not in the current one, or
+    where `whole`, by whole paths, if they lie in `folder`."""
+
+    def place(owner: Any, key: Any) -> None:
+        source = owner[key] if isinstance(owner, list) else owner.get(key)
+        if isinstance(source, dict) and "path" in source:
+            place(source, "path")
+        elif isinstance(source, str) and source and (whole or not Path(source).expanduser().exists()):
+            path = folder / Path(source).expanduser()
+            owner[key] = str(path.resolve() if whole else path) if path.exists() else source
+
+    place(_mapping(facts), "model")
+    evaluations = [_mapping(step.get("evaluate")) for step in _steps(facts)]
+    texts = [_mapping(step.get(key)) for step in evaluations for key in ("perplexity", "accuracy", "rouge")]
+    for owner in (_mapping(_mapping(facts).get("data")), *texts):
+        for key in owner:
+            place(owner, key)
+    for tasks in (step.get("tasks") for step in evaluations):
+        for number in range(len(tasks) if isinstance(tasks, list) else 0):
+            place(tasks, number)

@@ -18,10 +18,10 @@ import torch
 from slimtune.arch import ModelMap, Space, bind
 from slimtune.calib.loss import CHUNK
 from slimtune.calib.rows import FILES, DataSource, read_rows
-from slimtune.calib.stats import STATISTICS
-from slimtune.errors import RecipeError, nearest
+from slimtune.errors import RecipeError, SlimtuneError
 from slimtune.evaluate.inference import require_positions
-from slimtune.export import EXPORTERS, compressed_tensors, exporter_of, gptq
+from slimtune.evaluate.tasks import require_harness
+from slimtune.export import compressed_tensors, exporter_of, gptq
 from slimtune.export.decilm import require_described
 from slimtune.export.foreign import PackQuantized, packed_format
 from slimtune.export.gguf_facts import Naming
@@ -33,16 +33,16 @@ from slimtune.lora.attach import resolve_targets
 from slimtune.lora.start import parts
 from slimtune.prune.collect import BATCH, GRADIENTS
 from slimtune.prune.surgery import prune_
-from slimtune.quant import QTensor, Quantizer
 from slimtune.quant.layouts import layout_from_dict
 from slimtune.recipe.adapters import excess_rank
 from slimtune.recipe.gradients import wants_gradients
 from slimtune.recipe.legality import State, check_order
 from slimtune.recipe.pruning import importance_of, needs_data, pending, rehearse
 from slimtune.recipe.schema import Evaluate, Export, Lora, Prune, Quantize, Recipe, Rotate, Step, Train, to_dict
-from slimtune.recipe.treatments import Treatment, Treatments, check_patterns
+from slimtune.recipe.treatments import Treatments, check_patterns, whole_rows
 from slimtune.rotate.options import FOLDED
 from slimtune.rotate.record import KEY
+from slimtune.train.optimizers import require_tools
 
 RUNTIME_BYTES = 90_000_000
 """What the matrix libraries set up at the first product, beyond what the imports take (measured)."""
@@ -131,15 +131,15 @@ def resolve(recipe: Recipe) -> Recipe:
                     got=f"importance: {step.importance}, refit: {str(step.refit).lower()}",
                     remedy="add data: {calibration: {builtin: pydocs}} or a file, or use importance: magnitude",
                 )
-        if isinstance(step, Export) and step.format not in EXPORTERS:
-            raise RecipeError(
-                "unknown format",
-                where=f"steps[{number}].export.format",
-                got=step.format,
-                remedy=nearest(step.format, EXPORTERS),
-            )
-        if isinstance(step, Export):
-            exporter_of(step.format, step.quantization, step.rank)
+        try:
+            if isinstance(step, Export):
+                exporter_of(step.format, step.quantization, step.rank)
+            if isinstance(step, Train):
+                require_tools(step)
+            if isinstance(step, Evaluate) and step.tasks:
+                require_harness()
+        except SlimtuneError as error:
+            raise error.within(f"steps[{number}].{step.name}") from error
         steps.append(step)
     return replace(recipe, steps=tuple(steps))
 
@@ -170,9 +170,10 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
     states = check_order(recipe, start)
     model = empty_model(config, DTYPES[recipe.dtype])
     modelmap = bind(model)
+    recipe, warnings = whole_rows(recipe, modelmap)
     shape = whole = replace(_Shape.of(model, modelmap, recipe), **_held(config, modelmap))
     baseline = psutil.Process().memory_info().rss + RUNTIME_BYTES
-    steps, notes = [], list[str]()
+    steps = []
     for number, (step, state) in enumerate(zip(recipe.steps, states, strict=True)):
         where = f"steps[{number}].{step.name}"
         if isinstance(step, Quantize):
@@ -182,7 +183,7 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
             ports = [p for p in modelmap.ports if p.kind == "linear" and _named(p.name, targets)]
             rank = step.r * parts(step.init, step.init_residual)
             shape = replace(shape, adapter=sum(rank * (p.in_features + p.out_features) for p in ports))
-            notes += excess_rank(step.r, ports, where)
+            warnings += excess_rank(step.r, ports, where)
         _check_fit(step, number, recipe, model, modelmap, where)
         held, flops = shape.demand(step, state, recipe)
         if isinstance(step, Rotate) and shape.tied:  # the head becomes a weight of its own
@@ -198,8 +199,8 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
     peak = max(step.memory_bytes for step in steps)
     free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     available = free if memory is None else memory
-    notes += [_too_much(recipe, steps, available)] if peak > available else []
-    return Plan(recipe, whole.parameters, tuple(steps), peak, available, tuple(notes))
+    warnings += [_too_much(recipe, steps, available)] if peak > available else []
+    return Plan(recipe, whole.parameters, tuple(steps), peak, available, tuple(warnings))
 
 
 def _check_fit(step: Step, number: int, recipe: Recipe, model: Any, modelmap: ModelMap, where: str) -> None:
@@ -235,7 +236,7 @@ def _check_packable(step: Quantize, later: tuple[Step, ...], modelmap: ModelMap,
     packed = [s.format for s in later if isinstance(s, Export) and s.format in HOLDS]
     for kind in packed:
         for treatment in treatments.all:
-            if fault := HOLDS[kind](_sample(treatment.method, _group(treatment)).layout):
+            if fault := HOLDS[kind](treatment.sample().layout):
                 raise RecipeError(
                     f"{kind} cannot hold what this method makes",
                     where=f"{where}.method",
@@ -250,7 +251,7 @@ def _check_packable(step: Quantize, later: tuple[Step, ...], modelmap: ModelMap,
                 got=fault,
                 remedy="use activations: {bits: N} alone, or the model folder",
             )
-    groups = {p.name: _group(treatments.of(p.name)) for p in modelmap.linears}
+    groups = {p.name: treatments.of(p.name).group for p in modelmap.linears}
     ragged = [p for p in modelmap.linears if 0 < groups[p.name] < p.in_features and p.in_features % groups[p.name]]
     if packed and ragged:
         names = ", ".join(p.name for p in ragged[:3])
@@ -264,25 +265,25 @@ def _check_packable(step: Quantize, later: tuple[Step, ...], modelmap: ModelMap,
 
 def _check_quantize(step: Quantize, modelmap: ModelMap, where: str) -> dict[str, Any]:
     treatments = Treatments(step, where)
-    check_patterns(step, [port.name for port in modelmap.linears], where)
+    check_patterns(step, modelmap, where)
     ports = {p: treatments.of(p.name) for p in modelmap.ports if not isinstance(treatments.choose(p), str)}
     if not ports:
         raise RecipeError("there is nothing left to quantize", where=f"{where}.ignore", got=list(step.ignore))
-    groups = {port: _group(treatment) for port, treatment in ports.items()}
+    groups = {port: treatment.group for port, treatment in ports.items()}
     if all(0 < group < port.in_features and port.in_features % group for port, group in groups.items()):
         widths = sorted({port.in_features for port in ports})
         divisors = [g for g in (32, 64, 128, 256) if all(w % g == 0 for w in widths)]
         raise RecipeError(
             "the group size divides no layer's width",
             where=f"{where}.group_size",
-            got=_group(treatments.default),
+            got=treatments.default.group,
             wanted=f"a divisor of {', '.join(map(str, widths))}",
             remedy=f"use {' or '.join(map(str, divisors)) or '-1 (whole rows)'}",
         )
     sizes = {port: port.in_features * port.out_features for port in ports}
-    stored = {treatment: _stored_bits(treatment) for treatment in set(ports.values())}
+    stored = {treatment: treatment.stored_bits() for treatment in set(ports.values())}
     bits = sum(stored[ports[port]] * size for port, size in sizes.items()) / sum(sizes.values())
-    tags = {_sample(treatment.method, _group(treatment)).layout.tag for treatment in stored}
+    tags = {treatment.sample().layout.tag for treatment in stored}
     decoding = max(DECODING.get(tag, 0) for tag in tags)
     return {"bits": bits, "needs_data": treatments.need_data, "decoding": decoding}
 
@@ -310,29 +311,6 @@ def _held(config: Any, modelmap: ModelMap) -> dict[str, Any]:
         size += sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.tensors().values())
         decoding = max(decoding, DECODING.get(layout.tag, 0))
     return {"bits": 8 * size / sum(p.in_features * p.out_features for p in modelmap.linears), "decoding": decoding}
-
-
-def _group(treatment: Treatment) -> int:
-    return int(treatment.options.get("group_size", -1))
-
-
-def _sample(method: Quantizer, group: int) -> QTensor:
-    """What the method makes of a small weight of zeros, in whole groups, and independent inputs."""
-    width = math.lcm(64, max(group, 1))
-    stats = {}
-    for name in method.needs:
-        statistic = STATISTICS[name](width, torch.device("cpu"))
-        statistic.update(torch.eye(width), torch.eye(width))
-        stats[name] = statistic.result()
-    return method(torch.zeros(32, width), stats)
-
-
-def _stored_bits(treatment: Treatment) -> float:
-    method, options, group = treatment.method, treatment.options, _group(treatment)
-    if not method.needs:  # what one row of it takes is quickly seen
-        return method(torch.zeros(1, 4096), {}).bits_per_weight
-    per_group = (16 if options.get("sym") else 24) / group if group > 0 else 0
-    return float(options.get("bits", 16) + per_group)
 
 
 @dataclass(frozen=True)

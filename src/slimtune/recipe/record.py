@@ -100,10 +100,9 @@ def read_report(run: Path) -> Report:
     try:
         report: Report = json.loads(path.read_text(encoding="utf-8"), parse_int=_whole)
         json.dumps(report, ensure_ascii=False).encode()  # half a surrogate pair is legal JSON that no file can hold
-    except FileNotFoundError as error:
-        raise FormatError(
-            "no report here", where=str(path), remedy="name a folder that `slimtune run` wrote"
-        ) from error
+    except OSError as error:
+        remedy = "name a folder that `slimtune run` wrote"
+        raise FormatError("no report here", where=str(path), got=error.strerror, remedy=remedy) from error
     except (ValueError, RecursionError) as error:
         raise FormatError("not a JSON file", where=str(path), got=error) from error
     _check(report, _REPORT, f"{path}: ")

@@ -20,7 +20,6 @@ from typing import Any, cast
 import psutil
 import torch
 import transformers
-import yaml
 from peft import PeftModel
 
 from slimtune import __version__
@@ -33,7 +32,7 @@ from slimtune.kernels import compiled
 from slimtune.kernels.memory import PeakMemory
 from slimtune.lora.attach import base_of, has_adapter, load_adapter, save_adapter
 from slimtune.recipe.adapters import base_name, belongs
-from slimtune.recipe.document import write_recipe
+from slimtune.recipe.document import parse, settle, write_recipe
 from slimtune.recipe.legality import after, dtype_after
 from slimtune.recipe.plan import Plan, plan, resolve
 from slimtune.recipe.pruning import RECORD, pending, read_record
@@ -55,6 +54,7 @@ from slimtune.recipe.steps import Session, run_step, size_of
 
 Say = Callable[[str], None]
 RECIPE = "recipe.yaml"
+PLACE = "began-in.json"  # under checkpoints/: the folder that the recipe's paths are relative to
 
 
 def run(
@@ -65,6 +65,8 @@ def run(
     Raises `RecipeError` when the folder holds another recipe's run, or this one's and neither `resume` nor `overwrite`
     is given; nothing in it is touched then.
     """
+    if resume and overwrite:
+        raise RecipeError("a run cannot be both continued and replaced", got="resume, overwrite", wanted="one of them")
     planned = plan(recipe)
     recipe = planned.recipe
     if not resume:
@@ -114,23 +116,22 @@ def run(
 
 def _open_folder(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> dict[str, Any]:
     """The state of the run in `output`, which is made, emptied or left as it is; refuses what is not to be replaced."""
-    text, path = write_recipe(recipe), output / "checkpoints" / "state.json"
-    held = _held(output)
-    if held is not None and not (resume and _rewritten(held) == _rewritten(text)):
-        if not overwrite:
-            raise _occupied(output, _rewritten(held), _rewritten(text))
-        _empty(recipe, output)
-    elif resume and path.is_file():
-        try:
-            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise FormatError("the run's state is damaged", where=str(path), remedy="--overwrite the run") from error
-        return state
-    try:
-        write_text(output / RECIPE, text)
-        path.parent.mkdir(exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise RecipeError("the output folder cannot be made", where=str(output), got=error.strerror) from error
+    text, path, place = write_recipe(recipe), output / "checkpoints" / "state.json", output / "checkpoints" / PLACE
+    held, ours = _held(output), _rewritten(text, Path())
+    if held is not None:
+        theirs = _rewritten(held, Path(json.loads(place.read_bytes()) if place.is_file() else ""))
+        theirs = theirs if theirs == ours else _rewritten(held, Path())  # the folder may have moved with all it reads
+        if not (resume and theirs == ours):
+            if not overwrite:
+                raise _occupied(output, theirs, ours)
+            _empty(recipe, output)
+        elif path.is_file():
+            try:
+                return dict(json.loads(path.read_text(encoding="utf-8")))
+            except ValueError as error:
+                raise FormatError("the run's state is damaged", where=str(path), remedy="--overwrite it") from error
+    write_text(output / RECIPE, text)
+    write_json(place, str(Path.cwd()))
     return {"steps": [], "metrics": []}
 
 
@@ -140,7 +141,7 @@ def _held(output: Path) -> str | None:
         return None
     names = {path.name for path in output.iterdir()} - {f".{RECIPE}.partial"}
     if RECIPE in names:
-        begun = names - {RECIPE, "checkpoints"} or any((output / "checkpoints").glob("*"))
+        begun = names - {RECIPE, "checkpoints"} or {p.name for p in (output / "checkpoints").glob("*")} - {PLACE}
         return (output / RECIPE).read_text(encoding="utf-8", errors="replace") if begun else None
     if names:
         raise RecipeError(
@@ -149,12 +150,13 @@ def _held(output: Path) -> str | None:
     return None
 
 
-def _rewritten(text: str) -> str:
+def _rewritten(text: str, folder: Path) -> str:
     """The recipe of a run, perhaps of an older version, as this one writes it: with fields that have come since at
-    their defaults. What is no recipe of this version stays as it is."""
+    their defaults, and whole paths to what lies in `folder`. What is no recipe of this version stays as it is."""
     try:
-        return write_recipe(resolve(recipe_from(yaml.safe_load(text))))
-    except (SlimtuneError, yaml.YAMLError):
+        settle(facts := parse(text), folder, whole=True)
+        return write_recipe(resolve(recipe_from(facts)))
+    except SlimtuneError:
         return text
 
 

@@ -7,8 +7,9 @@ resolved, see `slimtune.recipe.treatments`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar, cast, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -136,16 +137,11 @@ class Evaluate:
     speed: bool = field(default=False, metadata={"help": "measure prefill and decode tokens per second"})
 
     def __post_init__(self) -> None:
-        if self.num_fewshot < -1:
-            raise RecipeError("num_fewshot out of range", got=self.num_fewshot, wanted="at least 0, or -1")
-        if self.length < 2:
-            raise RecipeError("length out of range", got=self.length, wanted="at least 2")
-        if self.max_tokens != -1 and self.max_tokens < 2:
-            raise RecipeError("max_tokens out of range", got=self.max_tokens, wanted="at least 2, or -1")
-        if self.limit != -1 and self.limit < 1:
-            raise RecipeError("limit out of range", got=self.limit, wanted="at least 1, or -1")
-        if self.max_new_tokens < 1:
-            raise RecipeError("max_new_tokens out of range", got=self.max_new_tokens, wanted="at least 1")
+        for name, least in (("num_fewshot", 0), ("length", 2), ("max_tokens", 2), ("limit", 1), ("max_new_tokens", 1)):
+            value, optional = getattr(self, name), getattr(Evaluate, name) == -1
+            if value < least and not (optional and value == -1):
+                wanted = f"at least {least}" + ", or -1" * optional
+                raise RecipeError(f"{name} out of range", got=value, wanted=wanted)
 
     @property
     def sources(self) -> tuple[DataSource, ...]:
@@ -207,7 +203,7 @@ def recipe_from(facts: object, *, name: str = "recipe") -> Recipe:
     _known(data, [f.name for f in fields(Data)], "data")
     sources = {key: _source(value, f"data.{key}") for key, value in data.items() if value is not None}
     header = build(Recipe, {**top, "steps": ()}, "")
-    return _replaced(header, data=Data(**sources), steps=tuple(_step(step, i) for i, step in enumerate(steps)))
+    return replace(header, data=Data(**sources), steps=tuple(_step(step, i) for i, step in enumerate(steps)))
 
 
 def step_from(name: str, facts: Mapping[str, Any], where: str) -> Step:
@@ -241,11 +237,16 @@ def build(cls: type[T], facts: object, where: str) -> T:
         raise RecipeError("a key is missing", where=where or "the recipe", wanted=", ".join(missing))
     hints = get_type_hints(cls)
     try:
-        return TypeAdapter(cls).validate_python({k: _literal(v, hints[k]) for k, v in values.items()})
+        built = TypeAdapter(cls).validate_python({k: _literal(v, hints[k]) for k, v in values.items()})
     except SlimtuneError as error:  # raised by the dataclass itself, which does not know where it stands
         raise error.within(where) from error
     except ValidationError as error:
         raise _misfit(error, values, where) from error
+    for name in valid:
+        if isinstance(value := getattr(built, name), float) and not math.isfinite(value):
+            place = ".".join(filter(None, (where, name)))
+            raise RecipeError(f"{name} out of range", where=place, got=value, wanted="a finite number")
+    return built
 
 
 def to_dict(value: Any) -> Any:
@@ -315,8 +316,3 @@ def _misfit(error: ValidationError, values: Mapping[str, Any], where: str) -> Re
         got=f"{values[key]!r:.200}",
         wanted=" or ".join(dict.fromkeys(wanted)),
     )
-
-
-def _replaced(recipe: Recipe, **changes: Any) -> Recipe:
-    values = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
-    return Recipe(**{**values, **changes})

@@ -14,12 +14,14 @@ from slimtune.arch import bind
 from slimtune.calib.formats import normalise, render_messages, uses_template
 from slimtune.errors import FormatError, RecipeError, SlimtuneError, nearest
 from slimtune.evaluate.generate import GREEDY, Pace, Sampling, write_reply
+from slimtune.evaluate.inference import require_vocabulary
 from slimtune.export import ADAPTERS, Manifest, Source, export, exporter_of, require_free
 from slimtune.export.load import BUNDLED, Loaded, load
+from slimtune.files import require_place
 from slimtune.lora.attach import has_adapter, load_adapter
 from slimtune.quant import QUANTIZERS
 from slimtune.recipe.adapters import base_name, belongs
-from slimtune.recipe.document import parse
+from slimtune.recipe.document import parse, parse_for
 from slimtune.recipe.legality import State, after, dtype_after, require, state_of
 from slimtune.recipe.schema import STEPS, Data, Evaluate, Export, Quantize, Recipe, recipe_from, step_from
 from slimtune.recipe.steps import Session, run_step
@@ -36,16 +38,15 @@ def recipe_of(model: str, steps: Sequence[str], arguments: Sequence[str], name: 
     sources = [f.name for f in fields(Data)]
     pairs = _pairs(arguments)
     own = _method_keys(pairs.get("method", Quantize.method)) if "quantize" in steps else []
-    for key, value in pairs.items():
-        owners = [step for step in steps if key in _keys(step)]
+    for key, text in pairs.items():
+        owners = [step for step in steps if key in _keys(step)] or ["quantize"] * (key in own)
         if key in TOP:
-            facts[key] = value
+            facts[key] = parse_for([key], text, f"--{key}")
         elif key in sources and not owners:
-            facts["data"][key] = value
+            facts["data"][key] = parse_for(["data", key], text, f"--{key}")
         elif owners:
+            value = parse_for([owners[0], key], text, f"--{key}")
             facts["steps"][list(steps).index(owners[0])][owners[0]][key] = value
-        elif key in own:
-            facts["steps"][list(steps).index("quantize")]["quantize"][key] = value
         else:
             names = [k.replace("_", "-") for k in (*TOP, *sources, *(k for step in steps for k in _keys(step)), *own)]
             wrong = key.replace("_", "-")
@@ -110,6 +111,7 @@ def export_model(
     """Export a model or a run's model and adapter."""
     exporter_of(format, quantization, rank)  # what is unknown is refused before anything is loaded
     require_free(output, source, overwrite)
+    require_place(output, folder=True)
     loaded, model = open_model(source, dtype=dtype)
     name, note, known = loaded.name, "", State()
     if held := _held_by(Path(source)):
@@ -145,6 +147,7 @@ def generate_text(
     tokens = loaded.tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
     if tokens["input_ids"].shape[1] == 0:
         raise RecipeError("there is nothing to continue", where="prompt", remedy="write at least one word")
+    require_vocabulary(loaded.model, tokens["input_ids"], "prompt")
     inputs = cast(Mapping[str, Tensor], tokens)
     return write_reply(cast(Any, opened), loaded.tokenizer, inputs, max_new_tokens, sampling, write)
 
@@ -153,13 +156,13 @@ def _keys(step: str) -> list[str]:
     return [f.name for f in fields(STEPS[step]) if f.name != "options"]
 
 
-def _method_keys(method: object) -> list[str]:
+def _method_keys(method: str) -> list[str]:
     """The fields of a quantizer, which are options of `quantize` too."""
-    return [f.name for f in fields(cast(Any, QUANTIZERS[str(method)]))]
+    return [f.name for f in fields(cast(Any, QUANTIZERS[method]))]
 
 
-def _pairs(arguments: Sequence[str]) -> dict[str, Any]:
-    pairs: dict[str, Any] = {}
+def _pairs(arguments: Sequence[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
     rest = list(arguments)
     while rest:
         key = rest.pop(0)
@@ -168,7 +171,7 @@ def _pairs(arguments: Sequence[str]) -> dict[str, Any]:
         name, sign, value = key[2:].partition("=")
         if not sign:
             value = "true" if not rest or rest[0].startswith("--") else rest.pop(0)
-        pairs[name.replace("-", "_")] = parse(value, key)
+        pairs[name.replace("-", "_")] = value
     return pairs
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from slimtune.arch import bind
@@ -17,6 +18,7 @@ from slimtune.calib.gradients import Batch
 from slimtune.calib.outliers import Outliers, outliers
 from slimtune.calib.rows import DataSource, is_text, read_rows, read_text
 from slimtune.evaluate.accuracy import accuracy
+from slimtune.evaluate.inference import require_vocabulary
 from slimtune.evaluate.perplexity import perplexity
 from slimtune.evaluate.rouge import rouge
 from slimtune.evaluate.speed import speed
@@ -126,6 +128,7 @@ def _rotate(session: Session, step: Rotate, number: int) -> Facts:
     samples = OUTLIER_WINDOWS[0] + (LEARNED_WINDOWS if step.kind == "learned" else 0)
     rows, tokenizer = read_rows(source)[:OUTLIER_ROWS], session.loaded.tokenizer
     windows = calibration_tokens(rows, tokenizer, samples, length, session.recipe.seed, str(source))
+    require_vocabulary(session.loaded.model, windows, str(source))
     tokens = windows[: OUTLIER_WINDOWS[0]]  # looked at, not learnt from, where there are others
     rest = windows[OUTLIER_WINDOWS[0] :]
     with session.loaded.blocks_on_demand():
@@ -218,6 +221,9 @@ def _calibration(session: Session) -> tuple[Tensor, Facts]:
         seed=session.recipe.seed,
         where=str(source),
     )
+    require_vocabulary(session.loaded.model, tokens, str(source))
+    if len(tokens) < (source.samples or 0):
+        session.say(f"  it has {len(tokens):,} windows of {tokens.shape[1]} tokens, all used, not {source.samples:,}")
     return tokens, {"calibration": {"source": str(source), "samples": tokens.shape[0], "length": tokens.shape[1]}}
 
 
@@ -369,13 +375,15 @@ def examples_of(
     """What `model` learns from the first `samples` rows of `source`, and the facts of how it was made."""
     length, where = within_positions(model, options.max_length), str(source)
     conversations = normalise(read_rows(source)[: source.samples], where=where)
-    if cast(Any, base_of(model)).config.is_encoder_decoder:
+    hf = cast(Any, base_of(model))
+    if hf.config.is_encoder_decoder:
         examples, facts = tokenize_seq2seq(conversations, tokenizer, length, where=where)
-        return examples, dict(facts)
-    examples, facts = tokenize(
-        conversations, tokenizer, length, completion_only_loss=options.completion_only_loss, where=where
-    )
-    return (pack(examples, length) if options.packing else examples), dict(facts)
+    else:
+        examples, facts = tokenize(
+            conversations, tokenizer, length, completion_only_loss=options.completion_only_loss, where=where
+        )
+    require_vocabulary(hf, torch.tensor([max(example.input_ids + example.labels) for example in examples]), where)
+    return (pack(examples, length) if options.packing and not hf.config.is_encoder_decoder else examples), dict(facts)
 
 
 def within_positions(model: nn.Module, length: int) -> int:

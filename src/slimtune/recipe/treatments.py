@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast
 
-from slimtune.arch import Port
+import torch
+
+from slimtune.arch import ModelMap, Port
+from slimtune.calib.stats import STATISTICS
 from slimtune.errors import RecipeError, nearest
-from slimtune.quant import QUANTIZERS, Quantizer
+from slimtune.quant import QUANTIZERS, QTensor, Quantizer
 from slimtune.quant.activation import Activations
 from slimtune.quant.apply import Choose, Rounds, all_linear, matches
 from slimtune.quant.fp8 import Fp8
-from slimtune.recipe.schema import Quantize, build
+from slimtune.recipe.schema import Quantize, Recipe, build
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,29 @@ class Treatment:
     def options(self) -> dict[str, Any]:
         """The fields of the method."""
         return {f.name: getattr(self.method, f.name) for f in fields(self.method)}  # type: ignore[arg-type]
+
+    @property
+    def group(self) -> int:
+        """Input features that share a scale; -1 where all do, or the method has no groups."""
+        return int(self.options.get("group_size", -1))
+
+    def sample(self) -> QTensor:
+        """What the method makes of a small weight of zeros, in one group however wide its own are, and of independent
+        inputs."""
+        width, stats = 64, {}
+        for name in self.method.needs:
+            statistic = STATISTICS[name](width, torch.device("cpu"))
+            statistic.update(torch.eye(width), torch.eye(width))
+            stats[name] = statistic.result()
+        one_group = {"group_size": width} if "group_size" in self.options else {}
+        return cast(QTensor, replace(cast(Any, self.method), **one_group)(torch.zeros(32, width), stats))
+
+    def stored_bits(self) -> float:
+        """Bits that a weight takes, scales and zero points included."""
+        if not self.method.needs:  # what one row of it takes is quickly seen
+            return self.method(torch.zeros(1, 4096), {}).bits_per_weight
+        per_group = (16 if self.options.get("sym") else 24) / self.group if self.group > 0 else 0
+        return float(self.options.get("bits", 16) + per_group)
 
 
 @dataclass(frozen=True)
@@ -104,13 +130,28 @@ class Treatments:
         return self._made[patterns]
 
 
-def check_patterns(step: Quantize, names: list[str], where: str) -> None:
-    """Raise `RecipeError` for a pattern of `layers` that matches none of `names`, the linears of a model."""
-    for pattern in step.layers:
-        if not any(matches(name, pattern) for name in names):
-            raise RecipeError(
-                "no layer has such a name", where=f"{where}.layers", got=pattern, wanted=f"like {names[0]}"
-            )
+def check_patterns(step: Quantize, modelmap: ModelMap, where: str) -> None:
+    """Raise `RecipeError` for a pattern of `layers` that matches no linear, or one of `ignore` that matches nothing."""
+    linears, ports = ([port.name for port in some] for some in (modelmap.linears, modelmap.ports))
+    for key, patterns, names in (("layers", step.layers, linears), ("ignore", step.ignore, ports)):
+        wrong = [pattern for pattern in patterns if not any(matches(name, pattern) for name in names)]
+        if wrong:
+            remedy = nearest(wrong[0], {name.rsplit(".", 1)[-1] for name in names})
+            place, wanted = f"{where}.{key}", f"like {linears[0]}"
+            raise RecipeError("no layer has such a name", where=place, got=wrong[0], wanted=wanted, remedy=remedy)
+
+
+def whole_rows(recipe: Recipe, modelmap: ModelMap) -> tuple[Recipe, list[str]]:
+    """The recipe with whole rows for groups that are wider than every layer, which is what those are; and a warning
+    about each."""
+    widest, steps, told = max(port.in_features for port in modelmap.linears), list(recipe.steps), []
+    for number, step in enumerate(recipe.steps):
+        for key in ("group_size", "block_size"):
+            if isinstance(step, Quantize) and (group := step.options.get(key, -1)) > widest:
+                steps[number] = replace(step, options={**step.options, key: -1})
+                what = f"no layer is as wide as {group:,} (at most {widest:,}): -1, a whole row, stands for it"
+                told.append(f"steps[{number}].quantize.{key}: {what}")
+    return replace(recipe, steps=tuple(steps)), told
 
 
 def _mapping(value: object, where: str) -> Mapping[str, Any]:

@@ -16,9 +16,10 @@ from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.optimizers.riemannian import create_riemannian_optimizer
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
-from slimtune.errors import RecipeError, nearest
+from slimtune.errors import BackendMissing, RecipeError, nearest
 from slimtune.lora.attach import adapted
 from slimtune.train.options import TrainOptions
 from slimtune.train.pairs import LoraPro, LoraRite
@@ -90,13 +91,10 @@ OPTIMIZERS: dict[str, Callable[[Any, TrainOptions], Optimizer]] = {
 def own_optimizer(model: nn.Module, options: TrainOptions) -> Optimizer | None:
     """The optimizer that `optim` names where it is one of these; `None` where it is transformers' own.
 
-    LoRA-FA freezes A. Raises `RecipeError` for an unknown name, or where there is no adapter.
+    LoRA-FA freezes A. Raises `RecipeError` where there is no adapter, and what `require_tools` raises.
     """
+    require_tools(options)
     if options.optim not in OPTIMIZERS:
-        theirs = [str(name.value) for name in OptimizerNames]
-        if options.optim not in theirs:
-            remedy = nearest(options.optim, [*OPTIMIZERS, "adamw_torch"])
-            raise RecipeError("unknown optimizer", where="optim", got=options.optim, remedy=remedy)
         return None
     if not isinstance(model, PeftModel):
         raise RecipeError(
@@ -107,3 +105,21 @@ def own_optimizer(model: nn.Module, options: TrainOptions) -> Optimizer | None:
             "this optimizer runs in one process", where="optim", got=options.optim, remedy="use optim: adamw_torch"
         )
     return OPTIMIZERS[options.optim](model, options)
+
+
+def require_tools(options: TrainOptions) -> None:
+    """Raise `RecipeError` for an optimizer or a tracker that nobody knows, `BackendMissing` for a tracker that is not
+    installed."""
+    ours, optim = [*OPTIMIZERS, "adamw_torch"], options.optim
+    if optim not in (*ours, *(str(name.value) for name in OptimizerNames)):
+        raise RecipeError("unknown optimizer", where="optim", got=optim, remedy=nearest(optim, ours))
+    known, tracker = ["none", *INTEGRATION_TO_CALLBACK], options.report_to
+    if tracker not in ("all", *known):
+        raise RecipeError("unknown tracker", where="report_to", got=tracker, remedy=nearest(tracker, known))
+    if tracker in ("none", "all"):
+        return
+    try:
+        INTEGRATION_TO_CALLBACK[tracker]()  # which looks for its package
+    except (ImportError, RuntimeError) as error:
+        remedy = f"install {tracker}, or use report_to: none"
+        raise BackendMissing("the tracker is not installed", where="report_to", got=error, remedy=remedy) from error
