@@ -31,7 +31,6 @@ from slimtune.quant.linear import QuantLinear
 from slimtune.quant.rtn import Rtn
 from slimtune.quant.select import select
 from slimtune.quant.size import model_size
-from slimtune.recipe.plan import _stored_bits
 from slimtune.recipe.treatments import Treatment
 
 FLOAT = Activations(8, "float")
@@ -224,8 +223,8 @@ def test_size_and_plan_count_it() -> None:
     size = model_size(plain(model), names)
     assert size.parameters == whole.parameters
     assert size.bits_per_weight == facts.bits_per_weight and 8 < size.bits_per_weight < 8 + 16 / 32
-    assert _stored_bits(Treatment(Fp8(), FLOAT)) == 8 + 16 / 4096
-    assert _stored_bits(Treatment(Fp8(group_size=128), None)) == 8 + 16 / 128
+    assert Treatment(Fp8(), FLOAT).stored_bits() == 8 + 16 / 4096
+    assert Treatment(Fp8(group_size=128), None).stored_bits() == 8 + 16 / 128
 
 
 # --- inputs ---
