@@ -311,7 +311,7 @@ def test_the_change_of_the_loss_is_that_of_the_model_without_the_unit() -> None:
             prune_(smaller, bind(smaller), PrunePlan(found, kept))
             with torch.no_grad():
                 wanted = (float(loss_of(smaller, TOKENS)) - dense) / (axis.units if axis.whole else 1)
-            assert float(got[axis.name][unit]) == pytest.approx(wanted, abs=1e-6)
+            assert float(got[axis.name][unit]) == pytest.approx(wanted, abs=3e-6)  # losses of 5 have steps of 5e-7
 
 
 def test_only_whole_layers_have_an_influence() -> None:

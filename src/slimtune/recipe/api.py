@@ -148,6 +148,9 @@ def prune(
     `calibration` and `tokenizer` are those of `quantize`. `facts` is called with what was cut.
     """
     chosen = build(schema.Prune, options, "prune")
+    if chosen.ramped:
+        got, remedy = chosen.schedule, "use a recipe, or one-shot"
+        raise RecipeError("a ramp acts along training", where="prune.schedule", got=got, remedy=remedy)
     _require(chosen, model)
     facts(prune_now(model, chosen, _windows(model, calibration, tokenizer, DEFAULT_SAMPLES, seed), seed=seed))
     note_(model, chosen)
