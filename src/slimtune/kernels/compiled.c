@@ -130,13 +130,15 @@ static inline void unpack_row(const uint8_t *packed, int64_t bytes, int64_t bits
     } else {
         uint64_t *eights = (uint64_t *)to;
         int64_t j = 0, whole = bytes < 8 ? 0 : (bytes - 8) / bits + 1;
+        for (; j < whole && j < (n + 7) / 8; j++) {
+            uint64_t word;
+            memcpy(&word, packed + j * bits, 8);
+            eights[j] = eight_codes(word, bits);
+        }
         for (; j < (n + 7) / 8; j++) {
             uint64_t word = 0;
-            if (j < whole)
-                memcpy(&word, packed + j * bits, 8);
-            else
-                for (int64_t k = j * bits; k < bytes && k < (j + 1) * bits; k++)
-                    word |= (uint64_t)packed[k] << 8 * (k - j * bits);
+            for (int64_t k = j * bits; k < bytes && k < (j + 1) * bits; k++)
+                word |= (uint64_t)packed[k] << 8 * (k - j * bits);
             eights[j] = eight_codes(word, bits);
         }
     }
