@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceCl
 
 from pico import AUTO, PICO, VOCAB_SIZE, logits, pico_config, pico_inputs, pico_model, pico_tokenizer, save_pico
 from slimtune.arch import FAMILIES, ModelMap, NormSpec, PortSpec, Space, bind
-from slimtune.errors import ShapeError, UnknownArchitecture
+from slimtune.arch.weights import require_finite
+from slimtune.errors import FormatError, ShapeError, UnknownArchitecture
 
 every_pico = pytest.mark.parametrize("name", PICO)
 TIED = {
@@ -390,3 +391,12 @@ def test_a_saved_pico_model_is_a_hugging_face_folder(tmp_path: Path) -> None:
     chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert pico_tokenizer().encode(text) == tokenizer.encode(text)
+
+
+def test_weights_that_others_packed_are_not_asked_whether_they_are_finite() -> None:
+    model = nn.Linear(4, 4)
+    model.weight = nn.Parameter(torch.full((4, 4), torch.nan).to(torch.float8_e4m3fn), requires_grad=False)
+    require_finite(model)
+    model.bias = nn.Parameter(torch.full((4,), torch.nan))
+    with pytest.raises(FormatError, match="not finite"):
+        require_finite(model)

@@ -6,15 +6,18 @@ import os
 import stat
 import subprocess
 import sys
+import warnings
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.flop_counter
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from slimtune.kernels import compiled, int8
+from slimtune.kernels.attention import attention
 from slimtune.kernels.dispatch import decode_trellis, dequantize_affine, dequantize_codebook
 from slimtune.kernels.rows import gated_silu, rms_norm, rotary
 from slimtune.linalg import trellis
@@ -161,6 +164,10 @@ def test_gates_at_their_ends(dtype: torch.dtype) -> None:
     x = torch.tensor([-1e30, -200.0, -90.0, -88.0, 0.0, 88.0, 90.0, 200.0, 1e30], dtype=dtype)
     got = compiled.gated(x, torch.ones_like(x))
     close(got, silu(x.double()))
+    wide = x.double().requires_grad_()
+    slope = torch.autograd.grad(silu(wide).sum(), wide)[0]
+    for_gate, _ = compiled.gated_backward(x, torch.ones_like(x), torch.ones_like(x))
+    torch.testing.assert_close(for_gate.double(), slope, rtol=2**-8, atol=2e-5)  # 1.8e-35 of -1e30
     assert got.isfinite().all()
     broken = torch.full((2, 20), torch.nan, dtype=dtype)
     assert compiled.gated(broken, broken).isnan().all()
@@ -272,6 +279,59 @@ def test_gradients_are_left_to_torch() -> None:
     assert scale.grad is not None and scale.grad.tolist() == [[-56.0]] * 3  # eight times 1 - 8
 
 
+@needed
+def test_other_defaults_change_nothing() -> None:
+    weight = QUANTIZERS["trellis"](bits=2)(torch.randn(50, 72), {"hessian": torch.eye(72)})
+    codes = pack(torch.ones(3, 8, dtype=torch.uint8), 4)
+    some = {"bits": 4, "group_size": 8, "in_features": 8, "work": torch.float32, "dtype": torch.float32}
+    wanted = weight.dequantize(torch.float32), dequantize_affine(codes, torch.ones(3, 1), None, **some)
+    try:
+        for default in (torch.bfloat16, torch.float64):
+            torch.set_default_dtype(default)
+            assert torch.equal(weight.dequantize(torch.float32), wanted[0])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    scale = torch.ones(3, 1)
+    with torch.device("meta"):
+        assert torch.equal(dequantize_affine(codes, scale, None, **some), wanted[1])
+    with torch.utils.flop_counter.FlopCounterMode(display=False):  # some mode that looks at every operation
+        assert not compiled.fits(scale)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing is deprecated, and warns of what it makes constant
+        traced = torch.jit.trace(lambda s: dequantize_affine(codes, s, None, **some), scale)
+    assert torch.equal(traced(scale), wanted[1])
+
+
+@needed
+def test_gradients_within_autocast() -> None:
+    q, k, v = (torch.randn(1, 2, 6, 8, requires_grad=True) for _ in range(3))
+    wanted = torch.autograd.grad(attention(q, k, v, causal=True).square().sum(), (q, k, v))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(attention(q, k, v, causal=True).square().sum(), (q, k, v))
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05)
+
+
+@needed
+def test_no_second_derivative_is_an_error() -> None:
+    gate, value = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
+    (first,) = torch.autograd.grad(gated_silu(gate, value).square().sum(), gate, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@needed
+def test_labels_of_other_integers() -> None:
+    logits, labels = torch.randn(4, 9), torch.tensor([0, 8, 3, 1])
+    wanted = nn.functional.cross_entropy(logits, labels, reduction="none")
+    close(compiled.cross_entropy_(logits, labels.int(), slope=False), wanted)
+
+
+@needed
+def test_tensors_that_c_cannot_read_are_refused() -> None:
+    with pytest.raises(ValueError, match="strides"):
+        compiled.turn_rows_(torch.randn(4, 6).T, small_factors(4))
+
+
 ASK = "from slimtune.kernels import compiled; print(compiled.library() is not None)"
 
 
@@ -288,6 +348,19 @@ def test_it_is_compiled_once(tmp_path: Path) -> None:
     stamp = library.stat().st_mtime_ns
     assert asked(tmp_path).stdout.strip() == "True"
     assert library.stat().st_mtime_ns == stamp
+
+
+@needed
+def test_a_library_that_does_not_load_is_made_again(tmp_path: Path) -> None:
+    asked(tmp_path)
+    (library,) = (tmp_path / "cache").iterdir()
+    library.write_bytes(b"")
+    done = asked(tmp_path)
+    assert done.stdout.strip() == "True" and not done.stderr
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way of the cache")
+    done = asked(tmp_path, SLIMTUNE_CACHE=str(blocked))
+    assert done.stdout.strip() == "True" and not done.stderr
 
 
 def test_it_can_be_turned_off(tmp_path: Path) -> None:

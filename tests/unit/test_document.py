@@ -216,3 +216,10 @@ def test_steps_of_any_shape_are_refused_and_not_tripped_over(tmp_path: Path, ste
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"there is no such recipe(.|\n)*nowhere\.yaml"):
         read_recipe(tmp_path / "nowhere.yaml")
+
+
+def test_a_merged_mapping_may_be_named_twice() -> None:
+    text = "w: {d: {e: &b {<<: &c {a: 1}, a: 2}}}\nx: {<<: *b}"
+    assert parse(text) == {"w": {"d": {"e": {"a": 2}}}, "x": {"a": 2}}
+    with pytest.raises(RecipeError, match="a second key 'a'"):
+        parse("x: {a: 1, a: 2}")

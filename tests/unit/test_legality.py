@@ -50,6 +50,7 @@ def recipe(*steps: Any, data: dict[str, Any] = DATA) -> Recipe:
         ("lora", "train", "merge", PADDED, *NARROW),
         ("lora", RAMPED, "train", *NARROW),
         (PADDED, QUERIES, "train", *NARROW),
+        (PADDED, "lora", "train", "merge", PADDED, *NARROW),
         (QUERIES, PADDED, "train", *NARROW),
         (PADDED, "lora", "train", DENSE),
         ("train", "lora", "train", PEFT, ADAPTER, SPEED),

@@ -99,10 +99,11 @@ class Checkpoint:
 
 def require_finite(model: nn.Module, prefix: str = "") -> None:
     """Raise `FormatError` at the first parameter in memory of `model` (called `prefix` in a larger one) with a value
-    that is no finite number."""
+    that is no finite number. Weights that others packed (tensors of types of their own, float8) are not looked at."""
     for name, parameter in model.named_parameters(prefix):
         tensor = parameter.detach()
-        if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+        plain = type(parameter) in (Tensor, nn.Parameter) and tensor.is_floating_point() and tensor.itemsize > 1
+        if tensor.is_meta or not plain or not tensor.numel():
             continue
         if not all(math.isfinite(bound) for bound in tensor.aminmax()):  # one pass, and no copy
             raise FormatError("a weight is not finite", where=name, remedy="get the model's files again")

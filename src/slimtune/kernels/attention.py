@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from slimtune.kernels import compiled
 from slimtune.kernels.precision import fast_matmul
@@ -42,13 +43,14 @@ class _Attention(torch.autograd.Function):
         return cast(Tensor, out)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, mask = ctx.saved_tensors
         to_q, to_k, to_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         several = q.shape[1] // k.shape[1]
         step = max(1, SCORES // (several * min(QUERIES, q.shape[2]) * k.shape[2]))
         half = q.dtype in (torch.bfloat16, torch.float16)  # the products of two such numbers are exact in float32
-        with fast_matmul() if half else nullcontext():
+        with fast_matmul() if half else nullcontext(), torch.autocast("cpu", enabled=False):
             for batch in range(len(q)):
                 seen = None if mask is None else mask[batch if len(mask) > 1 else 0]
                 for start in range(0, k.shape[1], step):

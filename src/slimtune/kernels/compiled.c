@@ -317,9 +317,9 @@ void gated(const void *gate, const void *value, int64_t rows, int64_t n, void *y
 static inline void gated_backward_row(const void *gate, const void *value, const void *up, int64_t start, int64_t n,
                                       void *to_gate, void *to_value, int kind) {
     SIMD for (int64_t j = start; j < start + n; j++) {
-        float g = get(gate, kind, j), d = get(up, kind, j), sigmoid = reciprocal(1 + exponential(-g));
+        float g = get(gate, kind, j), d = get(up, kind, j), e = exponential(-g), sigmoid = reciprocal(1 + e);
         put(to_value, kind, j, d * g * sigmoid);
-        put(to_gate, kind, j, d * get(value, kind, j) * sigmoid * (1 + g * (1 - sigmoid)));
+        put(to_gate, kind, j, d * get(value, kind, j) * sigmoid * (1 + g * (e * sigmoid)));
     }
 }
 

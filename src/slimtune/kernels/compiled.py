@@ -1,15 +1,16 @@
 """The loops of `compiled.c`, which the C compiler of the user's machine compiles on first use, in about two seconds.
 
-What they compute is written in plain torch elsewhere and runs so where there is no compiler: a weight is decoded to the
-same bits, everything else is within rounding. One pass over memory instead of several is what they gain: measured on
-one core, 1536 x 576 to bfloat16, 0.19, 0.34 and 0.21 ns a weight of 4, 3 and 2 bits where look-ups take 0.70, 0.97 and
-0.52. `SLIMTUNE_COMPILED=0` turns them off.
+What they compute is written in plain torch elsewhere and runs so where there is no compiler: codes are decoded to the
+same bits, everything else (weights turned back from a rotated basis, too) is within rounding. One pass over memory
+instead of several is what they gain: measured on one core, 1536 x 576 to bfloat16, 0.17, 0.31 and 0.18 ns a weight of
+4, 3 and 2 bits where look-ups take 0.70, 0.97 and 0.52. `SLIMTUNE_COMPILED=0` turns them off.
 
 The library is kept in the user's cache folder, under a name made of the source, the compiler and the processor.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
@@ -52,35 +53,44 @@ def library() -> ctypes.CDLL | None:
         return None
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
     facts = SOURCE.read_bytes(), version, repr((_USUAL, _PROCESSOR, _THREADS, torch.cpu.get_capabilities())).encode()
-    path = _folder() / f"compiled-{hashlib.sha256(b'|'.join(facts)).hexdigest()[:16]}.so"
-    said = "" if path.exists() else _compile(compiler, path)
-    if path.exists():
-        return ctypes.CDLL(str(path))
+    name, said = f"compiled-{hashlib.sha256(b'|'.join(facts)).hexdigest()[:16]}.so", ""
+    for folder in (_cache, _own_folder):  # a library in the cache may not load: cut off, or of another system
+        try:
+            path = folder() / name
+            said = "" if path.exists() else _compile(compiler, path)
+            if not said:
+                return ctypes.CDLL(str(path))
+        except (OSError, RuntimeError) as error:  # a cache that cannot be written, or no home to have one in
+            said = str(error)
     warnings.warn(f"slimtune's C loops do not compile and run in plain torch: {said}", RuntimeWarning, stacklevel=2)
     return None
 
 
-def _folder() -> Path:
-    """The cache folder, or where it cannot be written one for this process alone."""
-    try:
-        path = cache_folder()
-        path.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # or there is no home
-        return Path(tempfile.mkdtemp(prefix="slimtune-"))
-    return path if os.access(path, os.W_OK) else Path(tempfile.mkdtemp(prefix="slimtune-"))
+def _cache() -> Path:
+    path = cache_folder()
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _own_folder() -> Path:
+    """A folder for this process alone."""
+    path = Path(tempfile.mkdtemp(prefix="slimtune-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
 
 
 def _compile(compiler: str, path: Path) -> str:
     """Write the library, for this very processor and with threads where the compiler can; else what it said last."""
-    said, partial = "", path.with_name(f".{path.name}.{os.getpid()}")
-    for processor, threads in product(_PROCESSOR, _THREADS):
-        command = [compiler, *_USUAL, *processor, threads, str(SOURCE), "-o", str(partial), "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            os.replace(partial, path)
-            return ""
-        said = done.stderr.strip()[-400:]
-    partial.unlink(missing_ok=True)
+    said = ""
+    with tempfile.TemporaryDirectory(prefix=".compiled-", dir=path.parent) as scratch:
+        for processor, threads in product(_PROCESSOR, _THREADS):
+            made = Path(scratch) / path.name
+            command = [compiler, *_USUAL, *processor, threads, str(SOURCE), "-o", str(made), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                os.replace(made, path)
+                return ""
+            said = done.stderr.strip()[-400:] or f"{compiler}: status {done.returncode}"
     return said
 
 
@@ -94,17 +104,21 @@ def fits(*tensors: Tensor | None) -> bool:
             t is None or (t.device.type == "cpu" and t.dtype in KINDS and type(t) in (Tensor, torch.nn.Parameter))
             for t in tensors
         )
-        and not torch.compiler.is_compiling()
+        and not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
+        and torch._C._get_tracing_state() is None
         and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
         and library() is not None
     )
 
 
 def _run(name: str, work: int, *arguments: Tensor | float | None) -> None:
-    """Call a loop that works on `work` numbers; tensors are contiguous, and live until it returns."""
+    """Call a loop that works on `work` numbers; tensors live until it returns. Raises `ValueError` on one that is not
+    contiguous, or not on a CPU."""
     given: list[Any] = []
     for argument in arguments:
         if isinstance(argument, Tensor):
+            if argument.device.type != "cpu" or not argument.is_contiguous():
+                raise ValueError(f"{name}: a tensor on {argument.device}, strides {argument.stride()}")
             given.append(ctypes.c_void_p(argument.data_ptr()))
         elif argument is None:
             given.append(ctypes.c_void_p())
@@ -131,7 +145,7 @@ def decode_affine(
     Packed `codes` uint8 `[out, bytes]`; `scale` and `zero` `[out, groups]`, `None` meaning `2**(bits - 1)`.
     """
     codes, scale, zero = codes.contiguous(), scale.contiguous(), None if zero is None else zero.contiguous()
-    weight = torch.empty(len(codes), in_features, dtype=dtype)
+    weight = torch.empty(len(codes), in_features, dtype=dtype, device="cpu")
     zeros = zero, 0 if zero is None else KINDS[zero.dtype]
     sizes = len(codes), in_features, bits, group_size
     scales = scale, KINDS[scale.dtype]
@@ -147,15 +161,15 @@ def decode_codebook(
     Packed `codes` uint8 `[out, bytes]`, as wide as the index of a level; `scale` `[out, groups]`.
     """
     codes, scale, bits = codes.contiguous(), scale.float().contiguous(), (len(levels) - 1).bit_length()
-    weight = torch.empty(len(codes), in_features, dtype=dtype)
-    table, sizes = torch.tensor(levels, dtype=torch.float32), (len(codes), in_features, bits, group_size)
+    weight = torch.empty(len(codes), in_features, dtype=dtype, device="cpu")
+    table, sizes = torch.tensor(levels, dtype=torch.float32, device="cpu"), (len(codes), in_features, bits, group_size)
     _run("decode_codebook", weight.numel(), codes, codes.shape[1], scale, table, *sizes, weight, KINDS[dtype])
     return weight
 
 
 def decode_trellis(codes: Tensor, numbers: Tensor, bits: int) -> Tensor:
     """Closed walks, uint8 `[n, 32 * bits]`, to float32 `[n, 256]`; `numbers`, float32 `[4096]`, are those of states."""
-    codes, out = codes.contiguous(), torch.empty(len(codes), 256)
+    codes, out = codes.contiguous(), torch.empty(len(codes), 256, dtype=torch.float32, device="cpu")
     _run("decode_trellis", out.numel(), codes, numbers.contiguous(), len(codes), bits, out)
     return out
 
@@ -170,7 +184,7 @@ def turn_columns(x: Tensor, matrices: Sequence[Tensor], down: Tensor, across: Te
     """The same of every column of `x`, float32 `[n, columns]`, and of that `len(down)` rows and `len(across)` columns,
     times these: `dtype [rows, columns]`."""
     x, down, across = x.contiguous(), down.contiguous(), across.contiguous()
-    y = torch.empty(len(down), len(across), dtype=dtype)
+    y = torch.empty(len(down), len(across), dtype=dtype, device="cpu")
     sizes = len(across), 1, len(down), down, across, KINDS[dtype]
     _run("transform", x.numel(), x, x.shape[1], 1, len(x), len(across), *_orders(matrices), y, *sizes)
     return y
@@ -179,13 +193,13 @@ def turn_columns(x: Tensor, matrices: Sequence[Tensor], down: Tensor, across: Te
 def _orders(matrices: Sequence[Tensor]) -> tuple[int, Tensor, Tensor]:
     """How many matrices, their orders, and all their numbers."""
     numbers = torch.cat([matrix.to(torch.float32).flatten() for matrix in matrices])
-    return len(matrices), torch.tensor([len(matrix) for matrix in matrices]), numbers
+    return len(matrices), torch.tensor([len(matrix) for matrix in matrices], device="cpu"), numbers
 
 
 def norm(x: Tensor, gain: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """`x gain / rms(x)` over the last dimension, and `1 / rms(x)`, float32 `[..., 1]`; `gain` is float32."""
     x, gain = x.contiguous(), gain.contiguous()
-    y, inverse = torch.empty_like(x), torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
+    y, inverse = torch.empty_like(x), torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device="cpu")
     sizes = inverse.numel(), x.shape[-1]
     _run("norm", x.numel(), x, gain, float(epsilon), *sizes, y, inverse, KINDS[x.dtype])
     return y, inverse
@@ -246,7 +260,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor, *, slope: bool) -> Tensor:
     """
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
         raise IndexError(f"labels from {int(labels.min())} to {int(labels.max())}, {logits.shape[1]} logits")
-    loss = torch.empty(len(logits), dtype=torch.float32)
+    loss, labels = torch.empty(len(logits), dtype=torch.float32, device="cpu"), labels.to(torch.int64)
     _run(
         "cross_entropy",
         logits.numel(),
@@ -263,14 +277,14 @@ def cross_entropy_(logits: Tensor, labels: Tensor, *, slope: bool) -> Tensor:
 def ends(x: Tensor) -> tuple[Tensor, Tensor]:
     """The least value of each row of `[n, width]` or 0, and the greatest or 0: float32 `[n, 1]`."""
     x = x.contiguous()
-    low, high = (torch.empty(len(x), 1, dtype=torch.float32) for _ in range(2))
+    low, high = (torch.empty(len(x), 1, dtype=torch.float32, device="cpu") for _ in range(2))
     _run("ends", x.numel(), x, *x.shape, low, high, KINDS[x.dtype])
     return low, high
 
 
 def round_rows(x: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     """Codes of the rows of `x` `[n, width]`, uint8, around 128; `scale` and `zero` are float32 `[n, 1]`."""
-    x, codes = x.contiguous(), torch.empty(x.shape, dtype=torch.uint8)
+    x, codes = x.contiguous(), torch.empty(x.shape, dtype=torch.uint8, device="cpu")
     grid = scale.contiguous(), None if zero is None else zero.contiguous()
     _run("round_rows", x.numel(), x, *grid, *x.shape, float(2 ** (bits - 1)), codes, KINDS[x.dtype])
     return codes

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from slimtune.kernels import compiled
@@ -46,6 +47,7 @@ class _RmsNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, inverse = ctx.saved_tensors
         if compiled.fits(x, gain):
@@ -78,6 +80,7 @@ class _Gated(torch.autograd.Function):
         return compiled.gated(gate, value)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, value = ctx.saved_tensors
         return compiled.gated_backward(gate, value, grads[0].to(gate.dtype))
@@ -105,6 +108,7 @@ class _Turned(torch.autograd.Function):
         return compiled.turn(x.transpose(1, 2), cosine, sine).transpose(1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cosine, sine = ctx.saved_tensors
         up = grads[0].to(cosine.dtype).transpose(1, 2)

@@ -122,7 +122,7 @@ def _turned_back(
     out, into = tensors["sign_out"].to(wide), tensors["sign_in"].to(wide)
     parts = _parts(rows, max(PIECE // columns // step, 1) * step)
     if dtype in (torch.float32, torch.bfloat16) and compiled.fits(out, into):
-        turned = decode(parts[0]) if len(parts) == 1 else torch.empty(rows, columns)
+        turned = decode(parts[0]) if len(parts) == 1 else torch.empty(rows, columns, dtype=wide, device="cpu")
         for part in parts[len(parts) == 1 :]:
             turned[part] = decode(part)
         compiled.turn_rows_(turned, [factor.T for factor in small_factors(columns)])

@@ -269,6 +269,7 @@ def merge(
 def evaluate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[dict[str, Any]]:
     """Metrics of `model`; `options` are the fields of the recipe's `evaluate` step."""
     step = step_from("evaluate", options, "")
+    _require(step, model)
     loaded = Loaded(cast(PreTrainedModel, base_of(model)), tokenizer, "model")
     session = Session(Recipe(model="model", steps=(step,)), loaded, model, lambda _: None)
     run_step(session, step, 0)

@@ -20,12 +20,13 @@ PLAIN = (str, tuple[str, ...], DataSource, type(None))  # what a text of the she
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 with two repairs: `1e-4` is a number, as in YAML 1.2, and a key that stands twice is an error."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The keys and values of a node."""
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """The node of a mapping, before any `<<` is looked into."""
+        node = super().compose_mapping_node(anchor)
         for number, (key, _) in enumerate(node.value):
             if any(key.value == other.value for other, _ in node.value[:number]):
                 raise yaml.MarkedYAMLError(problem=f"a second key '{key.value}'", problem_mark=key.start_mark)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 _Loader.add_implicit_resolver(

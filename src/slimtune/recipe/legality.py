@@ -215,7 +215,8 @@ def _after(step: Step, state: State) -> State:
             return replace(state, rotated=True, online=tuple(name for name in step.online if name in FOLDED))
         case Prune():
             zeros = state.zeros or step.widths == "allocated"
-            return replace(state, ramp=step.ramped, pruned=state.pruned or not step.ramped, zeros=zeros)
+            woken = state.woken and step.widths != "allocated"  # it pads anew; a ramp does so once all is trained
+            return replace(state, ramp=step.ramped, pruned=state.pruned or not step.ramped, zeros=zeros, woken=woken)
         case Train():
             woken = state.woken or (state.zeros and not state.ramp and not (state.adapter and state.narrow))
             changed = state.changed or not state.adapter
