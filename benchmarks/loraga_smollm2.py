@@ -35,6 +35,7 @@ from slimtune.arch import bind
 from slimtune.calib.formats import normalise
 from slimtune.calib.gradients import Batch, GradientSketch, learnt_tokens
 from slimtune.calib.rows import DataSource, read_rows
+from slimtune.kernels import compiled
 from slimtune.linalg.sketch import Triples, exact
 from slimtune.lora.attach import adapted, add_lora, sketch_targets
 from slimtune.lora.inits import INITS, Knobs, Place
@@ -229,7 +230,7 @@ def cost_part(arm: str, model: Any, batches: list[Batch]) -> dict[str, Any]:
         get_peft_model(model, config)
         facts["init_cpu_seconds"] = time.process_time() - start
     facts["peak_over_start_bytes"] = _peak() - before
-    return {"arm": arm, **facts}
+    return {"arm": arm, **facts, "c_loops": compiled.library() is not None}
 
 
 def _peak() -> int:
