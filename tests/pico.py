@@ -210,3 +210,14 @@ def two_steps(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[float]:
         loss.backward()
         optimizer.step()
     return losses
+
+
+def silence_(model: Any, heads: dict[int, list[int]], channels: dict[int, list[int]]) -> None:
+    """Zeros where query heads and channels of blocks are read."""
+    width = model.config.head_dim
+    with torch.no_grad():
+        for block, units in heads.items():
+            for unit in units:
+                model.model.layers[block].self_attn.o_proj.weight[:, unit * width : (unit + 1) * width] = 0
+        for block, units in channels.items():
+            model.model.layers[block].mlp.down_proj.weight[:, units] = 0

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, scaled_dot_product_attention, silu
 
-from pico import logits, pico_inputs, pico_model, pico_tokenizer, save_pico
+from pico import logits, pico_inputs, pico_model, pico_tokenizer, save_pico, silence_
 from slimtune.arch import bind
 from slimtune.cli import _guarded, app
 from slimtune.errors import FormatError, RecipeError, UnknownArchitecture
@@ -36,17 +36,6 @@ FAMILIES = ["llama", "llama-tied", "llama-biased", "mistral", "qwen2"]
 
 def of(model: nn.Module, dtype: torch.dtype = torch.float32) -> Source:
     return Source(model, pico_tokenizer(), "owner/base", dtype)
-
-
-def silence_(model: Any, heads: dict[int, list[int]], channels: dict[int, list[int]]) -> None:
-    """Zeros where query heads and channels of blocks are read."""
-    width = model.config.head_dim
-    with torch.no_grad():
-        for block, units in heads.items():
-            for unit in units:
-                model.model.layers[block].self_attn.o_proj.weight[:, unit * width : (unit + 1) * width] = 0
-        for block, units in channels.items():
-            model.model.layers[block].mlp.down_proj.weight[:, units] = 0
 
 
 CASES: dict[str, tuple[tuple[int, int], dict[int, list[int]], dict[int, list[int]], list[int], list[int]]] = {

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from pico import VOCAB_SIZE, logits, pico_inputs, pico_model, pico_tokenizer
+from pico import VOCAB_SIZE, logits, pico_inputs, pico_model, pico_tokenizer, silence_
 from slimtune.arch import bind
 from slimtune.errors import FormatError, RecipeError, SlimtuneError, UnknownArchitecture
 from slimtune.export import Source, export
@@ -130,17 +130,6 @@ def test_adapter_is_merged_into_the_model(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(merged, inputs), logits(model, inputs), rtol=0, atol=1e-4)
     with model.disable_adapter():
         assert float((logits(merged, inputs) - logits(model, inputs)).abs().max()) > 0.01
-
-
-def silence_(model: Any, heads: dict[int, list[int]], channels: dict[int, list[int]]) -> None:
-    """Zeros where query heads and channels of blocks are read."""
-    width = model.config.head_dim
-    with torch.no_grad():
-        for block, units in heads.items():
-            for unit in units:
-                model.model.layers[block].self_attn.o_proj.weight[:, unit * width : (unit + 1) * width] = 0
-        for block, units in channels.items():
-            model.model.layers[block].mlp.down_proj.weight[:, units] = 0
 
 
 SILENT = {  # silent heads and channels by block; heads, groups and channels in the file
