@@ -1,4 +1,4 @@
-"""How fast adapters learn from each start: SmolLM2-135M on Alpaca, every arm at several learning rates.
+"""How fast adapters learn from each start: SmolLM2-135M on Alpaca, GSM8K or SST-2, every arm at several rates.
 
 An arm is a start, and a learning rate, and a seed. Each is trained for the same steps on the same batches in the same
 order, and kept in a file of its own, so that the whole can be run in parts and continued. The table gives, for each
@@ -11,6 +11,8 @@ start, at its own best rate and at every rate that plain LoRA was run at too:
 
     python benchmarks/convergence_smollm2.py --data alpaca.jsonl.gz --cache DIR [--arms default,lora-ga] [--steps 150]
     python benchmarks/convergence_smollm2.py --data alpaca.jsonl.gz --cache DIR --table   # of what is there
+    python benchmarks/convergence_smollm2.py --data gsm8k.jsonl.gz --cache DIR \
+        --columns '{"prompt": "{question}", "completion": "{answer}"}'
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from torch import nn
 
 import slimtune
 from slimtune.arch import bind
+from slimtune.calib.cpu import cpu_kernels
 from slimtune.calib.formats import normalise
 from slimtune.calib.loss import chunked_loss
 from slimtune.calib.rows import DataSource, read_rows
@@ -63,11 +66,12 @@ STARTS: dict[str, dict[str, Any]] = {
     "lora-one": {**RS, "init": "lora-one"},
     "lora-one-paper": {**RS, "init": "lora-one", "init_gamma": 128.0},
     "pissa": {**RS, "init": "pissa"},
+    "eva": {**RS, "init": "eva"},
     "residual": {**RS, "init": "residual"},
     PEFT: RS,
     FULL: {},
 }
-USUAL = (PLAIN, "rslora", "lora-ga", "lora-ga-stable", "gradient-a", "lora-one", "pissa", PEFT, FULL)
+USUAL = (PLAIN, "rslora", "lora-ga", "lora-ga-stable", "gradient-a", "lora-one", "pissa", "eva", PEFT, FULL)
 RATES = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
 
 
@@ -75,6 +79,7 @@ RATES = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
 class Setting:
     """What all arms of a table share."""
 
+    data: str
     r: int
     steps: int
     batch: int
@@ -99,9 +104,9 @@ class Arm:
         return f"{self.start}_{self.rate:g}_{self.seed}.json"
 
 
-def examples_of(data: str, tokenizer: Any, setting: Setting) -> tuple[list[Example], list[Example]]:
+def examples_of(data: DataSource, tokenizer: Any, setting: Setting) -> tuple[list[Example], list[Example]]:
     """Training rows, and held-out ones, which are the last of the file."""
-    rows = normalise(read_rows(DataSource(path=data)), where=data)
+    rows = normalise(read_rows(data), where=str(data))
     count = 2 * setting.steps * setting.batch + 2000
     learn, _ = tokenize(rows[: min(count, len(rows) - 4 * setting.held_out)], tokenizer, setting.length)
     held, _ = tokenize(rows[-4 * setting.held_out :], tokenizer, setting.length)
@@ -142,7 +147,7 @@ def build(arm: Arm, setting: Setting, model: Any, learn: Sequence[Example], coll
 
 
 def loss_of(model: nn.Module, batch: Any) -> torch.Tensor:
-    with chunked_loss(base_of(model)):
+    with chunked_loss(base_of(model)), cpu_kernels(base_of(model)):
         return model(**batch, use_cache=False).loss
 
 
@@ -159,7 +164,7 @@ def held_out_loss(model: nn.Module, held: Sequence[Example], collate: Collator, 
     return total / count
 
 
-def train(arm: Arm, setting: Setting, data: str, load: Callable[[], tuple[Any, Any]]) -> dict[str, Any]:
+def train(arm: Arm, setting: Setting, data: DataSource, load: Callable[[], tuple[Any, Any]]) -> dict[str, Any]:
     """One curve: AdamW, a cosine after 5 % of warm-up, gradients clipped at 1."""
     model, tokenizer = load()
     learn, held = examples_of(data, tokenizer, setting)
@@ -258,6 +263,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--data", required=True)
+    parser.add_argument("--columns", type=json.loads, default={}, help="as in a recipe, in JSON")
     parser.add_argument(
         "--cache", type=Path, required=True, help="a folder for the arms; those in it are not run again"
     )
@@ -275,7 +281,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="learnt tokens that gradients are taken of")
     parser.add_argument("--table", action="store_true", help="only make the table of what is there")
     a = parser.parse_args()
-    setting = Setting(a.r, a.steps, a.batch, a.length, a.every, a.held_out, a.tokens, a.dtype, a.base)
+    data = DataSource(path=a.data, columns=a.columns)
+    name = Path(a.data).parent.name  # the file's own name says no more than train
+    setting = Setting(name, a.r, a.steps, a.batch, a.length, a.every, a.held_out, a.tokens, a.dtype, a.base)
 
     def load() -> tuple[Any, Any]:
         model, tokenizer = slimtune.load(a.model, dtype=a.dtype)
@@ -283,18 +291,18 @@ def main() -> None:
             method, _, bits = a.base.partition("-")
             options = {"residual_rank": a.r, **({"bits": int(bits)} if bits else {})}
             if QUANTIZERS[method].needs:
-                options |= {"tokenizer": tokenizer, "calibration": DataSource(path=a.data, samples=32, length=512)}
+                options |= {"tokenizer": tokenizer, "calibration": replace(data, samples=32, length=512)}
             slimtune.quantize(model, method, **options)
         return model, tokenizer
 
-    key = f"{Path(a.model).name}, {a.base}, r={a.r}, {a.steps} steps of {a.batch} x {a.length}, {a.dtype}"
+    key = f"{Path(a.model).name}, {name}, {a.base}, r={a.r}, {a.steps} steps of {a.batch} x {a.length}, {a.dtype}"
     cache = a.cache / re.sub(r"\W+", "-", f"{key} {a.held_out} {a.tokens} {a.every}")  # arms of one setting
     cache.mkdir(parents=True, exist_ok=True)
     for start in [] if a.table else a.arms.split(","):
         for arm in [Arm(start, float(rate), int(seed)) for seed in a.seeds.split(",") for rate in a.rates.split(",")]:
             place = cache / arm.file
             if not place.exists():
-                kept = json.dumps(train(arm, setting, a.data, load))
+                kept = json.dumps(train(arm, setting, data, load))
                 place.write_text(kept + "\n")
     rows = table(cache, setting)
     before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
