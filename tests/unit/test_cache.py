@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 import slimtune
 from pico import PICO, logits, pico_inputs, pico_model, pico_tokenizer, save_pico
 from slimtune.errors import FormatError, RecipeError, SlimtuneError
+from slimtune.evaluate.inference import cache_of
 from slimtune.export import Source, export
 from slimtune.export.native import write_model
 from slimtune.hub import cache_bits, round_cache_
@@ -51,8 +52,8 @@ def test_decoding_reads_what_prefill_read() -> None:
     tokens = pico_inputs(model, batch=1)["input_ids"]
     whole = logits(model, {"input_ids": tokens})
     with torch.no_grad():
-        cache = model(input_ids=tokens[:, :-1], use_cache=True).past_key_values
-        last = model(input_ids=tokens[:, -1:], past_key_values=cache, use_cache=True).logits
+        cache = cache_of(model(input_ids=tokens[:, :-1], use_cache=True))
+        last = model(input_ids=tokens[:, -1:], **cache, use_cache=True).logits
     torch.testing.assert_close(last[:, -1], whole[:, -1])
 
 

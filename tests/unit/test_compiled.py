@@ -212,6 +212,49 @@ def test_probabilities_and_slopes_are_the_formulas() -> None:
 
 @needed
 @pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("causal", [False, True])
+def test_softmax_is_the_formula(causal: bool) -> None:
+    scores = torch.randn(2, 3, 4, 9).mul(50)  # exp of some is more than float32 holds
+    scores[0, 0, 1, :8], scores[1, 2, 3] = -torch.inf, -torch.inf
+    wide = scores.double() * 1.5
+    wide = wide.masked_fill(torch.ones(4, 9, dtype=torch.bool).triu(6), -torch.inf) if causal else wide
+    got = scores.clone()
+    level = compiled.softmax_(got, 1.5, queries=4, start=5, causal=causal)
+    close(got, wide.softmax(-1).nan_to_num(0))
+    sees = wide.isfinite().any(-1)
+    close(level[sees], wide.logsumexp(-1)[sees])
+    assert bool((level[~sees] == torch.inf).all()) and int((~sees).sum()) == 1 + causal
+    poor = torch.tensor([[0.0, torch.nan, 1.0]])
+    assert bool(compiled.softmax_(poor, 1.0, queries=1, start=0, causal=False).isnan().all())
+    assert bool(poor.isnan().all())
+
+
+@needed
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("mask", ["none", "one of all", "each head"])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_attention_of_few_queries_is_the_formula(dtype: torch.dtype, mask: str, queries: int) -> None:
+    q, k, v = (torch.randn(2, heads, n, 20).to(dtype) for heads, n in ((6, queries), (2, 11), (2, 11)))
+    seen = (
+        None
+        if mask == "none"
+        else torch.rand(2 if mask == "each head" else 1, 6 if mask == "each head" else 1, queries, 11) < 0.5
+    )
+    if seen is not None:
+        seen[..., -1, :] = False  # the last query sees nothing
+    wide = (t.double().repeat_interleave(3, 1) for t in (k, v))
+    got = compiled.attend(q, k.mT.contiguous().mT, v, seen, 0.7)
+    wanted = nn.functional.scaled_dot_product_attention(q.double(), *wide, attn_mask=seen, scale=0.7).nan_to_num(0)
+    close(got, wanted)
+    assert seen is None or not got[:, :, -1].any()
+    v[1, 1, 4] = torch.nan  # of one key of the last three heads
+    poor = compiled.attend(q, k, v, None, 0.7).isnan()
+    assert bool(poor[1, 3:].all()) and not poor[0].any() and not poor[1, :3].any()
+
+
+@needed
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("slope", [False, True])
 def test_cross_entropy_is_the_formula(dtype: torch.dtype, slope: bool) -> None:
@@ -265,6 +308,13 @@ def test_nothing_is_no_work(shape: tuple[int, int]) -> None:
     assert compiled.gated(x, x).shape == shape
     assert compiled.norm(x, torch.empty(shape[1]), 0.1)[0].shape == shape
     assert [len(end) for end in compiled.ends(x)] == [shape[0]] * 2
+    assert compiled.softmax_(x.clone(), 1.0, queries=1, start=0, causal=False).shape == shape[:1]
+
+
+@needed
+def test_no_keys_are_attended_to() -> None:
+    q, none = torch.randn(1, 2, 1, 4), torch.empty(1, 2, 0, 4)
+    assert compiled.attend(q, none, none, None, 0.5).tolist() == torch.zeros(1, 2, 1, 4).tolist()
 
 
 @needed

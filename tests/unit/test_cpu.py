@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from transformers.models.llama import modeling_llama
 from pico import PICO, pico_inputs, pico_model
 from slimtune.calib import cpu
 from slimtune.calib.cpu import cpu_kernels
+from slimtune.evaluate.inference import cache_of
 from slimtune.kernels import attention as kernel
+from slimtune.kernels import compiled
 from slimtune.kernels.attention import attention
 from slimtune.kernels.rows import rms_norm
 from slimtune.lora.attach import add_lora, base_of
@@ -87,6 +90,32 @@ def test_attention_in_bfloat16_is_as_close_as_pytorchs() -> None:
     assert all(a < 1.1 * b for a, b in zip(mine, theirs, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["none", "seen", "one of all", "each head", "added"])
+@pytest.mark.parametrize(("queries", "keys"), [(23, 23), (17, 9), (3, 30)])
+@pytest.mark.parametrize("loops", [True, False])
+def test_attention_of_halves_is_the_formula(
+    kind: str, queries: int, keys: int, loops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "QUERIES", 6)
+    monkeypatch.setattr(kernel, "FEWEST", 5)
+    monkeypatch.setattr(kernel, "SCORES", 2 * 3 * 6 * keys)
+    if not loops:
+        monkeypatch.setattr(compiled, "library", lambda: None)
+    q, k, v = sides(6, 2, queries, keys, torch.bfloat16)
+    mask = mask_of(kind, queries, keys, 6)
+    for causal in [False, True] if mask is None and queries == keys else [False]:
+        exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+        wide = (t.repeat_interleave(3, 1) for t in exact[1:])
+        truth = scaled_dot_product_attention(exact[0], *wide, attn_mask=mask, is_causal=causal, scale=0.3)
+        up = torch.randn_like(truth).bfloat16()
+        got = attention(q, k, v, mask=mask, causal=causal, scale=0.3)
+        with torch.no_grad():
+            torch.testing.assert_close(attention(q, k, v, mask=mask, causal=causal, scale=0.3), got)
+        wanted = [truth.detach(), *torch.autograd.grad(truth, exact, up.double())]
+        for mine, theirs in zip([got.detach(), *torch.autograd.grad(got, (q, k, v), up)], wanted, strict=True):
+            assert float((mine - theirs).norm()) < 0.01 * float(theirs.norm())
+
+
 @pytest.mark.parametrize("shape", [(5, 12), (2, 3, 4, 12), (1, 12)])
 def test_norm_is_the_formula(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slimtune.kernels.rows.NUMBERS", 40)
@@ -139,6 +168,38 @@ def test_models_learn_what_they_learnt(family: str, padded: bool, monkeypatch: p
     assert ("attention" in used) == (family.split("-")[0] not in ("t5", "gemma2"))
     assert ("gated_silu" in used) == (family.split("-")[0] in SILU)
     assert ("rotary" in used) == (family.split("-")[0] not in ("t5", "opt", "phi3"))
+
+
+@pytest.mark.parametrize("family", PICO)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padded", [False, True])
+def test_models_say_what_they_said(family: str, dtype: torch.dtype, padded: bool) -> None:
+    model = pico_model(family, dtype=dtype)
+    inputs = pico_inputs(model)
+    if padded:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"][1, :3] = 0
+    shown = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))[:, -7:] > 0
+    said = []
+    for kernels in (nullcontext(), cpu_kernels(model)):
+        with torch.no_grad(), kernels:
+            output = model(**inputs, use_cache=True)
+            name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+            rest = {"encoder_outputs": (output.encoder_last_hidden_state,)} if name != "input_ids" else {}
+            mask = inputs.get("attention_mask")
+            if mask is not None:
+                rest["attention_mask"] = mask if rest else torch.cat([mask, mask.new_ones(2, 1)], 1)
+            last = model(**{name: inputs[name][:, -1:]}, **rest, **cache_of(output), use_cache=True).logits
+            said.append(torch.cat([output.logits[:, -7:][shown], last.flatten(0, 1)]).double())
+    room = 2e-5 if dtype is torch.float32 else 0.03
+    assert float((said[1] - said[0]).norm()) < room * float(said[0].norm())
+    assert said[0].shape[0] == int(shown.sum()) + 2
+
+
+def test_models_without_a_map_stay_as_they_are() -> None:
+    model = nn.Linear(3, 3)
+    with cpu_kernels(model):
+        assert ALL_ATTENTION_FUNCTIONS[cpu.USUAL] is sdpa_attention_forward
 
 
 def test_nothing_stays_behind() -> None:

@@ -1,6 +1,6 @@
-"""Gradients on a CPU: norms, attention, RoPE and gates that compute the same in less time and memory.
+"""A model on a CPU: norms, attention, RoPE and gates that compute the same in less time and memory.
 
-They stand in for transformers' own while gradients are taken or a model trains, and are gone afterwards: nothing of a
+They stand in for transformers' own while a model trains, writes or is measured, and are gone afterwards: nothing of a
 model or its configuration changes.
 """
 
@@ -22,7 +22,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from slimtune.arch import bind
-from slimtune.arch.bind import Block
+from slimtune.arch.bind import Block, ModelMap
+from slimtune.errors import ShapeError, UnknownArchitecture
 from slimtune.kernels.attention import LONGEST, attention
 from slimtune.kernels.rows import gated_silu, rms_norm, rotary
 
@@ -35,19 +36,21 @@ ROPE = "apply_rotary_pos_emb"
 
 @contextmanager
 def cpu_kernels(model: nn.Module) -> Iterator[None]:
-    """Within the block, gradients of `model` (a Hugging Face model, not its `PeftModel`) on a CPU take less time.
+    """Within the block, `model` (a Hugging Face model, not its `PeftModel`) and its gradients take less time on a CPU.
 
-    Frozen RMS norms, gates by SiLU and RoPE as Llama has it run as `slimtune.kernels.rows`, PyTorch's attention as
-    `slimtune.kernels.attention`, where a gradient is wanted. Elsewhere than on a CPU nothing changes.
+    RMS norms whose gains do not train, gates by SiLU and RoPE as Llama has it run as `slimtune.kernels.rows`,
+    PyTorch's attention as `slimtune.kernels.attention`. Elsewhere than on a CPU, and of a model without a map, nothing
+    changes.
     """
-    if next(model.parameters()).device.type != "cpu":
+    modelmap = _map(model) if next(model.parameters()).device.type == "cpu" else None
+    if modelmap is None:
         yield
         return
     with ExitStack() as stack:
-        modelmap, modules = bind(model), dict(model.named_modules())
+        modules = dict(model.named_modules())
         for norm in modelmap.norms:
             module = modules[norm.name]
-            if norm.kind != "layer" and not cast(Tensor, module.weight).requires_grad:
+            if norm.kind != "layer":
                 plus_one = norm.kind == "rms_plus_one"
                 stack.enter_context(_running(module, partial(_norm, module, plus_one, modelmap.epsilon)))
         for block in modelmap.blocks:
@@ -57,6 +60,13 @@ def cpu_kernels(model: nn.Module) -> Iterator[None]:
         for home in sorted({type(modules[block.name]).__module__ for block in modelmap.blocks}):
             stack.enter_context(_turning(sys.modules[home]))
         yield
+
+
+def _map(model: nn.Module) -> ModelMap | None:
+    try:
+        return bind(model)
+    except (UnknownArchitecture, ShapeError):
+        return None
 
 
 @contextmanager
@@ -84,8 +94,6 @@ def _parts(module: nn.Module, block: Block) -> list[str] | None:
 
 def _gated(module: nn.Module, parts: list[str], x: Tensor) -> Tensor:
     gate, value, out = (module.get_submodule(name) for name in parts)
-    if not torch.is_grad_enabled():
-        return cast(Tensor, type(module).forward(module, x))
     return cast(Tensor, out(gated_silu(gate(x), value(x))))
 
 
@@ -129,15 +137,16 @@ def _rotary(
     *rest: Any,
     **others: Any,
 ) -> tuple[Tensor, Tensor]:
-    if not torch.is_grad_enabled() or rest or others or cos.requires_grad:
+    if rest or others or cos.requires_grad:
         return usual(q, k, cos, sin, *rest, **others)
     return rotary(q, cos, sin), rotary(k, cos, sin)
 
 
 def _norm(module: nn.Module, plus_one: bool, epsilon: float, x: Tensor) -> Tensor:
-    if not torch.is_grad_enabled():
+    weight = cast(Tensor, module.weight)
+    if weight.requires_grad and torch.is_grad_enabled():
         return cast(Tensor, type(module).forward(module, x))
-    gain = cast(Tensor, module.weight).to(torch.promote_types(x.dtype, torch.float32))
+    gain = weight.detach().to(torch.promote_types(x.dtype, torch.float32))
     return rms_norm(x, 1 + gain if plus_one else gain, epsilon)
 
 
@@ -158,11 +167,11 @@ def _attention(
         sides = [t.to(torch.get_autocast_dtype("cpu")) for t in sides]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = causal and attention_mask is None and query.shape[2] > 1
+    learning = torch.is_grad_enabled() and any(t.requires_grad for t in sides)
     if (
-        not torch.is_grad_enabled()
-        or dropout
+        dropout
         or query.dtype is torch.float16
-        or key.shape[2] > LONGEST
+        or (learning and key.shape[2] > LONGEST)
         or (causal and key.shape[2] != query.shape[2])
         or key.shape[-1] != value.shape[-1]
         or (attention_mask is not None and (attention_mask.requires_grad or attention_mask.ndim != 4))

@@ -17,7 +17,7 @@ from torch.nn.functional import log_softmax
 
 from slimtune.calib.formats import Conversation
 from slimtune.errors import CalibrationError
-from slimtune.evaluate.inference import inference
+from slimtune.evaluate.inference import running
 from slimtune.evaluate.rows import prompt_and_reply
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def accuracy(
         )
     replies = sorted(counts)
     right = 0
-    with inference(model):
+    with running(model):
         for start in range(0, len(pairs), batch_size):
             chunk = pairs[start : start + batch_size]
             scores = torch.stack([_likelihood(model, tokenizer, [p for p, _ in chunk], reply) for reply in replies], 1)

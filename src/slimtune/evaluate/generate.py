@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimtune.arch.weights import require_logits
+from slimtune.calib.cpu import cpu_kernels
 from slimtune.errors import RecipeError
-from slimtune.evaluate.inference import inference, require_positions
+from slimtune.evaluate.inference import cache_of, inference, require_positions
+from slimtune.lora.attach import base_of
 from slimtune.quant.decoding import decoding
 
 
@@ -105,11 +107,12 @@ def stream(
     room = max_new_tokens if positions is None else min(max_new_tokens, positions - ids.shape[1])
     ends = model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    cache, new, shown = None, [], ""
+    cache: dict[str, Any] = {}
+    new, shown = [], ""
     for _ in range(room):
         with inference(model):  # for each token: what is done with a piece is not the model's to decide
-            output = model(**{name: ids}, **carried, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+            output = model(**{name: ids}, **carried, **cache, use_cache=True)
+        cache = cache_of(output)
         require_logits(model, output.logits[0, -1])
         token = choose(output.logits[0, -1], sampling, generator)
         if token in stops:
@@ -136,7 +139,7 @@ def write_reply(
     """
     if max_new_tokens < 1:
         raise RecipeError("nothing to write", where="max_new_tokens", got=max_new_tokens, wanted="1 or more")
-    with decoding(model):
+    with decoding(model), cpu_kernels(base_of(model)):
         start = time.perf_counter()
         times = [start]
         for piece in stream(model, tokenizer, inputs, max_new_tokens, sampling):

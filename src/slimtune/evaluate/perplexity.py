@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from slimtune.errors import CalibrationError, RecipeError, ShapeError
-from slimtune.evaluate.inference import inference, require_positions, require_vocabulary
+from slimtune.evaluate.inference import require_positions, require_vocabulary, running
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,7 +74,7 @@ def perplexity(
         batches.append(rest[None])
     windows = sum(len(batch) for batch in batches)
     total, done = 0.0, 0
-    with inference(model):
+    with running(model):
         for batch in batches:
             total += _loss(model, batch.to(model.device, torch.long), first=done)
             done += len(batch)

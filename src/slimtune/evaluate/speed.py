@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from slimtune.errors import RecipeError
-from slimtune.evaluate.inference import inference, require_positions
+from slimtune.evaluate.inference import cache_of, require_positions, running
 from slimtune.quant.decoding import decoding
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def speed(model: PreTrainedModel, *, prompt_tokens: int = 512, new_tokens: int =
     require_positions(model, prompt_tokens + new_tokens, "speed: prompt_tokens + new_tokens")
     vocabulary = model.config.get_text_config().vocab_size
     prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
-    with inference(model), decoding(model):
+    with running(model), decoding(model):
         _times(model, prompt, new_tokens)
         times = [_times(model, prompt, new_tokens) for _ in range(repeats)]
     prefill, decode = (statistics.median(column) for column in zip(*times, strict=True))
@@ -63,7 +63,7 @@ def _times(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> tup
     token.item()
     middle = time.perf_counter()
     for _ in range(new_tokens):
-        output = model(**{name: token}, past_key_values=output.past_key_values, use_cache=True, **carried)
+        output = model(**{name: token}, **cache_of(output), use_cache=True, **carried)
         token = output.logits[:, -1:].argmax(-1)
     token.item()
     return middle - start, time.perf_counter() - middle

@@ -44,7 +44,7 @@ import numpy
 import torch
 
 from slimtune.errors import BackendMissing, CalibrationError, FormatError, RecipeError
-from slimtune.evaluate.inference import inference
+from slimtune.evaluate.inference import running
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -109,7 +109,7 @@ def tasks(
     _require_distinct([spec if isinstance(spec, str) else spec["task"] for spec in specs] + means)
     if not specs:
         return []
-    with inference(model), _random_states_kept():
+    with running(model), _random_states_kept():
         harness = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
         try:
             results = simple_evaluate(

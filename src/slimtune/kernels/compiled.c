@@ -350,13 +350,18 @@ void turn(const void *x, const void *cosine, const void *sine, int64_t back, int
     }
 }
 
+/* Keys that a query may see, of the `n` there are: where `causal`, those up to its own place. */
+static inline int64_t keys_seen(int64_t row, int64_t n, int64_t queries, int64_t start, int64_t causal) {
+    int64_t seen = start + row % queries + 1;
+    return causal && seen < n ? seen : n;
+}
+
 /* Scores `p` become exp(scale p - level), 0 where a query (of which `queries` follow each other) may not see a key. */
 void probabilities(float *p, const float *level, float scale, int64_t rows, int64_t n, int64_t queries, int64_t start,
                    int64_t causal, int64_t threads) {
     ROWS(rows) {
         float *line = p + row * n, less = level[row];
-        int64_t seen = causal ? start + row % queries + 1 : n;
-        if (seen > n) seen = n;
+        int64_t seen = keys_seen(row, n, queries, start, causal);
         SIMD for (int64_t j = 0; j < seen; j++) line[j] = exponential(line[j] * scale - less);
         memset(line + seen, 0, 4 * (n - seen));
     }
@@ -382,13 +387,70 @@ static inline void extremes(const void *x, int64_t start, int64_t n, int32_t *lo
     *high = most;
 }
 
-static inline float exponentials(const void *x, int64_t start, int64_t n, float most, float *to, int kind) {
+static inline float exponentials(const void *x, int64_t start, int64_t n, float most, float scale, float *to,
+                                 int kind) {
     float sum = 0;
     _Pragma("omp simd reduction(+ : sum)") for (int64_t j = 0; j < n; j++) {
-        to[j] = exponential(get(x, kind, start + j) - most);
+        to[j] = exponential((get(x, kind, start + j) - most) * scale);
         sum += to[j];
     }
     return sum;
+}
+
+/* Scores `p` become softmax(scale p), of the keys that a query may see as above, and `level` their log-sum-exp: 0 and
+   infinity where all are -infinity. */
+void softmax(float *p, float *level, float scale, int64_t rows, int64_t n, int64_t queries, int64_t start,
+             int64_t causal, int64_t threads) {
+    ROWS(rows) {
+        float *line = p + row * n;
+        int64_t seen = keys_seen(row, n, queries, start, causal);
+        int32_t low = INT32_MAX, high = INT32_MIN;
+        extremes(line, 0, seen, &low, &high, 0);
+        float most = unordered(high);
+        if (most == -INFINITY) {
+            memset(line, 0, 4 * n);
+            level[row] = INFINITY;
+            continue;
+        }
+        float sum = exponentials(line, 0, seen, most, scale, line, 0), over = 1 / sum;
+        SIMD for (int64_t j = 0; j < seen; j++) line[j] *= over;
+        memset(line + seen, 0, 4 * (n - seen));
+        level[row] = most * scale + logf(sum);
+    }
+}
+
+/* One query's softmax(scale q k) v: keys and values `[n, width]` from `start` on, of which it sees those with a `mask`
+   that is not 0, or all. */
+static inline void attend_row(const void *q, const void *k, const void *v, const uint8_t *mask, float scale,
+                              int64_t row, int64_t start, int64_t n, int64_t width, void *y, int kind) {
+    float *score = scratch(n + 2 * width), *query = score + n, *sum = query + width, total = 0, most = -INFINITY;
+    SIMD for (int64_t i = 0; i < width; i++) {
+        query[i] = get(q, kind, row * width + i) * scale;
+        sum[i] = 0;
+    }
+    for (int64_t j = 0; j < n; j++) {
+        float dot = 0;
+        int64_t at = start + j * width;
+        _Pragma("omp simd reduction(+ : dot)") for (int64_t i = 0; i < width; i++) dot += query[i] * get(k, kind, at + i);
+        score[j] = mask && !mask[row * n + j] ? -INFINITY : dot;
+        most = score[j] > most || score[j] != score[j] ? score[j] : most;
+    }
+    if (most != -INFINITY) total = exponentials(score, 0, n, most, 1, score, 0);
+    for (int64_t j = 0; j < n && total != 0; j++) {
+        float p = score[j];
+        int64_t at = start + j * width;
+        if (p != 0) {
+            SIMD for (int64_t i = 0; i < width; i++) sum[i] += p * get(v, kind, at + i);
+        }
+    }
+    float over = total != 0 ? 1 / total : 0;
+    SIMD for (int64_t i = 0; i < width; i++) put(y, kind, row * width + i, sum[i] * over);
+}
+
+/* Attention of a few queries: `rows` of them, `several` of which follow each other and share keys and values. */
+void attend(const void *q, const void *k, const void *v, const uint8_t *mask, float scale, int64_t rows,
+            int64_t several, int64_t n, int64_t width, void *y, int64_t kind, int64_t threads) {
+    ROWS(rows) { EACH_KIND(attend_row, q, k, v, mask, scale, row, row / several * n * width, n, width, y); }
 }
 
 /* -log softmax(logits)[label] of each row; the logits become its gradient where `slope`. */
@@ -400,7 +462,8 @@ void cross_entropy(void *logits, const int64_t *label, int64_t rows, int64_t n, 
         int32_t low = INT32_MAX, high = INT32_MIN;
         EACH_KIND(extremes, logits, start, n, &low, &high);
         float most = unordered(high);
-        float sum = kind ? exponentials(logits, start, n, most, line, 1) : exponentials(logits, start, n, most, line, 0);
+        float sum = kind ? exponentials(logits, start, n, most, 1, line, 1)
+                         : exponentials(logits, start, n, most, 1, line, 0);
         loss[row] = logf(sum) + most - get(logits, (int)kind, start + label[row]);
         if (!slope) continue;
         float over = 1 / sum, there = line[label[row]] * over - 1;

@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,20 +113,20 @@ def fits(*tensors: Tensor | None) -> bool:
 def _run(name: str, work: int, *arguments: Tensor | float | None) -> None:
     """Call a loop that works on `work` numbers; tensors live until it returns. Raises `ValueError` on one that is not
     contiguous, or not on a CPU."""
-    given: list[Any] = []
+    given: list[int | float | None] = []
     for argument in arguments:
         if isinstance(argument, Tensor):
-            if argument.device.type != "cpu" or not argument.is_contiguous():
+            if not (argument.is_cpu and argument.is_contiguous()):
                 raise ValueError(f"{name}: a tensor on {argument.device}, strides {argument.stride()}")
-            given.append(ctypes.c_void_p(argument.data_ptr()))
-        elif argument is None:
-            given.append(ctypes.c_void_p())
+            given.append(argument.data_ptr())
         else:
-            given.append(ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.c_float(argument))
-    threads = torch.get_num_threads() if work > FEW else 1
+            given.append(argument)
     function = getattr(library(), name)
-    function.restype = None
-    function(*given, ctypes.c_int64(threads))
+    if function.argtypes is None:  # the first call: a place takes the same kind of argument in all
+        kinds = {float: ctypes.c_float, int: ctypes.c_int64}
+        function.argtypes = [kinds.get(type(argument), ctypes.c_void_p) for argument in arguments] + [ctypes.c_int64]
+        function.restype = None
+    function(*given, torch.get_num_threads() if work > FEW else 1)
 
 
 def decode_affine(
@@ -245,6 +244,31 @@ def probabilities_(scores: Tensor, level: Tensor, scale: float, *, queries: int,
     """
     sizes = level.numel(), scores.shape[-1], queries, start
     _run("probabilities", scores.numel(), scores, level.contiguous(), float(scale), *sizes, int(causal))
+
+
+def softmax_(scores: Tensor, scale: float, *, queries: int, start: int, causal: bool) -> Tensor:
+    """Scores, float32 `[..., keys]`, become `softmax(scale * score)` (scale > 0); their log-sum-exp, `[...]`.
+
+    Rows and `causal` are as above. A row of nothing but minus infinity becomes 0, its log-sum-exp infinity.
+    """
+    level = torch.empty(scores.shape[:-1], dtype=torch.float32, device="cpu")
+    sizes = level.numel(), scores.shape[-1], queries, start
+    _run("softmax", scores.numel(), scores, level, float(scale), *sizes, int(causal))
+    return level
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """`softmax(scale q kᵀ) v` of few queries: `q` `[batch, heads, queries, width]`, `k` and `v` `[batch, key-value
+    heads, keys, width]`; `mask` is what may be seen, bool, and expands to `[batch, heads, queries, keys]`.
+
+    A query that sees nothing gets 0.
+    """
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    y, (keys, width) = torch.empty_like(q), k.shape[2:]
+    seen = None if mask is None else mask.expand(*q.shape[:-1], keys).contiguous().view(torch.uint8)
+    sizes = q.numel() // width, q.shape[1] // k.shape[1] * q.shape[2], keys, width
+    _run("attend", q.numel() * keys, q, k, v, seen, float(scale), *sizes, y, KINDS[q.dtype])
+    return y
 
 
 def slopes_(grad: Tensor, probability: Tensor, less: Tensor) -> None:
