@@ -223,3 +223,14 @@ def test_a_merged_mapping_may_be_named_twice() -> None:
     assert parse(text) == {"w": {"d": {"e": {"a": 2}}}, "x": {"a": 2}}
     with pytest.raises(RecipeError, match="a second key 'a'"):
         parse("x: {a: 1, a: 2}")
+
+
+@pytest.mark.parametrize("key", ["r", "rank"])  # PyYAML 6.0.4 tells texts apart by where they lie
+def test_of_merged_mappings_the_first_counts(key: str) -> None:
+    text = f"a: &a {{{key}: 1}}\nb: &b {{{key}: 2, c: 3}}\nboth: {{<<: [*a, *b]}}\nown: {{<<: [*b, *a], {key}: 4}}\n"
+    found = parse(text)
+    assert found["both"] == {key: 1, "c": 3} and found["own"] == {key: 4, "c": 3}
+    with pytest.raises(RecipeError, match=r"line 1(.|\n)*takes mappings"):
+        parse("x: {<<: [1]}")
+    with pytest.raises(RecipeError, match="unhashable"):
+        parse("x: {[1, 2]: 3}")

@@ -18,7 +18,25 @@ PLAIN = (str, tuple[str, ...], DataSource, type(None))  # what a text of the she
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with two repairs: `1e-4` is a number, as in YAML 1.2, and a key that stands twice is an error."""
+    """YAML 1.1 with three repairs: `1e-4` is a number, as in YAML 1.2, a key that stands twice is an error, and of
+    merged mappings the first counts, which PyYAML 6.0.4 forgets."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """`<<` looked into: what stands beside it counts more than what is merged."""
+        own, merged = [], []
+        for key, value in node.value:
+            if key.tag != "tag:yaml.org,2002:merge":
+                own.append((key, value))
+                continue
+            for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if not isinstance(source, yaml.MappingNode):
+                    raise yaml.MarkedYAMLError(problem="'<<' takes mappings", problem_mark=source.start_mark)
+                self.flatten_mapping(source)
+                merged.append(source.value)
+        pairs = [pair for source in reversed(merged) for pair in source] + own
+        node.value = list(
+            {key.value if isinstance(key, yaml.ScalarNode) else key: (key, v) for key, v in pairs}.values()
+        )
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """The node of a mapping, before any `<<` is looked into."""
