@@ -6,8 +6,10 @@ Two models: SmolLM2-135M, and a random Llama of the 1B shape (2048 wide, 8192 in
 values) with a few of its 16 layers, since they are all alike. Only the last row of logits is computed, as in
 generation. The reference decodes the weights and rounds inputs in floats, as slimtune does elsewhere. Arms run in
 turns; the best of the repeats counts, in CPU seconds of the process, which a busy machine disturbs less than wall
-time. The plain arm rounds tokens and scales products in the model's dtype, a line each. The rotated arm has its online
-transforms (before the last linears of attention and feed-forward) timed on their own.
+time. slimtune's arms run as its `evaluate` and `generate` do, with its loops for norms, attention and gates (`with
+slimtune's loops` is bfloat16 in that way); `bfloat16` and the plain arm are stock transformers. The plain arm rounds
+tokens and scales products in the model's dtype, a line each. The rotated arm has its online transforms (before the last
+linears of attention and feed-forward) timed on their own.
 
 All of it twice: with what the processor has, and with oneDNN told to go without AMX, as on most processors. Its
 products in bfloat16 are then those of AVX512 with BF16 units (or emulated, where the processor has none).
@@ -22,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import slimtune
 from slimtune.arch import bind
+from slimtune.calib.cpu import cpu_kernels
 from slimtune.kernels.dispatch import reference
 from slimtune.recipe.run import environment
 from slimtune.rotate.online import OnlineTransform
@@ -41,6 +44,7 @@ UNITS = {"all": "DEFAULT", "no AMX": "AVX512_CORE_BF16"}
 """What oneDNN may use, by its names."""
 
 ROTATED = "W4A4 rotated, slimtune"
+LOOPS = "bfloat16, with slimtune's loops"
 SETTINGS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4)}
 
 
@@ -63,6 +67,7 @@ class PlainInt8(nn.Module):
 def arms(make: Callable[[], Any]) -> dict[str, Any]:
     """The models by name, all in bfloat16 but for what is in integers."""
     models = {"bfloat16": make()}
+    models[LOOPS] = models["bfloat16"]
     plain = make()
     for port in bind(plain).linears:
         parent, _, leaf = port.name.rpartition(".")
@@ -126,10 +131,15 @@ def measure(models: dict[str, Any], repeats: int) -> dict[str, dict[str, float]]
     best: dict[str, dict[str, float]] = {name: {} for name in models}
     for repeat in range(repeats + 1):
         for name, model in models.items():
-            cpu, wall = time.process_time(), time.perf_counter()
-            with reference() if name.endswith("reference") else nullcontext(), timed() as online:
+            with ExitStack() as stack:
+                online = stack.enter_context(timed())
+                if "slimtune" in name:
+                    stack.enter_context(cpu_kernels(model))
+                if name.endswith("reference"):
+                    stack.enter_context(reference())
+                cpu, wall = time.process_time(), time.perf_counter()
                 model(input_ids=tokens, use_cache=True, logits_to_keep=1)
-            spent = {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall}
+                spent = {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall}
             if name == ROTATED:
                 spent["online_cpu_seconds"] = online[0]
             if repeat:  # the first packs weights
