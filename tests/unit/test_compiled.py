@@ -18,7 +18,7 @@ from torch.nn.functional import silu
 
 from slimtune.kernels import compiled, int8
 from slimtune.kernels.attention import attention
-from slimtune.kernels.dispatch import decode_trellis, dequantize_affine, dequantize_codebook
+from slimtune.kernels.dispatch import decode_trellis, dequantize_affine, dequantize_codebook, encode_trellis
 from slimtune.kernels.rows import gated_silu, rms_norm, rotary
 from slimtune.linalg import trellis
 from slimtune.linalg.hadamard import matrix, small_factors
@@ -129,6 +129,21 @@ def test_transforms_are_the_matrices(dtype: torch.dtype, rows: int, columns: int
     wanted = (matrix(rows).T @ x.double())[:keep, :left] * down.double()[:, None] * across.double()
     assert got.dtype == dtype
     close(got, wanted)
+
+
+@needed
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("count", [1, 16, 35])
+def test_walks_are_as_near_as_the_references(bits: int, count: int) -> None:
+    x = torch.randn(count, 256) * torch.tensor([1.0, 0.0, 9.0])[torch.arange(count) % 3, None]
+    encoder = trellis.Encoder(bits)
+    codes, exact = encode_trellis(x, encoder), x.double()
+    mine, reference = (trellis.decode(found, bits, torch.float64) for found in (codes, encoder(exact)))
+    far = [(found - exact).square().sum(1) for found in (mine, reference)]
+    torch.testing.assert_close(far[0], far[1], rtol=1e-5, atol=1e-5)
+    same = codes == encoder(exact)
+    assert float(same[0::3].float().mean()) > 0.99  # of zeros, many walks are equally near
 
 
 @needed

@@ -104,6 +104,8 @@ static inline float unordered(int32_t order) {
     return x;
 }
 
+#define LANES 16
+
 /* --- packed weights ------------------------------------------------------------------------------------------- */
 
 /* Eight codes of `bits` bits each, the lowest in the lowest byte: halves are moved apart, and theirs, and theirs. */
@@ -202,9 +204,90 @@ void decode_trellis(const uint8_t *codes, const float *numbers, int64_t rows, in
     }
 }
 
-/* --- orthogonal transforms ------------------------------------------------------------------------------------ */
+/* One step of 16 walks at once: `after[r]` is the least cost of a walk whose next symbols are `r` (all of a state but
+   one), from `before`, likewise, and the cost of the state between; `from` has the symbols that were dropped, those of
+   eight `r` in a number. */
+static inline void walk_step(const float *before, const float *x, const float *numbers, float *after, int32_t *from,
+                             int bits) {
+    int64_t fan = 1 << bits, places = 4096 >> bits;
+    for (int64_t eight = 0; eight < places; eight += 8) {
+        int32_t *said = from + eight / 8 * LANES;
+        for (int64_t r = eight; r < eight + 8; r++) {
+            const float *number = numbers + r * fan, *was = before + (r * fan & (places - 1)) * LANES;
+            int shift = bits * (int)(r - eight);
+            SIMD for (int l = 0; l < LANES; l++) {
+                float off = x[l] - number[0], least = was[l] + off * off;
+                int32_t at = 0;
+                _Pragma("GCC unroll 16") for (int j = 1; j < fan; j++) {
+                    off = x[l] - number[j];
+                    float cost = was[j * LANES + l] + off * off;
+                    at = cost < least ? j : at;
+                    least = cost < least ? cost : least;
+                }
+                after[r * LANES + l] = least;
+                said[l] = (shift ? said[l] : 0) | at << shift;
+            }
+        }
+    }
+}
 
-#define LANES 16
+/* The cheapest walks through `steps` numbers, 16 side by side in `x`, and their symbols. Where `seam` is given, they
+   begin with its symbols (all of a state but one, a place a lane), and have them again after the last step. */
+static inline void walk(const float *x, int64_t steps, const float *numbers, const int32_t *seam, float *best,
+                        int32_t *from, uint8_t *symbols, int bits) {
+    int64_t places = 4096 >> bits, words = places / 8 * LANES;
+    float *before = best, *after = best + places * LANES;
+    for (int64_t r = 0; r < places; r++)
+        for (int l = 0; l < LANES; l++) before[r * LANES + l] = seam && seam[l] != r ? 1e30f : 0;
+    for (int64_t t = 0; t < steps; t++) {
+        walk_step(before, x + t * LANES, numbers, after, from + t * words, bits);
+        float *swap = before;
+        before = after;
+        after = swap;
+    }
+    for (int l = 0; l < LANES; l++) {
+        int64_t r = seam ? seam[l] : 0;
+        for (int64_t other = 0; !seam && other < places; other++)
+            if (before[other * LANES + l] < before[r * LANES + l]) r = other;
+        for (int64_t t = steps - 1; t >= 0; t--) {
+            uint32_t word = (uint32_t)from[t * words + r / 8 * LANES + l];
+            int64_t symbol = word >> bits * (r % 8) & ((1 << bits) - 1);
+            symbols[t * LANES + l] = (uint8_t)symbol;
+            r = (r << bits | symbol) & (places - 1);
+        }
+    }
+}
+
+#define EACH_WIDTH(...) \
+    if (bits == 2) \
+        walk(__VA_ARGS__, 2); \
+    else if (bits == 3) \
+        walk(__VA_ARGS__, 3); \
+    else \
+        walk(__VA_ARGS__, 4)
+
+/* Closed walks near `rows` sequences of 256 numbers, a symbol a byte: first through the 64 steps around the seam, then
+   through all of them, closed as those said. */
+void encode_trellis(const float *x, const float *numbers, int64_t rows, int64_t bits, uint8_t *symbols,
+                    int64_t threads) {
+    ROWS((rows + LANES - 1) / LANES) {
+        int64_t places = 4096 >> bits, first = row * LANES, here = rows - first < LANES ? rows - first : LANES;
+        float *side = scratch((320 + 2 * places + 256 * places / 8 + 80) * LANES), *best = side + 320 * LANES;
+        int32_t *from = (int32_t *)(best + 2 * places * LANES), seam[LANES] = {0};
+        uint8_t *found = (uint8_t *)(from + 256 * places / 8 * LANES);
+        for (int64_t t = 0; t < 256; t++)
+            for (int64_t l = 0; l < LANES; l++) side[(t + 32) * LANES + l] = l < here ? x[(first + l) * 256 + t] : 0;
+        memcpy(side, side + 256 * LANES, 32 * LANES * 4);
+        EACH_WIDTH(side, 64, numbers, 0, best, from, found);
+        for (int64_t u = 0; u < 12 / bits - 1; u++)
+            for (int64_t l = 0; l < LANES; l++) seam[l] |= found[(32 + u) * LANES + l] << bits * u;
+        EACH_WIDTH(side + 32 * LANES, 256, numbers, seam, best, from, found);
+        for (int64_t l = 0; l < here; l++)
+            for (int64_t t = 0; t < 256; t++) symbols[(first + l) * 256 + t] = found[t * LANES + l];
+    }
+}
+
+/* --- orthogonal transforms ------------------------------------------------------------------------------------ */
 
 typedef float lanes_t __attribute__((vector_size(4 * LANES), aligned(4)));
 

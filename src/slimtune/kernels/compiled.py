@@ -173,6 +173,14 @@ def decode_trellis(codes: Tensor, numbers: Tensor, bits: int) -> Tensor:
     return out
 
 
+def encode_trellis(x: Tensor, numbers: Tensor, bits: int) -> Tensor:
+    """Symbols, uint8 `[n, 256]`, of closed walks near the sequences `x` (float32 `[n, 256]`): as
+    `slimtune.linalg.trellis.closed`, 2, 3 or 4 bits a symbol. `numbers`, float32 `[4096]`, are those of states."""
+    x, symbols = x.contiguous(), torch.empty(x.shape, dtype=torch.uint8, device="cpu")
+    _run("encode_trellis", x.numel() * len(numbers), x, numbers.contiguous(), len(x), bits, symbols)
+    return symbols
+
+
 def turn_rows_(x: Tensor, matrices: Sequence[Tensor]) -> None:
     """Multiply every row of `x`, contiguous float32 `[rows, n]`, by a Kronecker product of matrices, in place."""
     rows, n = x.shape

@@ -1,5 +1,5 @@
 """Which kernel does a thing: the fastest for its device and dtype. All equal the reference: decoding bit for bit,
-products of integers (`slimtune.kernels.int8`) within float rounding.
+products of integers (`slimtune.kernels.int8`) and the cost of walks within float rounding.
 
 On a CPU the loops of `slimtune.kernels.compiled` run where there is a compiler; without one it is a choice by dtype. On
 a GPU plain torch runs, or with `SLIMTUNE_TRITON=1` the kernels of `slimtune.kernels.triton`; where that is asked for
@@ -22,7 +22,7 @@ from slimtune.kernels.cpu import TABLED, has_zeros, unpack_half
 from slimtune.kernels.reference import apply_grid_
 from slimtune.kernels.reference import dequantize_codebook as reference_codebook
 from slimtune.linalg import lattice, trellis
-from slimtune.linalg.packing import unpack
+from slimtune.linalg.packing import pack, unpack
 
 WANTED = "SLIMTUNE_TRITON"
 """The environment variable that turns Triton's kernels on, by `1`."""
@@ -155,6 +155,18 @@ def decode_trellis(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float32 and compiled.fits(codes):
         return compiled.decode_trellis(codes, trellis.numbers(bits, dtype, codes.device), bits)
     return trellis.decode(codes, bits, dtype)
+
+
+def encode_trellis(x: Tensor, encoder: trellis.Encoder) -> Tensor:
+    """Codes, uint8 `[n, 32 * bits]`, of normal numbers of variance 1, `[n, 256]`.
+
+    The loop in C finds a walk as near as `encoder` does, and another one only where two are equally near.
+    """
+    if x.dtype == torch.float32 and compiled.fits(x):
+        bits = encoder.bits
+        numbers = trellis.table(bits).to(torch.float32)
+        return pack(compiled.encode_trellis(x * trellis.SPREAD[bits], numbers, bits), bits)
+    return encoder(x)
 
 
 _references = [False]

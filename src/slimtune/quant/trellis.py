@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from slimtune.kernels.dispatch import encode_trellis
 from slimtune.linalg.trellis import STEPS, Encoder, decode
 from slimtune.quant import rotated
 from slimtune.quant.incoherent import Code, Incoherent
@@ -34,7 +35,7 @@ class Walks:
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes, uint8 `[m, 32 * bits]`, of `[16 m, 16]`."""
-        return self._encoder(x.reshape(-1, STEPS))
+        return encode_trellis(x.reshape(-1, STEPS), self._encoder)
 
     def decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """The numbers, `dtype [16 m, 16]`."""
