@@ -4,6 +4,8 @@
     loraprune  pruned along LoRA by LoRAPrune's importance, normalised by module
     flap       pruned at once by flap, then LoRA
     wanda      pruned at once by wanda, fitted by least squares, then LoRA
+    wanda-only the same without the fit
+    loraprune-half  LoRAPrune's importance again, with the ramp over after half of the steps
     depth      whole layers, at once, by the loss without them, then LoRA
     gate       pruned along LoRA by gate-fisher, taught by the unpruned model
     gate-fit   the same, fitted at every choice
@@ -59,6 +61,8 @@ def arms(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
         "taylor": [{"prune": {**cut, "importance": "weight-taylor"}}, lora, train, *end],
         "loraprune": [lora, {"prune": {**ramp, **lora_paper}}, train, *end],
         "wanda": [{"prune": {**cut, **wanda, "refit": True}}, lora, train, *end],
+        "wanda-only": [{"prune": {**cut, **wanda}}, lora, train, *end],
+        "loraprune-half": [lora, {"prune": {**ramp, **lora_paper, "warmup": 0.0, "cooldown": 0.5}}, train, *end],
         "flap": [{"prune": {**cut, "importance": "flap"}}, lora, train, *end],
         "depth": [{"prune": depth}, lora, train, *end],
         "gate": [lora, {"prune": {**ramp, **fisher}}, taught, *end],
@@ -90,8 +94,22 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32")
     arguments = parser.parse_args()
-    keys = ("ratio", "targets", "every", "steps", "learning_rate", "length", "tokens", "samples", "limit")
+    keys = (
+        "ratio",
+        "targets",
+        "every",
+        "steps",
+        "learning_rate",
+        "length",
+        "tokens",
+        "samples",
+        "limit",
+        "seed",
+        "dtype",
+    )
     settings = {key: getattr(arguments, key) for key in keys}
     rows = []
     for name in arguments.arms:
@@ -101,7 +119,8 @@ def main() -> None:
             "calibration": {"path": arguments.train, "samples": arguments.samples, "length": 512},
         }
         recipe = {
-            "model": arguments.model, "seed": 0, "dtype": "float32", "data": data, "steps": arms(arguments)[name]
+            "model": arguments.model, "seed": arguments.seed, "dtype": arguments.dtype, "data": data,
+            "steps": arms(arguments)[name],
         }  # fmt: skip
         report = slimtune.run(recipe, folder, resume=folder.is_dir())
         values = {m["name"]: m["value"] for m in report["metrics"]}
@@ -110,7 +129,7 @@ def main() -> None:
         rows.append({"arm": name, "parameters": parameters, "seconds": seconds, **values})
         told = ", ".join(f"{key} {value:,.2f}" for key, value in values.items() if key.endswith("perplexity"))
         print(f"{name:10} {parameters:,} parameters, {told}", flush=True)
-        head = {"environment": environment(), "model": Path(arguments.model).name, "seed": 0}
+        head = {"environment": environment(), "model": Path(arguments.model).name}
         arguments.output.write_text(json.dumps({**head, **settings, "rows": rows}, indent=1) + "\n")
 
 

@@ -80,8 +80,9 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    kept = ("method", "bits", "kind", "online", "steps", "learning_rate", "tokens", "samples")
+    kept = ("method", "bits", "kind", "online", "steps", "learning_rate", "tokens", "samples", "seed")
     settings = {key: getattr(arguments, key) for key in kept}
     rows = []
     for letter in arguments.arms:
@@ -91,15 +92,16 @@ def main() -> None:
             "train": {"path": arguments.train, "samples": 2000},
             "calibration": {"path": arguments.calibration, "samples": arguments.samples, "length": 512},
         }
-        recipe = {"model": model, "seed": 0, "dtype": "float32", "data": data, "steps": steps}
+        recipe = {"model": model, "seed": arguments.seed, "dtype": "float32", "data": data, "steps": steps}
         report = slimtune.run(recipe, folder, resume=folder.is_dir())
         values = [m["value"] for m in report["metrics"] if m["name"] == "wikitext2_perplexity"]
         steps_taken = [step["step"] for step in report["steps"]]
         rows.append({"arm": letter, "steps": steps_taken, "perplexity": values[-1]})
         print(f"{letter}  {' -> '.join(steps_taken):60} {values[-1]:,.2f}", flush=True)
         RESULTS.mkdir(exist_ok=True)
-        name = f"rolora_smollm2_{arguments.method}_w{arguments.bits}a{arguments.bits}.json"
-        head = {"environment": environment(), "model": Path(arguments.model).name, "seed": 0, "length": 512}
+        seed = f"_seed{arguments.seed}" if arguments.seed else ""
+        name = f"rolora_smollm2_{arguments.method}_w{arguments.bits}a{arguments.bits}{seed}.json"
+        head = {"environment": environment(), "model": Path(arguments.model).name, "length": 512}
         (RESULTS / name).write_text(json.dumps({**head, **settings, "rows": rows}, indent=1) + "\n")
 
 

@@ -189,3 +189,10 @@ def test_fields_and_statistics_are_checked(make: Any) -> None:
             make(**wrong)
     with pytest.raises(CalibrationError, match="not positive definite"):
         make()(w, {"hessian": -h})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_weights_are_turned_in_float32_unless_they_have_more(dtype: torch.dtype) -> None:
+    turned = turn(torch.randn(20, 36).to(dtype), torch.eye(36), Points(2), spread=0.9, damp=0.01, seed=0)
+    wanted = torch.promote_types(dtype, torch.float32)
+    assert {t.dtype for t in (turned.w, turned.h, turned.upper)} == {wanted}

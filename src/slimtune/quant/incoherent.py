@@ -145,7 +145,7 @@ def turn(weight: Tensor, hessian: Tensor, code: Code, *, spread: float, damp: fl
     w = weight.to(torch.promote_types(weight.dtype, torch.float32))
     scale = torch.where(sign_out == 0, 1, sign_out).to(w.dtype)  # a row of zeros: the scale 0 and any codes
     down, across = -rows % code.rows, -columns % code.columns
-    w = transform(transform(pad(w / scale[:, None] * sign_in, (0, across, 0, down))), 0)
+    w = transform(transform(pad(w / scale[:, None] * sign_in.to(w.dtype), (0, across, 0, down))), 0)
     h = pad(hessian.to(torch.float64) * sign_in * sign_in[:, None], (0, across, 0, across))
     h = transform(transform(h), 0)
     upper, damping = inverse_cholesky(h, damp)

@@ -6,7 +6,7 @@ Source: arXiv 2406.11235, without its fine-tuning. See `slimtune.quant.incoheren
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -60,3 +60,5 @@ class Trellis(Incoherent):
     spread: ClassVar[float] = SPREAD
     code: ClassVar[Callable[[int], Code]] = Walks
     layout: ClassVar[Callable[[int, int, int], Layout]] = rotated.Trellis
+
+    sweeps: int = field(default=1, metadata={"help": "rounds in which every block is rounded again, given the others"})
