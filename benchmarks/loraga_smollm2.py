@@ -7,7 +7,8 @@ Three parts, each in a process of its own, on 8 Alpaca conversations of 128 toke
 - `alignment`: the cosine between the gradient and the change of the weight that the first step makes, under gradient
   descent and under Adam (which steps by signs), for each start;
 - `cost ARM`: CPU seconds and bytes held, of ours, of PEFT's LoRA-GA, and of the bare forward and backward passes that
-  both contain.
+  both contain; with `--rows 128` of 16,384 tokens, with `--shape 1b` of a random Llama of the 1B shape in bfloat16,
+  r=16.
 
     python benchmarks/loraga_smollm2.py --data alpaca.jsonl.gz [--model DIR] [--part sketch]
 """
@@ -29,6 +30,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.config import LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import slimtune
 from slimtune.arch import bind
@@ -42,20 +44,30 @@ from slimtune.lora.inits import INITS, Knobs, Place
 from slimtune.recipe.run import environment
 from slimtune.train.data import Collator, padding_id, tokenize
 
+SHAPE_1B: dict[str, Any] = {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 49152, "tie_word_embeddings": True,
+}  # fmt: skip
 RESULT = Path(__file__).parent / "results" / "loraga_smollm2.json"
 BLOCKS, RANKS, LENGTH = (0, 10, 20, 29), (8, 32), 128
 COSTS = ("bare", "ours", "ours r=32", "peft")
 PARTS = ("sketch", "alignment", *(f"cost {arm}" for arm in COSTS))
 
 
-def batches_of(data: str, tokenizer: Any, seed: int) -> list[Batch]:
-    """2 batches of 4 rows of 128 tokens, all learnt."""
-    conversations = normalise(read_rows(DataSource(path=data))[:2000], where=data)
+def batches_of(data: str, tokenizer: Any, seed: int, rows: int) -> list[Batch]:
+    """Batches of 4 rows of 128 tokens, all learnt."""
+    conversations = normalise(read_rows(DataSource(path=data))[: max(2000, 8 * rows)], where=data)
     examples, _ = tokenize(conversations, tokenizer, LENGTH, completion_only_loss=False)
     long = [example for example in examples if len(example.input_ids) == LENGTH]
-    order = torch.randperm(len(long), generator=torch.Generator().manual_seed(seed)).tolist()[:8]
+    order = torch.randperm(len(long), generator=torch.Generator().manual_seed(seed)).tolist()[:rows]
     collate = Collator(padding_id(tokenizer))
-    return [collate([long[i] for i in order[n : n + 4]]) for n in (0, 4)]
+    return [collate([long[i] for i in order[n : n + 4]]) for n in range(0, rows, 4)]
+
+
+def billion() -> Any:
+    """A random Llama of the 1B shape, whose tokens are SmolLM2's."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE_1B)).to(torch.bfloat16)
 
 
 def exact_gradients(model: Any, names: list[str], batches: list[Batch]) -> dict[str, Tensor]:
@@ -187,7 +199,7 @@ def _mean(rank: int, arm: str, found: list[dict[str, float]]) -> dict[str, Any]:
     return {"r": rank, "arm": arm, **row, "ratio_median": statistics.median(ratios), "ratio_greatest": max(ratios)}
 
 
-def cost_part(arm: str, model: Any, batches: list[Batch]) -> dict[str, Any]:
+def cost_part(arm: str, model: Any, batches: list[Batch], usual: int) -> dict[str, Any]:
     """CPU seconds, and bytes held beyond the model between taking gradients and starting the adapter."""
     torch.set_num_threads(1)
     tool, _, rank = arm.partition(" r=")
@@ -198,6 +210,7 @@ def cost_part(arm: str, model: Any, batches: list[Batch]) -> dict[str, Any]:
     model(**batches[0], use_cache=False).loss.backward()  # warms up
     handle.remove()
     process = psutil.Process()
+    Path("/proc/self/clear_refs").write_text("5")  # what is called the peak starts anew
     before, start = process.memory_info().rss, time.process_time()
     facts: dict[str, Any] = {}
     if tool == "bare":
@@ -207,7 +220,7 @@ def cost_part(arm: str, model: Any, batches: list[Batch]) -> dict[str, Any]:
         handle.remove()
         facts["gradients_cpu_seconds"] = time.process_time() - start
     elif tool == "ours":
-        r = int(rank or 8)
+        r = int(rank or usual)
         found: GradientSketch = sketch_targets(model, batches, directions=2 * r)
         facts["gradients_cpu_seconds"] = time.process_time() - start
         kept = sum(t.numel() * t.element_size() for layer in found.layers.values() for t in layer.triples)
@@ -216,7 +229,7 @@ def cost_part(arm: str, model: Any, batches: list[Batch]) -> dict[str, Any]:
         add_lora(model, r=r, lora_alpha=16, use_rslora=True, init="lora-ga", gradients=found)
         facts["init_cpu_seconds"] = time.process_time() - start
     else:
-        config = _peft_config(8, targets)
+        config = _peft_config(usual, targets)
 
         def step() -> None:
             for batch in batches:
@@ -243,24 +256,36 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--data", required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--part", choices=PARTS)
+    parser.add_argument("--rows", type=int, default=8, help="of 128 tokens, for the costs")
+    parser.add_argument("--shape", choices=("smollm2-135m", "1b"), default="smollm2-135m", help="for the costs")
+    parser.add_argument("--parts", choices=PARTS, nargs="+", default=PARTS)
+    parser.add_argument("--part", choices=PARTS, help="run this one here and print its facts")
     arguments = parser.parse_args()
+    other = "" if arguments.shape == "smollm2-135m" else f", {arguments.shape} shape"
+    other += "" if arguments.rows == 8 else f", {arguments.rows} rows"
     if arguments.part is None:
         kept = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-        for part in PARTS:
-            command = [sys.executable, __file__, "--model", arguments.model, "--data", arguments.data]
-            ran = subprocess.run([*command, "--part", part], check=True, stdout=subprocess.PIPE, text=True)
-            kept |= {"environment": environment(), "seed": arguments.seed, part: json.loads(ran.stdout)}
-            RESULT.write_text(json.dumps(kept, indent=1) + "\n")
+        for part in arguments.parts:
+            command = [sys.executable, "-W", "ignore", __file__, "--model", arguments.model, "--data", arguments.data]
+            command += ["--rows", str(arguments.rows), "--shape", arguments.shape, "--part", part]
+            ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            kept[part + other] = {**json.loads(ran.stdout), "cpu": environment()["cpu"]}
+            print(part + other, ran.stdout.strip()[:400])
+            RESULT.write_text(
+                json.dumps(kept | {"environment": environment(), "seed": arguments.seed}, indent=1) + "\n"
+            )
         return
     model, tokenizer = slimtune.load(arguments.model)
-    batches = batches_of(arguments.data, tokenizer, arguments.seed)
+    batches = batches_of(arguments.data, tokenizer, arguments.seed, arguments.rows)
+    if arguments.shape == "1b":
+        model = billion()
     if arguments.part == "sketch":
         result = sketch_part(model, batches)
     elif arguments.part == "alignment":
         result = alignment_part(model, batches)
     else:
-        result = cost_part(arguments.part.removeprefix("cost "), model, batches)
+        usual = 16 if arguments.shape == "1b" else 8
+        result = cost_part(arguments.part.removeprefix("cost "), model, batches, usual)
     print(json.dumps(result))
 
 
