@@ -38,7 +38,8 @@ def arms(arguments: argparse.Namespace, work: Path) -> dict[str, tuple[str, list
         "per_device_train_batch_size": 4,
         "completion_only_loss": False,
     }
-    rounding = {"weights": bits, "activations": bits, "warmup_steps": arguments.steps // 4}
+    clip = arguments.clip
+    rounding = {"weights": bits, "activations": bits, "warmup_steps": arguments.steps // 4, "clip_ratio": clip}
     train = {"train": options}
     qat = {"train": {**options, "fake_quant": rounding}}
     inputs = {"train": {**options, "fake_quant": {**rounding, "weights": 16}}}
@@ -48,7 +49,7 @@ def arms(arguments: argparse.Namespace, work: Path) -> dict[str, tuple[str, list
             "bits": bits,
             "group_size": -1,
             "sym": True,
-            "activations": {"bits": bits},
+            "activations": {"bits": bits, "search": clip < 1},
         }
     }
     evaluate = {"evaluate": {"perplexity": {"wikitext2": arguments.text}, "max_tokens": arguments.tokens}}
@@ -81,8 +82,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--clip", type=float, default=1.0, help="of inputs while training; below 1: searched afterwards"
+    )
     arguments = parser.parse_args()
-    kept = ("method", "bits", "kind", "online", "steps", "learning_rate", "tokens", "samples", "seed")
+    kept = ("method", "bits", "kind", "online", "steps", "learning_rate", "tokens", "samples", "seed", "clip")
     settings = {key: getattr(arguments, key) for key in kept}
     rows = []
     for letter in arguments.arms:
@@ -99,8 +103,8 @@ def main() -> None:
         rows.append({"arm": letter, "steps": steps_taken, "perplexity": values[-1]})
         print(f"{letter}  {' -> '.join(steps_taken):60} {values[-1]:,.2f}", flush=True)
         RESULTS.mkdir(exist_ok=True)
-        seed = f"_seed{arguments.seed}" if arguments.seed else ""
-        name = f"rolora_smollm2_{arguments.method}_w{arguments.bits}a{arguments.bits}{seed}.json"
+        more = (f"_seed{arguments.seed}" if arguments.seed else "") + ("_clipped" if arguments.clip < 1 else "")
+        name = f"rolora_smollm2_{arguments.method}_w{arguments.bits}a{arguments.bits}{more}.json"
         head = {"environment": environment(), "model": Path(arguments.model).name, "length": 512}
         (RESULTS / name).write_text(json.dumps({**head, **settings, "rows": rows}, indent=1) + "\n")
 

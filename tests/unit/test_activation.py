@@ -141,6 +141,19 @@ def test_search_finds_the_ratio_of_least_error() -> None:
     assert not found.search and not found.calibrated
 
 
+def test_search_looks_at_some_tokens_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slimtune.quant.activation.SEARCHED", 10)
+    seen = []
+    real = Activations.__call__
+    monkeypatch.setattr(Activations, "__call__", lambda self, x: (seen.append(len(x)), real(self, x))[1])
+    x = torch.randn(5, 9, 64) ** 3
+    search = Search(Activations(bits=3, search=True, static=True))
+    search.update(x)
+    search.update(x[:1])
+    assert set(seen[: len(seen) // 2]) == {12} and set(seen[len(seen) // 2 :]) == {9}
+    assert search.result().high == float(x.max())  # of all
+
+
 def test_a_static_range_is_what_was_seen_and_clips_what_was_not() -> None:
     search = Search(Activations(bits=8, static=True, sym=False))
     search.update(torch.tensor([[-1.0, 2.0]]))

@@ -77,6 +77,8 @@ def test_sixteen_bits_are_the_layer_itself() -> None:
         torch.testing.assert_close(layer(x), plain)
     with rounded_lora(model, FakeQuant(weights=16, activations=4)):
         torch.testing.assert_close(layer(x), Activations(4)(x) @ merged(layer).T)
+    with rounded_lora(model, FakeQuant(weights=16, activations=4, clip_ratio=0.7)):
+        torch.testing.assert_close(layer(x), Activations(4, clip_ratio=0.7)(x) @ merged(layer).T)
 
 
 def test_gradients_pass_straight_through() -> None:
@@ -124,9 +126,18 @@ def test_what_cannot_be_one_weight_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"weights": 1}, {"activations": 9}, {"group_size": 0}, {"warmup_steps": -1}], ids=str
+    "fields",
+    [
+        {"weights": 1},
+        {"activations": 9},
+        {"group_size": 0},
+        {"warmup_steps": -1},
+        {"clip_ratio": 0.0},
+        {"clip_ratio": 1.5},
+    ],
+    ids=str,
 )
-def test_fields_out_of_range_are_refused(fields: dict[str, int]) -> None:
+def test_fields_out_of_range_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="out of range"):
         FakeQuant(**fields)
 

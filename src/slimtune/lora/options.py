@@ -90,6 +90,7 @@ class FakeQuant:
     group_size: int = field(default=-1, metadata={"help": "input features that share a scale; -1: a whole row"})
     sym: bool = field(default=True, metadata={"help": "symmetric grids of weights"})
     activations_sym: bool = field(default=True, metadata={"help": "symmetric grids of inputs"})
+    clip_ratio: float = field(default=1.0, metadata={"help": "fraction of an input's range that its grid spans"})
     warmup_steps: int = field(default=0, metadata={"help": "steps in 16 bit before rounding begins"})
 
     def __post_init__(self) -> None:
@@ -98,5 +99,7 @@ class FakeQuant:
                 raise RecipeError(f"{name} out of range", got=getattr(self, name), wanted="2 to 8, or 16 for none")
         if self.group_size != -1 and self.group_size < 1:
             raise RecipeError("group_size out of range", got=self.group_size, wanted="a positive number, or -1")
+        if not 0 < self.clip_ratio <= 1:
+            raise RecipeError("clip_ratio out of range", got=self.clip_ratio, wanted="above 0, to 1")
         if self.warmup_steps < 0:
             raise RecipeError("warmup_steps out of range", got=self.warmup_steps, wanted="0 or above")

@@ -66,7 +66,7 @@ def _forward(layer: LoraLayer, options: FakeQuant, switch: Switch, ratio: Tensor
     with torch.autocast(x.device.type, enabled=False):  # a small update would be lost in bfloat16
         merged = _weight(layer) + layer.scaling["default"] * (b.float() @ a.float())
     weight = cast(Tensor, _Nearest.apply(merged, ratio, options))
-    read = Activations(options.activations, sym=options.activations_sym)(x)
+    read = Activations(options.activations, sym=options.activations_sym, clip_ratio=options.clip_ratio)(x)
     bias = cast("Tensor | None", layer.get_base_layer().bias)
     return linear(read, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 

@@ -123,6 +123,10 @@ class _StraightThrough(torch.autograd.Function):
         return (*grads, None)
 
 
+SEARCHED = 512
+"""Tokens of a micro-batch that a search looks at, about: a ratio depends on what tokens have in common."""
+
+
 class Search:
     """Finds what `activations` leave to calibration: update it with all tokens, then take the `result`.
 
@@ -143,7 +147,8 @@ class Search:
         self._low, self._high = min(self._low, low), max(self._high, high)
         if not self._activations.search:
             return
-        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        tokens = x.flatten(0, -2)
+        exact = tokens[:: max(1, len(tokens) // SEARCHED)].to(torch.promote_types(x.dtype, torch.float32))
         for number, tried in enumerate(self._tried):
             at = replace(tried, low=min(low, 0.0), high=max(high, 0.0)) if tried.static else tried
             self._errors[number] += float((at(exact) - exact).square_().sum(dtype=torch.float64))
