@@ -150,8 +150,20 @@ def test_search_looks_at_some_tokens_of_many(monkeypatch: pytest.MonkeyPatch) ->
     search = Search(Activations(bits=3, search=True, static=True))
     search.update(x)
     search.update(x[:1])
-    assert set(seen[: len(seen) // 2]) == {12} and set(seen[len(seen) // 2 :]) == {9}
+    assert set(seen[: len(seen) // 2]) == {10} and set(seen[len(seen) // 2 :]) == {9}
     assert search.result().high == float(x.max())  # of all
+
+
+def test_search_does_not_depend_on_the_size_of_its_batches() -> None:
+    x = torch.randn(512, 16, 256)
+    x[:, 0, 0] *= 6  # the first token of each sequence is not like the others
+    found = set()
+    for size in (8, 64, 512):
+        search = Search(Activations(bits=4, search=True))
+        for part in x.split(size):
+            search.update(part)
+        found.add(search.result().clip_ratio)
+    assert len(found) == 1 and found.pop() < 1
 
 
 def test_a_static_range_is_what_was_seen_and_clips_what_was_not() -> None:

@@ -239,9 +239,10 @@ def test_softmax_is_the_formula(causal: bool) -> None:
     sees = wide.isfinite().any(-1)
     close(level[sees], wide.logsumexp(-1)[sees])
     assert bool((level[~sees] == torch.inf).all()) and int((~sees).sum()) == 1 + causal
-    poor = torch.tensor([[0.0, torch.nan, 1.0]])
-    assert bool(compiled.softmax_(poor, 1.0, queries=1, start=0, causal=False).isnan().all())
-    assert bool(poor.isnan().all())
+    for row in ([0.0, torch.nan, 1.0], [-torch.inf, -torch.nan, -torch.inf]):
+        poor = torch.tensor([row])
+        assert bool(compiled.softmax_(poor, 1.0, queries=1, start=0, causal=False).isnan().all())
+        assert bool(poor.isnan().all())
 
 
 @needed

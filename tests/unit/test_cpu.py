@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoModelForSeq2SeqLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
-from pico import PICO, pico_inputs, pico_model
+from pico import PICO, pico_inputs, pico_model, pico_tokenizer, save_pico
 from slimtune.calib import cpu
 from slimtune.calib.cpu import cpu_kernels
+from slimtune.errors import ShapeError
+from slimtune.evaluate.generate import GREEDY, write_reply
 from slimtune.evaluate.inference import cache_of
+from slimtune.evaluate.perplexity import perplexity
+from slimtune.evaluate.speed import speed
 from slimtune.kernels import attention as kernel
 from slimtune.kernels import compiled
 from slimtune.kernels.attention import attention
@@ -133,6 +139,28 @@ def test_norm_is_the_formula(shape: tuple[int, ...], monkeypatch: pytest.MonkeyP
 SILU = ("llama", "llava", "mistral", "qwen2", "qwen3")  # phi3 has both of its halves in one linear
 
 
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that were called, from now on."""
+    used: list[str] = []
+    for name in ("attention", "rms_norm", "gated_silu", "rotary"):
+        real = getattr(cpu, name)
+        monkeypatch.setattr(
+            cpu, name, lambda *args, real=real, name=name, **rest: (used.append(name), real(*args, **rest))[1]
+        )
+    return used
+
+
+def kernels_of(family: str) -> set[str]:
+    """Those that a family has a use for."""
+    kind = family.split("-")[0]
+    return {
+        *(["rms_norm"] if kind != "opt" else []),
+        *(["attention"] if kind not in ("t5", "gemma2") else []),
+        *(["gated_silu"] if kind in SILU else []),
+        *(["rotary"] if kind not in ("t5", "opt", "phi3") else []),
+    }
+
+
 def gradients(model: Any, inputs: dict[str, Tensor]) -> tuple[float, list[Tensor]]:
     model.zero_grad()
     loss = model(**inputs, labels=inputs.get("decoder_input_ids", inputs["input_ids"])).loss
@@ -153,35 +181,30 @@ def test_models_learn_what_they_learnt(family: str, padded: bool, monkeypatch: p
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         inputs["attention_mask"][1, -3:] = 0
     wanted, theirs = gradients(wrapped, inputs)
-    used: list[str] = []
-    for name in ("attention", "rms_norm", "gated_silu", "rotary"):
-        real = getattr(cpu, name)
-        monkeypatch.setattr(
-            cpu, name, lambda *args, real=real, name=name, **rest: (used.append(name), real(*args, **rest))[1]
-        )
+    used = spied(monkeypatch)
     with cpu_kernels(base_of(wrapped)):
         got, mine = gradients(wrapped, inputs)
     assert got == pytest.approx(wanted, rel=1e-6)  # transformers' norms compute in float32
     for some, other in zip(mine, theirs, strict=True):
         assert float((some - other).norm()) <= 1e-3 * float(other.norm()) + 1e-9
-    assert ("rms_norm" in used) == (not family.startswith("opt"))
-    assert ("attention" in used) == (family.split("-")[0] not in ("t5", "gemma2"))
-    assert ("gated_silu" in used) == (family.split("-")[0] in SILU)
-    assert ("rotary" in used) == (family.split("-")[0] not in ("t5", "opt", "phi3"))
+    assert set(used) == kernels_of(family)
 
 
 @pytest.mark.parametrize("family", PICO)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("padded", [False, True])
-def test_models_say_what_they_said(family: str, dtype: torch.dtype, padded: bool) -> None:
+def test_models_say_what_they_said(
+    family: str, dtype: torch.dtype, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = pico_model(family, dtype=dtype)
     inputs = pico_inputs(model)
     if padded:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         inputs["attention_mask"][1, :3] = 0
     shown = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))[:, -7:] > 0
-    said = []
+    said, used = [], spied(monkeypatch)
     for kernels in (nullcontext(), cpu_kernels(model)):
+        assert not used
         with torch.no_grad(), kernels:
             output = model(**inputs, use_cache=True)
             name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
@@ -194,6 +217,72 @@ def test_models_say_what_they_said(family: str, dtype: torch.dtype, padded: bool
     room = 2e-5 if dtype is torch.float32 else 0.03
     assert float((said[1] - said[0]).norm()) < room * float(said[0].norm())
     assert said[0].shape[0] == int(shown.sum()) + 2
+    assert set(used) == kernels_of(family)
+
+
+@pytest.mark.parametrize("measure", ["perplexity", "speed", "write_reply"])
+def test_measuring_and_writing_use_them(measure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, used = pico_model("llama"), spied(monkeypatch)
+    tokens = pico_inputs(model, batch=1, length=16)["input_ids"]
+    if measure == "perplexity":
+        perplexity(model, tokens[0], length=8)
+    elif measure == "speed":
+        speed(model, prompt_tokens=4, new_tokens=2, repeats=1)
+    else:
+        write_reply(model, pico_tokenizer(), {"input_ids": tokens}, 2, GREEDY, lambda _: None)
+    assert set(used) == kernels_of("llama")
+
+
+def test_parts_in_another_dtype_stay_transformers_own(tmp_path: Path) -> None:
+    save_pico(tmp_path, "t5")
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float16)
+    inputs = pico_inputs(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float16, torch.float32}  # its last linears stay in float32
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        with cpu_kernels(model):
+            torch.testing.assert_close(model(**inputs).logits, wanted, rtol=0.02, atol=0.02)
+
+
+def test_attention_of_somebody_else_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def own(*args: Any, **rest: Any) -> Any:
+        calls.append(1)
+        return sdpa_attention_forward(*args, **rest)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, cpu.USUAL, own)
+    model = pico_model("llama")
+    with torch.no_grad(), cpu_kernels(model):
+        model(**pico_inputs(model))
+    assert calls and ALL_ATTENTION_FUNCTIONS[cpu.USUAL] is own
+
+
+def test_sides_that_are_unlike_are_left_to_pytorch() -> None:
+    q, k, v = (t.detach() for t in sides(4, 2, 3, 5, torch.float32))
+    same = nn.Module()
+    for some in ((q, k[:1], v[:1]), (q[:1], k, v), (q, k, v[..., :4]), (q, k, v)):
+        wide = [t.repeat_interleave(2, 1) for t in some[1:]]
+        wanted = scaled_dot_product_attention(some[0], *wide).transpose(1, 2)
+        same.num_key_value_groups = 2
+        torch.testing.assert_close(cpu._attention(same, *some, None, is_causal=False)[0], wanted)
+    with pytest.raises(ShapeError, match="unlike sides"):
+        attention(q, k.bfloat16(), v.bfloat16())
+    with pytest.raises(ShapeError, match="unlike sides"):
+        attention(q, k[:, :, :0], v[:, :, :0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_strides_and_masks_of_one_row(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "QUERIES", 4)
+    q, k, v = (t.detach().mT.contiguous().mT for t in sides(4, 2, 9, 9, dtype))
+    seen = torch.rand(2, 1, 1, 9) < 0.7
+    seen[..., 0] = True
+    for mask, causal in ((seen, False), (None, True)):
+        wide = [t.double().repeat_interleave(2, 1) for t in (k, v)]
+        wanted = scaled_dot_product_attention(q.double(), *wide, attn_mask=mask, is_causal=causal)
+        got = attention(q, k, v, mask=mask, causal=causal).double()
+        assert float((got - wanted).norm()) < (1e-5 if dtype is torch.float32 else 0.01) * float(wanted.norm())
 
 
 def test_models_without_a_map_stay_as_they_are() -> None:

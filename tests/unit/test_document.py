@@ -230,7 +230,10 @@ def test_of_merged_mappings_the_first_counts(key: str) -> None:
     text = f"a: &a {{{key}: 1}}\nb: &b {{{key}: 2, c: 3}}\nboth: {{<<: [*a, *b]}}\nown: {{<<: [*b, *a], {key}: 4}}\n"
     found = parse(text)
     assert found["both"] == {key: 1, "c": 3} and found["own"] == {key: 4, "c": 3}
-    with pytest.raises(RecipeError, match=r"line 1(.|\n)*takes mappings"):
+    with pytest.raises(RecipeError, match=r"line 1(.|\n)*takes other mappings"):
         parse("x: {<<: [1]}")
+    with pytest.raises(RecipeError, match=r"line 1(.|\n)*takes other mappings"):
+        parse("x: &a {<<: &b {<<: *a, b: 1}}")
+    assert parse("a: &a {1: x}\nb: {<<: *a, '1': y}")["b"] == {1: "x", "1": "y"}
     with pytest.raises(RecipeError, match="unhashable"):
         parse("x: {[1, 2]: 3}")

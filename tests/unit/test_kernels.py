@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from slimtune.kernels import cpu, dispatch
+from slimtune.kernels.precision import fast_matmul
 from slimtune.kernels.reference import apply_grid_
 from slimtune.linalg.packing import pack, unpack
 
@@ -81,3 +82,27 @@ def test_zero_points_come_off_in_the_look_up(
                 dtype=dtype,
             )
             assert torch.equal(got, wanted)
+
+
+def test_precision_is_restored_by_the_last_of_several_blocks() -> None:
+    before = torch.get_float32_matmul_precision()
+    one, other = fast_matmul(), fast_matmul()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert torch.get_float32_matmul_precision() == "medium"
+    other.__exit__(None, None, None)
+    assert torch.get_float32_matmul_precision() == before
+    with pytest.raises(KeyError), fast_matmul():
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_newer_settings_of_precision_are_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mixed() -> str:
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", pytest.fail)
+    with fast_matmul():
+        pass

@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from slimtune.arch import bind
 from slimtune.arch.bind import Block, ModelMap
 from slimtune.errors import ShapeError, UnknownArchitecture
-from slimtune.kernels.attention import LONGEST, attention
+from slimtune.kernels.attention import LONGEST, attention, fits
 from slimtune.kernels.rows import gated_silu, rms_norm, rotary
 
 USUAL = "sdpa"
@@ -79,7 +79,7 @@ def _running(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None
     try:
         yield
     finally:
-        del module.forward
+        vars(module).pop("forward", None)  # another thread may have been here
 
 
 def _parts(module: nn.Module, block: Block) -> list[str] | None:
@@ -99,15 +99,16 @@ def _gated(module: nn.Module, parts: list[str], x: Tensor) -> Tensor:
 
 @contextmanager
 def _attending() -> Iterator[None]:
-    """`_attention` in the place of PyTorch's."""
-    if ALL_ATTENTION_FUNCTIONS[USUAL] is _attention:
+    """`_attention` in the place of PyTorch's, unless something else is there already."""
+    if ALL_ATTENTION_FUNCTIONS[USUAL] is not sdpa_attention_forward:
         yield
         return
     ALL_ATTENTION_FUNCTIONS[USUAL] = _attention  # for this process alone: transformers keeps its own beside it
     try:
         yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS[USUAL]
+        if ALL_ATTENTION_FUNCTIONS[USUAL] is _attention:
+            del ALL_ATTENTION_FUNCTIONS[USUAL]
 
 
 @contextmanager
@@ -144,7 +145,7 @@ def _rotary(
 
 def _norm(module: nn.Module, plus_one: bool, epsilon: float, x: Tensor) -> Tensor:
     weight = cast(Tensor, module.weight)
-    if weight.requires_grad and torch.is_grad_enabled():
+    if (weight.requires_grad and torch.is_grad_enabled()) or (weight.dtype != x.dtype and not plus_one):
         return cast(Tensor, type(module).forward(module, x))
     gain = weight.detach().to(torch.promote_types(x.dtype, torch.float32))
     return rms_norm(x, 1 + gain if plus_one else gain, epsilon)
@@ -170,11 +171,9 @@ def _attention(
     learning = torch.is_grad_enabled() and any(t.requires_grad for t in sides)
     if (
         dropout
-        or query.dtype is torch.float16
+        or not fits(sides[0], sides[1], sides[2], attention_mask)
         or (learning and key.shape[2] > LONGEST)
         or (causal and key.shape[2] != query.shape[2])
-        or key.shape[-1] != value.shape[-1]
-        or (attention_mask is not None and (attention_mask.requires_grad or attention_mask.ndim != 4))
         or any(others.get(name) is not None for name in ("position_bias", "cache", "softcap", "output_attentions"))
     ):
         rest = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **others}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from slimtune.errors import ShapeError
 from slimtune.kernels import compiled
 from slimtune.kernels.precision import fast_matmul
 
@@ -65,6 +66,7 @@ class _Attention(torch.autograd.Function):
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """The output, and the log-sum-exp of each query, `[batch, heads, queries]`, by PyTorch's kernel."""
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))  # it takes that for granted
     if mask is not None:
         mask = mask.to(q.dtype) if mask.dtype != torch.bool else torch.where(mask, 0.0, -torch.inf).to(q.dtype)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -173,16 +175,39 @@ def _show_(p: Tensor, mask: Tensor | None, start: int, causal: bool) -> None:
         p.tril_(start)
 
 
+def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether `attention` takes these: on a CPU, of one dtype that is not float16, with sizes that agree as it says."""
+    sides = q, k, v
+    if mask is not None:
+        wanted = len(q), q.shape[1], q.shape[2], k.shape[2]
+        if (
+            mask.requires_grad
+            or mask.ndim != 4
+            or any(a not in (1, b) for a, b in zip(mask.shape, wanted, strict=True))
+        ):
+            return False
+    return (
+        all(t.is_cpu and t.dtype == q.dtype != torch.float16 and t.numel() for t in sides)
+        and len({(len(t), t.shape[-1]) for t in sides}) == 1
+        and k.shape[1:3] == v.shape[1:3]
+        and q.shape[1] % k.shape[1] == 0
+        and (mask is None or mask.is_cpu)
+    )
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False, scale: float | None = None
 ) -> Tensor:
     """`softmax(scale q kᵀ + mask) v`, `[batch, heads, queries, width]`, on a CPU.
 
+    Raises `ShapeError` where `fits` says no.
+
     Args:
         q: `[batch, heads, queries, width]`.
         k: `[batch, key-value heads, keys, width]`; each serves as many query heads, in their order.
         v: as `k`.
-        mask: `[batch or 1, heads or 1, queries, keys]`: what may be seen, or what is added to the scores. No gradient.
+        mask: `[batch, heads, queries, keys]`, or 1 for any of these: what may be seen, or what is added to the scores.
+            No gradient.
         causal: a query sees no key behind its own place. Not together with `mask`.
         scale: of the scores; `width ** -0.5` by default.
 
@@ -192,7 +217,11 @@ def attention(
         >>> bool(torch.allclose(attention(q, k, v, causal=True), wanted, atol=1e-6))
         True
     """
+    if not fits(q, k, v, mask):
+        given = [(tuple(t.shape), t.dtype) for t in (q, k, v)]
+        raise ShapeError("attention of unlike sides", got=given, wanted="sizes that agree and one dtype, on a CPU")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    mask = None if mask is None else mask.expand(-1, -1, q.shape[2], k.shape[2])
     seen = None if mask is None else mask.dtype == torch.bool
     if q.shape[2] <= FEW and not causal and seen is not False and compiled.fits(q, k, v):
         return compiled.attend(q, k, v, mask, scale)

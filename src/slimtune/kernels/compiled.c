@@ -225,7 +225,7 @@ static inline void walk_step(const float *before, const float *x, const float *n
                     least = cost < least ? cost : least;
                 }
                 after[r * LANES + l] = least;
-                said[l] = (shift ? said[l] : 0) | at << shift;
+                said[l] = (int32_t)((shift ? (uint32_t)said[l] : 0) | (uint32_t)at << shift);
             }
         }
     }
@@ -490,7 +490,9 @@ void softmax(float *p, float *level, float scale, int64_t rows, int64_t n, int64
         int32_t low = INT32_MAX, high = INT32_MIN;
         extremes(line, 0, seen, &low, &high, 0);
         float most = unordered(high);
-        if (most == -INFINITY) {
+        int poor = 0; /* NaN with a sign is in the order of integers below all else */
+        for (int64_t j = 0; j < seen && most == -INFINITY; j++) poor |= line[j] != line[j];
+        if (most == -INFINITY && !poor) {
             memset(line, 0, 4 * n);
             level[row] = INFINITY;
             continue;

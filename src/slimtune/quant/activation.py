@@ -124,7 +124,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 SEARCHED = 512
-"""Tokens of a micro-batch that a search looks at, about: a ratio depends on what tokens have in common."""
+"""Tokens of a micro-batch that a search looks at, at most: a ratio depends on what tokens have in common."""
 
 
 class Search:
@@ -148,10 +148,12 @@ class Search:
         if not self._activations.search:
             return
         tokens = x.flatten(0, -2)
-        exact = tokens[:: max(1, len(tokens) // SEARCHED)].to(torch.promote_types(x.dtype, torch.float32))
+        chosen = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))[:SEARCHED].to(x.device)
+        exact = tokens[chosen].to(torch.promote_types(x.dtype, torch.float32))
+        weight = len(tokens) / max(1, len(chosen))
         for number, tried in enumerate(self._tried):
             at = replace(tried, low=min(low, 0.0), high=max(high, 0.0)) if tried.static else tried
-            self._errors[number] += float((at(exact) - exact).square_().sum(dtype=torch.float64))
+            self._errors[number] += weight * float((at(exact) - exact).square_().sum(dtype=torch.float64))
 
     def result(self) -> Activations:
         """The same activations with nothing left to find."""

@@ -21,6 +21,10 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 with three repairs: `1e-4` is a number, as in YAML 1.2, a key that stands twice is an error, and of
     merged mappings the first counts, which PyYAML 6.0.4 forgets."""
 
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.merging: list[yaml.MappingNode] = []
+
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """`<<` looked into: what stands beside it counts more than what is merged."""
         own, merged = [], []
@@ -29,14 +33,15 @@ class _Loader(yaml.SafeLoader):
                 own.append((key, value))
                 continue
             for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                if not isinstance(source, yaml.MappingNode):
-                    raise yaml.MarkedYAMLError(problem="'<<' takes mappings", problem_mark=source.start_mark)
+                if not isinstance(source, yaml.MappingNode) or source in self.merging:
+                    raise yaml.MarkedYAMLError(problem="'<<' takes other mappings", problem_mark=source.start_mark)
+                self.merging.append(node)
                 self.flatten_mapping(source)
+                self.merging.pop()
                 merged.append(source.value)
         pairs = [pair for source in reversed(merged) for pair in source] + own
-        node.value = list(
-            {key.value if isinstance(key, yaml.ScalarNode) else key: (key, v) for key, v in pairs}.values()
-        )
+        names = [(key.tag, key.value) if isinstance(key, yaml.ScalarNode) else key for key, _ in pairs]
+        node.value = list(dict(zip(names, pairs, strict=True)).values())
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """The node of a mapping, before any `<<` is looked into."""
