@@ -6,9 +6,11 @@ import pytest
 import torch
 from tests.pico import pico_model, pico_tokenizer
 
+import slimtune
 from slimtune.calib.formats import normalise
 from slimtune.errors import CalibrationError, RecipeError
 from slimtune.evaluate.rouge import replies, rouge
+from slimtune.quant.linear import QuantLinear
 
 pytest.importorskip("rouge_score")
 PROMPTS = ["one", "two words here", "and a much longer prompt than the others"]
@@ -39,6 +41,17 @@ def test_a_batch_writes_what_a_loop_over_single_prompts_does(family: str, monkey
         started = [model.config.decoder_start_token_id] if family == "t5" else []
         assert reply.startswith(str(started + new)[:-1])  # after an end there are fillers
     assert not model.training
+
+
+def test_packed_layers_are_prepared_while_it_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = slimtune.quantize(pico_model("llama"), "rtn", bits=4, group_size=8)
+    layers, real, prepared = [m for m in model.modules() if isinstance(m, QuantLinear)], model.generate, []
+    monkeypatch.setattr(
+        model, "generate", lambda **rest: (prepared.extend(layer.small for layer in layers), real(**rest))[1]
+    )
+    replies(model, pico_tokenizer(), PROMPTS, 2)
+    assert len(prepared) == len(layers) and None not in prepared
+    assert all(layer.small is None for layer in layers)
 
 
 def test_scores_are_those_of_the_words(monkeypatch: pytest.MonkeyPatch) -> None:

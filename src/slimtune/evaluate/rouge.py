@@ -11,6 +11,7 @@ from slimtune.calib.formats import Conversation
 from slimtune.errors import BackendMissing, CalibrationError
 from slimtune.evaluate.inference import require_positions, running
 from slimtune.evaluate.rows import prompt_and_reply
+from slimtune.quant.decoding import decoding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,7 +64,7 @@ def replies(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: 
     filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ids = torch.tensor([[filler] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    with running(model):
+    with running(model), decoding(model):
         written = model.generate(
             input_ids=ids,
             attention_mask=mask,
