@@ -148,7 +148,8 @@ class Search:
         if not self._activations.search:
             return
         tokens = x.flatten(0, -2)
-        chosen = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))[:SEARCHED].to(x.device)
+        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0), device="cpu")
+        chosen = order[:SEARCHED].to(x.device)
         exact = tokens[chosen].to(torch.promote_types(x.dtype, torch.float32))
         weight = len(tokens) / max(1, len(chosen))
         for number, tried in enumerate(self._tried):
