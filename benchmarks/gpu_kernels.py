@@ -7,7 +7,8 @@ equal to the last bit. `decode` is codes to numbers, `weight` a whole layer, tra
 Products: 1, 4 and 16 rows times a packed affine weight, beside decoding and multiplying, and beside a dense bfloat16
 product; errors are relative to float32. Integers: 1, 16 and 512 tokens rounded to 8 or 4 bits, times weights of as
 many (W8A8, W4A8, W4A4), beside the reference, which rounds and multiplies in floats, and a dense bfloat16 product.
-Leaves with status 1 where a weight differs.
+Transforms: 1, 16 and 2,048 vectors, turned online; errors are relative to float64. Leaves with status 1 where a weight
+differs.
 
 With `--device cpu` Triton interprets the kernels at a tiny size; times mean nothing then. Its interpreter cuts bfloat16
 off, so equality is asked of float16.
@@ -41,6 +42,7 @@ TINY = ((33, 72),)
 TOKENS = (1, 4, 16)
 INTEGERS = ((8, 8), (4, 8), (4, 4))
 ROUNDED = (1, 16, 512)
+WIDTHS, TURNED = (4096, 8192, 11008, 14336, 28672), (1, 16, 2048)
 
 
 @contextmanager
@@ -166,6 +168,23 @@ def integers(shapes: Sequence[tuple[int, int]], device: torch.device) -> list[di
     return rows
 
 
+@torch.no_grad()
+def transforms(widths: Sequence[int], device: torch.device) -> list[dict[str, Any]]:
+    """Vectors turned by the Hadamard transform of their width."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    rows = []
+    for width in widths:
+        for count in TURNED if device.type == "cuda" else (3,):
+            x = torch.randn(count, width, device=device, dtype=dtype)
+            facts = both(lambda x=x: dispatch.transform(x), device)  # type: ignore[misc]
+            wanted = dispatch.transform(x.double())
+            with triton(True):
+                facts["error"] = float((dispatch.transform(x) - wanted).norm() / wanted.norm())
+            rows.append({"width": width, "vectors": count, **facts})
+            print(rows[-1], flush=True)
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run all cases, and write the JSON result."""
     args = options(__doc__ or "").parse_args(arguments)
@@ -173,6 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shapes = SHAPES if device.type == "cuda" else TINY
     facts = {"decoding": decoding(shapes, device), "products": products(shapes, device)}
     facts["integers"] = integers(shapes, device)
+    facts["transforms"] = transforms(WIDTHS if device.type == "cuda" else (576,), device)
     write("kernels", device, args.output, facts)
     wrong = [row for row in facts["decoding"] if not (row["decode"]["equal"] and row["weight"]["equal"])]
     if wrong:

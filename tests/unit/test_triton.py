@@ -11,14 +11,16 @@ from torch import Tensor
 from slimtune.errors import BackendMissing
 from slimtune.kernels import dispatch
 from slimtune.kernels.reference import apply_grid_
-from slimtune.linalg import lattice, trellis
+from slimtune.linalg import hadamard, lattice, trellis
 from slimtune.linalg.packing import pack
 from slimtune.quant import QUANTIZERS
 from slimtune.quant.activation import Activations
 from slimtune.quant.decoding import decoding
 from slimtune.quant.linear import QuantLinear
 from slimtune.quant.rtn import Rtn
+from slimtune.rotate.turn import hadamard_turn
 
+triton = pytest.importorskip("slimtune.kernels.triton") if importlib.util.find_spec("triton") else None
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(33, 100, 32), (64, 128, 128), (5, 7, 3), (70, 65, 64)]
 
@@ -143,6 +145,40 @@ def test_a_layer_with_rounded_inputs_runs_in_integers(
     assert len(asked) == 2
     layer(x.requires_grad_())  # a gradient is that of the reference
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("width", [74, 100, 576, 14336])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_transforms(width: int, inverse: bool) -> None:
+    """Two factors and three, of Hadamard and of Hartley, padded and not; and their gradient, which is the inverse."""
+    for dtype, error in ((torch.float32, 1e-6), (torch.float16, 2e-3)):
+        x = (5 * torch.randn(2, 3, width, device=DEVICE)).to(dtype).requires_grad_()
+        found = dispatch.transform(x, inverse=inverse)
+        wanted = hadamard.transform(x.detach().double(), inverse=inverse)
+        assert found.dtype == dtype and "_Transform" in str(found.grad_fn)
+        assert float((found.detach() - wanted).norm() / wanted.norm()) < error
+        (back,) = torch.autograd.grad(found, x, found)
+        assert float((back - x.detach()).norm() / x.detach().norm()) < 2 * error
+    assert triton.transform(torch.randn(0, width, device=DEVICE), inverse=inverse).shape == (0, width)
+
+
+@pytest.mark.parametrize("width", [48, 64, 2 * 1031])
+def test_widths_without_a_kernel_turn_as_they_did(width: int) -> None:
+    x = torch.randn(3, width, device=DEVICE)
+    assert triton.transform(x, inverse=False) is None
+    assert torch.equal(dispatch.transform(x), hadamard.transform(x))
+
+
+def test_online_transforms_are_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    turn = hadamard_turn(192, heads=2, generator=torch.Generator().manual_seed(0))
+    x, asked, kernel = torch.randn(3, 384, device=DEVICE), [], triton.transform
+    turn = turn.like(x)
+    monkeypatch.setattr(triton, "transform", lambda x, **k: (asked.append(len(x)), kernel(x, **k))[1])
+    found = turn(x)
+    assert asked == [6]
+    monkeypatch.setenv(dispatch.WANTED, "0")
+    torch.testing.assert_close(found, turn(x))
+    assert asked == [6]
 
 
 def test_prepared_layers_multiply_packed() -> None:

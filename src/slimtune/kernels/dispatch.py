@@ -12,6 +12,7 @@ import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from slimtune.kernels import compiled, int8
 from slimtune.kernels.cpu import TABLED, has_zeros, unpack_half
 from slimtune.kernels.reference import apply_grid_
 from slimtune.kernels.reference import dequantize_codebook as reference_codebook
-from slimtune.linalg import lattice, trellis
+from slimtune.linalg import hadamard, lattice, trellis
 from slimtune.linalg.packing import pack, unpack
 
 WANTED = "SLIMTUNE_TRITON"
@@ -133,6 +134,29 @@ def integer_product(
     from slimtune.kernels import triton
 
     return triton.integer_product(*tokens, codes, scale, zero, bits=bits, dtype=dtype)
+
+
+def transform(x: Tensor, *, inverse: bool = False) -> Tensor:
+    """Every vector along the last dimension of `x` times the transform of its width, in the dtype of `x`."""
+    if x.dtype == torch.float64 or torch.compiler.is_compiling() or not triton_runs(x.device):
+        return hadamard.transform(x, inverse=inverse)
+    return cast(Tensor, _Transform.apply(x, inverse))
+
+
+class _Transform(torch.autograd.Function):
+    """By Triton, where the width has a kernel: orthogonal, so that its gradient goes back by the inverse."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inverse: bool) -> Tensor:
+        from slimtune.kernels import triton
+
+        ctx.inverse = inverse
+        found = triton.transform(x.reshape(-1, x.shape[-1]), inverse=inverse)
+        return hadamard.transform(x, inverse=inverse) if found is None else found.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        return transform(gradients[0], inverse=not ctx.inverse), None
 
 
 def decode_lattice(codes: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,20 +1,26 @@
 """GPU kernels in Triton: packed weights decoded in one pass, and multiplied by a few rows without being written out;
-inputs rounded to at most 8 bits, and multiplied by packed weights in integers.
+inputs turned by a Hadamard transform in one pass, rounded to at most 8 bits, and multiplied by packed weights in
+integers.
 
 Each equals the plain torch it stands for, for odd shapes too: codes less zero points are whole and products with the
-scale are rounded once, so weights are equal to the last bit. They have been run by Triton's interpreter only
-(`TRITON_INTERPRET=1`), not timed on a GPU; `SLIMTUNE_TRITON=1` turns them on (`slimtune.kernels.dispatch`).
+scale are rounded once, so weights are equal to the last bit; transforms add up in another order. They have been run by
+Triton's interpreter only (`TRITON_INTERPRET=1`), not timed on a GPU; `SLIMTUNE_TRITON=1` turns them on
+(`slimtune.kernels.dispatch`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import lru_cache, reduce
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from slimtune.linalg.hadamard import factors
 
 ROWS, COLUMNS = 32, 64
 """Rows and columns of a weight that one program decodes."""
@@ -30,6 +36,15 @@ VALUES = 1024
 
 MANY = 64
 """Tokens that one program multiplies in integers, where there are more than `TOKENS`."""
+
+TURNED = 4
+"""Vectors that one program turns, one after the other, with the matrices it has loaded."""
+
+WIDEST = 128, 512
+"""The orders of a transform's two matrices at most, rounded up to powers of two; a program holds all of the first."""
+
+CHUNK = 2**14
+"""Values of the second matrix that are held at once."""
 
 
 @triton.jit
@@ -192,6 +207,36 @@ def _integers(
 
 
 @triton.jit
+def _turn(
+    x: Any,
+    left: Any,
+    right: Any,
+    y: Any,
+    count: Any,
+    a: Any,
+    b: Any,
+    left_scale: Any,
+    right_scale: Any,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TURNED: tl.constexpr,
+) -> None:
+    i, j, k = tl.arange(0, A), tl.arange(0, B), tl.arange(0, A)
+    first = tl.load(left + i[:, None] * a + k[None, :], mask=(i < a)[:, None] & (k < a)[None, :], other=0)
+    for turn in range(TURNED):
+        n = (tl.program_id(0) * TURNED + turn).to(tl.int64)
+        at, rows = n * a * b, ((i < a) & (n + 0 * i < count))[:, None]
+        some = tl.load(x + at + i[:, None] * b + j[None, :], mask=rows & (j < b)[None, :], other=0)
+        half = (tl.dot(first, some, input_precision="ieee") * left_scale).to(some.dtype)
+        for start in range(0, b, COLUMNS):
+            c = start + tl.arange(0, COLUMNS)
+            second = tl.load(right + j[:, None] * b + c[None, :], mask=(j < b)[:, None] & (c < b)[None, :], other=0)
+            found = tl.dot(half, second, input_precision="ieee") * right_scale
+            tl.store(y + at + i[:, None] * b + c[None, :], found.to(y.dtype.element_ty), mask=rows & (c < b)[None, :])
+
+
+@triton.jit
 def _lattice(
     codes: Any, first: Any, second: Any, out: Any, count: Any, BITS: tl.constexpr, POINTS: tl.constexpr
 ) -> None:
@@ -302,6 +347,45 @@ def integer_product(
         cells = triton.cdiv(rows, COLUMNS), triton.cdiv(count, together)
         _integers[cells](tokens, token_scale, shift, codes, scale, given, y, *sizes, *kinds)
     return y
+
+
+def transform(x: Tensor, *, inverse: bool) -> Tensor | None:
+    """`slimtune.linalg.hadamard.transform` of `x` `[n, width]`, or None where the width has one factor, whose product
+    is as fast, or too large ones. Between its two products there is one rounding to the dtype of `x`."""
+    sides = _sides(x.shape[1], inverse, x.dtype, x.device)
+    if sides is None:
+        return None
+    (a, b), (wide_a, wide_b) = map(len, sides), map(_padded, sides)
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    if len(x):
+        columns = min(wide_b, max(16, CHUNK // wide_b))
+        scales = a**-0.5, b**-0.5
+        cells = (triton.cdiv(len(x), TURNED),)
+        _turn[cells](x, *sides, y, len(x), a, b, *scales, wide_a, wide_b, columns, TURNED)
+    return y
+
+
+def _padded(side: Tensor) -> int:
+    return max(16, triton.next_power_of_2(len(side)))
+
+
+@lru_cache(maxsize=64)
+def _sides(n: int, inverse: bool, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """The factors of a transform as two matrices with `M Mᵀ = order * I`, hence most often of ±1: `L X R` is the
+    transform of a vector written as `X`."""
+    with torch.inference_mode(False):
+        made = [factor * math.sqrt(len(factor)) for factor in factors(n)]
+        ways = []
+        for cut in range(1, len(made)):
+            left, right = reduce(torch.kron, made[:cut]), reduce(torch.kron, made[cut:])
+            if _padded(left) <= WIDEST[0] and _padded(right) <= WIDEST[1]:
+                ways.append((left, right))
+        if not ways:
+            return None
+        left, right = min(ways, key=lambda pair: max(map(_padded, pair)))
+        left, right = (left.T, right) if inverse else (left, right.T)
+        return left.to(device, dtype).contiguous(), right.to(device, dtype).contiguous()
 
 
 def decode_lattice(codes: Tensor, first: Tensor, second: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from slimtune.linalg.hadamard import transform
+from slimtune.kernels.dispatch import transform
 
 
 @dataclass(frozen=True)
