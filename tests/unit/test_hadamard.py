@@ -10,11 +10,27 @@ from slimtune.linalg import hadamard as hadamard_module
 from slimtune.linalg.hadamard import factors, hadamard, matrix, transform
 
 
-@pytest.mark.parametrize("n", [1, 2, 8, 12, 28, 36, 192, 576, 1536])
+@pytest.mark.parametrize("n", [1, 2, 8, 12, 28, 36, 52, 100, 164, 192, 244, 344, 576, 1536])
 def test_hadamard_matrices_are_signs_with_orthogonal_rows(n: int) -> None:
     h = hadamard(n)
     assert bool((h.abs() == 1).all())
     assert torch.equal(h @ h.T, n * torch.eye(n, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("q", [3, 5, 9, 13, 25, 27, 49, 81, 125, 243, 343])
+def test_paleys_core_is_that_of_a_field(q: int) -> None:
+    """Q Qᵀ = q I - J holds only where χ is the character of a field; for a prime, of the numbers modulo it."""
+    core, ones = hadamard_module._jacobsthal(q), torch.ones(q, q, dtype=torch.float64)
+    assert torch.equal(core @ core.T, q * torch.eye(q, dtype=torch.float64) - ones)
+    assert torch.equal(core, core.T if q % 4 == 1 else -core.T)
+    if q in (3, 5, 13):
+        squares = {i * i % q for i in range(1, q)}
+        assert [int(x) for x in core[:, 0]] == [0, *(1 if i in squares else -1 for i in range(1, q))]
+
+
+def test_llama_30b_turns_by_signs_alone() -> None:
+    assert [len(f) for f in factors(6656)] == [52, 16, 8]
+    assert float((factors(6656)[0].abs() - 52**-0.5).abs().max()) < 1e-12
 
 
 def test_a_width_without_one_is_refused() -> None:

@@ -3,8 +3,8 @@
 The matrix of a width is a Kronecker product of small orthogonal factors. Where the width allows, all of them are
 Hadamard matrices (entries ±1, divided by the root of the order): Sylvester's for powers of two, Paley's for the rest.
 
-* Paley I: order `q + 1` for a prime `q ≡ 3 (mod 4)`; Paley II: order `2(q + 1)` for a prime `q ≡ 1 (mod 4)`.
-  Source: R. Paley, "On orthogonal matrices", 1933. Prime powers are left out.
+* Paley I: order `q + 1` for `q ≡ 3 (mod 4)`; Paley II: order `2(q + 1)` for `q ≡ 1 (mod 4)`; `q` a prime or a power
+  of one. Source: R. Paley, "On orthogonal matrices", 1933.
 * An odd prime of the width that no Paley order takes up falls back to Hartley's matrix, `cos(2πij/p) + sin(2πij/p)`
   over the root of `p`: orthogonal and symmetric for every `p`, with entries at most `√2` times those of a Hadamard
   matrix. A width that is a large prime is one dense factor.
@@ -165,21 +165,39 @@ def _factor(order: int) -> Tensor:
 
 
 def _paley(order: int) -> int:
-    """The prime that gives a Paley matrix of this order, or 0."""
-    if order % 4 == 0 and _prime(order - 1):
+    """The prime power that gives a Paley matrix of this order, or 0."""
+    if order % 4 == 0 and _prime_of(order - 1):
         return order - 1
-    if order % 4 == 0 and _prime(order // 2 - 1) and (order // 2 - 1) % 4 == 1:
+    if order % 4 == 0 and (order // 2 - 1) % 4 == 1 and _prime_of(order // 2 - 1):
         return order // 2 - 1
     return 0
 
 
 def _jacobsthal(q: int) -> Tensor:
-    """`Q[i, j] = χ(i - j)`: 1 where the difference is a square modulo `q`, -1 where it is not, 0 on the diagonal."""
+    """`Q[i, j] = χ(i - j)` of the field of `q` elements: 1 where the difference is a square, -1 where it is not, 0 on
+    the diagonal. An element is a number whose digits, in base of the field's prime, are a polynomial's coefficients."""
+    p = _prime_of(q)
+    powers = _powers(q, p)
     character = -torch.ones(q, dtype=torch.float64, device="cpu")
-    character[torch.tensor([i * i % q for i in range(1, q)], device="cpu")] = 1
+    character[torch.tensor(powers[::2], device="cpu")] = 1
     character[0] = 0
-    index = torch.arange(q, device="cpu")
-    return character[(index[:, None] - index[None, :]) % q]
+    places = p ** torch.arange(round(math.log(q, p)), device="cpu")
+    digits = torch.arange(q, device="cpu")[:, None] // places % p
+    return character[((digits[:, None] - digits[None, :]) % p * places).sum(-1)]
+
+
+def _powers(q: int, p: int) -> list[int]:
+    """1, x, x², ... modulo the first polynomial for which that is all of the field of `q` elements but 0."""
+    for modulus in range(q):  # the coefficients of x^k, as x^(k-1), ..., 1
+        element, found = 1, list[int]()
+        while element and (not found or element != 1) and len(found) < q:
+            found.append(element)
+            top, rest = divmod(element, q // p)
+            digits = ((rest * p // p**i + top * (modulus // p**i)) % p for i in range(round(math.log(q, p))))
+            element = sum(digit * p**i for i, digit in enumerate(digits))
+        if element == 1 and len(found) == q - 1:
+            return found
+    raise AssertionError(f"a field of {q} elements has a generator")
 
 
 def _bordered(q: int, sign: int) -> Tensor:
@@ -199,6 +217,14 @@ def _paley_two(q: int) -> Tensor:
     two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64, device="cpu")
     turned = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64, device="cpu")
     return torch.kron(_bordered(q, 1), two) + torch.kron(torch.eye(q + 1, dtype=torch.float64, device="cpu"), turned)
+
+
+def _prime_of(q: int) -> int:
+    """The odd prime that `q` is a power of, or 0."""
+    p = next((d for d in range(3, math.isqrt(max(q, 0)) + 1, 2) if q % d == 0), q)
+    while q > 1 and q % p == 0:
+        q //= p
+    return p if q == 1 and p > 2 and p % 2 else 0
 
 
 def _prime(n: int) -> bool:
