@@ -5,7 +5,11 @@ GGUF file. The result is loaded in fresh processes by `AutoModelForCausalLM`, wh
 are compared with those of the process that pruned it, and prefill and decode are timed in turns with the dense model's.
 Then llama.cpp answers from the GGUF file, where `--peer` names its environment.
 
+With `--shape 1b` the model is a random Llama of the 1B shape (16 layers, 2048 and 8192 wide, 32 heads on 8, SmolLM2's
+tokens), pruned by magnitude, without a GGUF file: only its size matters.
+
     python benchmarks/prune_speed.py --calibration c4.jsonl.gz --work DIR --peer peers/llama/bin/python
+    python benchmarks/prune_speed.py --shape 1b --work DIR --of blocks --output DIR/1b.json
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import slimtune
 from slimtune.export.load import load
@@ -81,10 +85,27 @@ def answer(peer: Path, gguf: Path, prompt: list[int]) -> tuple[list[int], torch.
     return said["replies"][0], torch.tensor(said["logits"][0])
 
 
+def billion(folder: Path, tokens: Any) -> None:
+    """Write a random Llama of the 1B shape, which reads SmolLM2's tokens."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokens.save_pretrained(folder)
+
+
 def main() -> None:
     """Prune, load again, time in turns, and write the JSON result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--shape", choices=("smollm2-135m", "1b"), default="smollm2-135m")
     parser.add_argument("--calibration", default="", help="rows of text; default: the built-in pydocs")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--ratio", type=float, default=0.5)
@@ -96,23 +117,35 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
     source = {"path": arguments.calibration} if arguments.calibration else {"builtin": "pydocs"}
-    dense = arguments.work / "dense"
+    dense, large = arguments.work / "dense", arguments.shape == "1b"
     if not dense.is_dir():
         loaded = load(arguments.model)
-        loaded.model.save_pretrained(dense)
-        loaded.tokenizer.save_pretrained(dense)
+        if large:
+            billion(dense, loaded.tokenizer)
+        else:
+            loaded.model.save_pretrained(dense)
+            loaded.tokenizer.save_pretrained(dense)
     rows = []
     for of in arguments.of:
         folder = arguments.work / f"pruned-{of}"
-        prune = {"ratio": arguments.ratio, "of": of, "importance": "wanda", "refit": True}
+        prune = {
+            "ratio": arguments.ratio,
+            "of": of,
+            "importance": "magnitude" if large else "wanda",
+            "refit": not large,
+        }
         # Not in float16: untrained after pruning, one token's logits move by 7 when weights are rounded to that.
-        steps = [{"prune": prune}, {"export": {"format": "gguf", "quantization": "f32"}}]
+        steps = [{"prune": prune}, *([] if large else [{"export": {"format": "gguf", "quantization": "f32"}}])]
         data = {"calibration": {**source, "samples": arguments.samples, "length": 512}}
         if not (folder / "report.json").is_file():
             slimtune.run({"model": str(dense), "seed": 0, "data": data, "steps": steps}, folder)
         rows.append({"of": of, **measured(arguments, dense, folder)})
         print(rows[-1], flush=True)
-        head = {"environment": environment(), "model": Path(arguments.model).name, "seed": 0}
+        head = {
+            "environment": environment(),
+            "model": "1B shape, random" if large else Path(arguments.model).name,
+            "seed": 0,
+        }
         facts = {**head, "ratio": arguments.ratio, "threads": arguments.threads, "rounds": arguments.rounds}
         arguments.output.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
 
