@@ -90,7 +90,7 @@ def test_the_whole_help_names_every_verb(command: Command) -> None:
     out, _ = command("--help")
     for verb in VERBS:
         assert f"  {verb} " in out
-    assert command("version")[0] == f"{slimtune.__version__}\n"
+    assert command("version")[0] == command("--version")[0] == f"{slimtune.__version__}\n"
 
 
 def test_plan_prints_the_resolved_recipe_and_the_estimate(command: Command, place: Path) -> None:

@@ -18,7 +18,6 @@ from slimtune.errors import RecipeError, SlimtuneError
 
 app = typer.Typer(
     name="slimtune",
-    help="Make a language model small and fine-tune it, from one recipe.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -29,6 +28,19 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
 INTERRUPTED = 130  # as shells say it: 128 and the number of SIGINT
 FREE = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def slimtune(
+    _: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
+) -> None:
+    """Make a language model small and fine-tune it, from one recipe."""
 
 
 def say(text: str) -> None:
