@@ -15,6 +15,7 @@ from slimtune.export.gguf import ADAPTER_FILE, MODEL_FILE, GgufDeciExporter, Ggu
 from slimtune.export.gptq import GptqExporter
 from slimtune.export.peft import PeftExporter
 from slimtune.export.safetensors import SafetensorsExporter
+from slimtune.export.vllm import VllmExporter
 from slimtune.files import whole_folder
 from slimtune.rotate.options import FOLDED
 from slimtune.rotate.record import rotation_of
@@ -31,6 +32,7 @@ EXPORTERS: Table[type[Exporter]] = Table(
         "gptq": GptqExporter,
         "peft": PeftExporter,
         "safetensors": SafetensorsExporter,
+        "vllm": VllmExporter,
     },
 )
 """Every export format by its recipe name."""
@@ -78,18 +80,18 @@ def export(source: Source, format: str, folder: Path, quantization: str = "", ra
     """Write `source` as `format` into `folder` (replaced whole, or not at all), read it back and compare.
 
     Raises `RecipeError` for an unknown format or one that does not fit the model (with online transforms that weights
-    undo, all but the adapter's: no other engine runs them), `FormatError` when what was read back
-    computes something else.
+    undo, all but the adapter's and `vllm`: no other engine runs them), `FormatError` when what was read back computes
+    something else.
     """
     exporter = exporter_of(format, quantization, rank)
     basis = rotation_of(source.model)
     folded = FOLDED.intersection(basis.rotation.online) if basis is not None else set()
-    if format not in ADAPTERS and folded:
+    if format not in (*ADAPTERS, "vllm") and folded:
         raise RecipeError(
             "no other engine runs the model's online transforms: it would load another model",
             where=format,
             got=", ".join(sorted(folded)),
-            remedy="rotate with online: [], or export the adapter with format: peft",
+            remedy="rotate with online: [], or export the adapter with format: peft; r4 in blocks can leave as vllm",
         )
     wanted = probe_logits(source.model)
     require_logits(source.model, wanted)

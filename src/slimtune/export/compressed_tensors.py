@@ -76,17 +76,22 @@ class CompressedTensorsExporter:
         modules = plain(source.model)
         schemes = schemes_of({name: module for name, module in modules.items() if isinstance(module, QuantLinear)})
         dense = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+        transforms, tensors = self.transforms(source.model)
         write_folder(
             source.model,
-            packed_state(modules, source.dtype, packed_layer),
+            packed_state(modules, source.dtype, packed_layer) | tensors,
             folder,
             dtype=source.dtype,
-            quantization=quantization_config(schemes, dense),
+            quantization=quantization_config(schemes, dense) | transforms,
         )
         source.tokenizer.save_pretrained(folder)
         if has_adapter(source.model):
             (folder / ADAPTER).mkdir()
             save_adapter(cast(PeftModel, source.model), folder / ADAPTER)
+
+    def transforms(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What an engine has to do online: more of the configuration, and tensors. Here: nothing."""
+        return {}, {}
 
     def read_back(self, source: Source, folder: Path) -> nn.Module:
         """The model that plain transformers, and PEFT where there is an adapter, load."""

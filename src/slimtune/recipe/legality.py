@@ -34,6 +34,7 @@ class State:
     adapter: bool = False
     rotated: bool = False
     online: tuple[str, ...] = ()  # those that other engines would have to run
+    leaves: bool = False  # whether an engine does
     residual: bool = False  # whether it is known what quantization lost
     pruned: bool = False  # whether units were cut off the base
     changed: bool = False  # whether the base was trained, or took an adapter in
@@ -97,6 +98,7 @@ def state_of(model: nn.Module, known: State = State()) -> State:
         adapter=has_adapter(model),
         rotated=basis is not None,
         online=tuple(name for name in basis.rotation.online if name in FOLDED) if basis is not None else (),
+        leaves=basis is not None and basis.rotation.leaves,
         residual=any(layer.start is not None for layer in ours),
         rounded=any(layer.activations is not None for layer in ours),
         cache=cache_bits(base) < 16,
@@ -148,14 +150,21 @@ def _objection(step: Step, state: State, first: bool, train: bool) -> tuple[str,
             return "there is no adapter to export", f"put export: {{format: {step.format}}} after lora, before merge"
         case Export() if step.rank > state.rank > 0:
             return f"rank {step.rank} is above the adapter's, {state.rank}", "leave out rank: it is written whole"
-        case Export(format="compressed-tensors" | "gptq") if not state.quantized:
+        case Export(format="compressed-tensors" | "gptq" | "vllm") if not state.quantized:
             return "there are no packed weights to export", "put a quantize step before, or export safetensors"
+        case Export(format="vllm") if not state.leaves:
+            return (
+                "vllm runs one kind of online transform, r4 in blocks, and the model has none or others",
+                "rotate with online: [r4] and block_size: 128, or export compressed-tensors",
+            )
+        case Export(format="vllm") if state.adapter:
+            return "vllm gives an adapter other inputs than it was trained on", "merge it with keep_bits first"
         case Export() if state.online and step.format in ("compressed-tensors", "gptq", *DENSE):
             return (
                 f"no other engine runs the online transform {', '.join(state.online)}: it would load another model",
-                "rotate with online: [], or keep the run's own model folder",
+                "rotate with online: [], or keep the run's own model folder; r4 in blocks can leave as vllm",
             )
-        case Export() if state.cache and step.format in ("compressed-tensors", "gptq", *DENSE):
+        case Export() if state.cache and step.format in ("compressed-tensors", "gptq", "vllm", *DENSE):
             return "this format cannot say that the cache is rounded", "use the model folder"
         case Export() if state.rounded and step.format in ("gptq", *DENSE):
             return (
@@ -212,7 +221,8 @@ def _leaving(step: Step, state: State, later: Sequence[Step]) -> tuple[str, str]
 def _after(step: Step, state: State) -> State:
     match step:
         case Rotate():
-            return replace(state, rotated=True, online=tuple(name for name in step.online if name in FOLDED))
+            online = tuple(name for name in step.online if name in FOLDED)
+            return replace(state, rotated=True, online=online, leaves=step.leaves)
         case Prune():
             zeros = state.zeros or step.widths == "allocated"
             woken = state.woken and step.widths != "allocated"  # it pads anew; a ramp does so once all is trained

@@ -40,7 +40,7 @@ from slimtune.recipe.legality import State, check_order
 from slimtune.recipe.pruning import importance_of, needs_data, pending, rehearse
 from slimtune.recipe.schema import Evaluate, Export, Lora, Prune, Quantize, Recipe, Rotate, Step, Train, to_dict
 from slimtune.recipe.treatments import Treatments, check_patterns, whole_rows
-from slimtune.rotate.options import FOLDED
+from slimtune.rotate.options import FOLDED, Rotation
 from slimtune.rotate.record import KEY
 from slimtune.train.optimizers import require_tools
 
@@ -165,8 +165,9 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
     recipe = resolve(recipe)
     config = model_config(recipe.model)
     noted = config.__dict__.get(KEY, {})
-    online = tuple(name for name in noted.get("online", ()) if name in FOLDED)
-    start = State("quantization_config" in config.__dict__, rotated=bool(noted), online=online)
+    turned = Rotation(online=tuple(noted.get("online", ())), block_size=noted.get("block_size", 0))
+    online = tuple(name for name in turned.online if name in FOLDED)
+    start = State("quantization_config" in config.__dict__, rotated=bool(noted), online=online, leaves=turned.leaves)
     states = check_order(recipe, start)
     model = empty_model(config, DTYPES[recipe.dtype])
     modelmap = bind(model)

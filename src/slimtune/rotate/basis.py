@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from slimtune.arch import ModelMap, Port, Space
-from slimtune.errors import FormatError
+from slimtune.errors import FormatError, ShapeError
 from slimtune.rotate.options import Rotation
 from slimtune.rotate.turn import Turn, dense_turn, hadamard_turn, level, orthogonal_turn
 
@@ -125,7 +125,10 @@ def online(basis: Basis, port: Port) -> tuple[Turn, ...]:
     """
     width, chosen = port.in_features, basis.rotation.online
     if port.reads is Space.FFN and "r4" in chosen:
-        return (Turn(torch.ones(1, width, dtype=torch.float64)),)
+        block = basis.rotation.block_size or width
+        if width % block:
+            raise ShapeError("block_size does not divide what r4 turns", where=port.name, got=block, wanted=width)
+        return (Turn(torch.ones(width // block, block, dtype=torch.float64)),)
     if port.reads is Space.HEAD and "heads" in chosen:
         return (hadamard_turn(width, generator=torch.Generator().manual_seed(basis.rotation.seed)),)
     return ()

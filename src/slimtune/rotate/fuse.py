@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from slimtune.arch import ModelMap, Norm, Port, Space
 from slimtune.calib.capture import model_inputs
 from slimtune.errors import CalibrationError, FormatError, RecipeError, ShapeError
-from slimtune.rotate.basis import Basis, Change, changes
+from slimtune.rotate.basis import Basis, Change, changes, online
 from slimtune.rotate.learn import learn
 from slimtune.rotate.online import attach_online_
 from slimtune.rotate.options import Rotation
@@ -134,6 +134,8 @@ def begin_(
     basis = _basis(modelmap, rotation, {} if obstacle else gains, residual=not obstacle)
     if obstacle and not basis.attentions:
         raise RecipeError("nothing of this model can be rotated", got=obstacle)
+    for port in modelmap.ports:
+        online(basis, port)  # a block size that divides nothing is refused before anything is learned
     if rotation.kind == "learned":
         if tokens is None:
             raise CalibrationError("a learned rotation needs calibration data", remedy="or use kind: hadamard")

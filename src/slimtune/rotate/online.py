@@ -34,10 +34,7 @@ def attach_online_(model: nn.Module) -> tuple[Port, ...]:
     Needed again whenever modules were replaced: quantized, or wrapped by an adapter, whose factors read the transformed
     input too. Hooks that are there already, anywhere in the model, are taken away first.
     """
-    for module in model.modules():
-        hooks = module._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if isinstance(hook, OnlineTransform)]:
-            del hooks[key]
+    detach_online_(model)
     basis, ports = rotation_of(model), []
     if basis is None:
         return ()
@@ -46,3 +43,11 @@ def attach_online_(model: nn.Module) -> tuple[Port, ...]:
             model.get_submodule(port.name).register_forward_pre_hook(OnlineTransform(turn), prepend=True)
             ports.append(port)
     return tuple(ports)
+
+
+def detach_online_(model: nn.Module) -> None:
+    """Take the online transforms out: what is left computes something else."""
+    for module in model.modules():
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if isinstance(hook, OnlineTransform)]:
+            del hooks[key]

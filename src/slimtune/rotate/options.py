@@ -36,6 +36,16 @@ class Rotation:
         metadata={"help": "left in the model, which only slimtune runs: r3 (for a kv_cache), r4, heads"},
     )
 
+    block_size: int = field(
+        default=0,
+        metadata={"help": "channels that r4 turns together; 0: all. A power of two (128) can leave as `vllm`"},
+    )
+
+    @property
+    def leaves(self) -> bool:
+        """Whether another engine can run what is left in the model: r4 in Sylvester's blocks, and nothing else."""
+        return FOLDED.intersection(self.online) == {"r4"} and self.block_size.bit_count() == 1
+
     def __post_init__(self) -> None:
         if not self.least_seed <= self.seed < 2**32:
             wanted = f"{self.least_seed} to 4294967295"
@@ -45,3 +55,6 @@ class Rotation:
         unknown = [name for name in self.online if name not in ONLINE]
         if unknown:
             raise RecipeError("no such online transform", where="online", got=unknown[0], wanted=", ".join(ONLINE))
+        if self.block_size < 0 or self.block_size == 1 or (self.block_size and "r4" not in self.online):
+            wanted = "at least 2, with online: [r4]"
+            raise RecipeError("block_size is of r4", where="block_size", got=self.block_size, wanted=wanted)

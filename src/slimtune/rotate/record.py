@@ -42,7 +42,10 @@ class Mark(nn.Module):
 def mark_(model: nn.Module, basis: Basis) -> None:
     """Note that `model` (a Hugging Face model) lives in `basis`."""
     model.add_module(KEY, Mark(basis))
-    cast(Any, model).config.slimtune_rotation = {"sha256": fingerprint(basis), "online": list(basis.rotation.online)}
+    noted = {"sha256": fingerprint(basis), "online": list(basis.rotation.online)}
+    cast(Any, model).config.slimtune_rotation = noted | (
+        {"block_size": block} if (block := basis.rotation.block_size) else {}
+    )
 
 
 def rotation_of(model: nn.Module) -> Basis | None:
@@ -140,6 +143,8 @@ def _short(facts: Any) -> str:
 def _facts(basis: Basis) -> dict[str, Any]:
     sizes = ("width", "kv_heads", "head_dim", "attentions", "residual", "level")
     rotation = asdict(basis.rotation)
+    if not basis.rotation.block_size:
+        del rotation["block_size"]  # as it was before there were blocks
     return {**rotation, "online": list(basis.rotation.online), **{name: getattr(basis, name) for name in sizes}}
 
 

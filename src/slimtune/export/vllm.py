@@ -1,0 +1,88 @@
+"""A compressed-tensors folder with R4 in it: for vLLM, which turns inputs online, and for no other engine.
+
+`transform_config` names the layers whose input is turned by blocks, and each has the block beside its weight, of ±1 and
+not normalised. The weights have its inverse. (The form is that of llm-compressor's SpinQuant modifier;
+compressed-tensors, `transform/`; read there and in vLLM's source, not run by vLLM.) transformers reads such a folder
+without a word and leaves the transform out, so it is read back here by what the files say.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.arch import Space, bind
+from slimtune.arch.weights import Checkpoint
+from slimtune.errors import RecipeError
+from slimtune.export.base import Source
+from slimtune.export.compressed_tensors import CompressedTensorsExporter
+from slimtune.linalg.hadamard import hadamard
+from slimtune.lora.attach import base_of, has_adapter
+from slimtune.rotate.online import detach_online_
+from slimtune.rotate.record import rotation_of
+
+NAME = "R4"
+LEAF = f"{NAME}_input.weight"
+
+
+class VllmExporter(CompressedTensorsExporter):
+    """A packed Hugging Face folder for vLLM, whose last feed-forward linears turn their inputs online (R4)."""
+
+    loads_in: ClassVar[str] = (
+        "A packed model for vLLM, made from `{name}`, in a compressed-tensors format with an online transform"
+        " (`transform_config`): inputs of the last linear of each feed-forward layer are turned, block by block.\n\n"
+        "- vLLM: `vllm serve FOLDER`, without tensor parallelism (vLLM runs no online transform with it)\n"
+        "- **not transformers**: it loads the folder without an error, leaves the transform out, and computes something"
+        " else\n"
+        "- slimtune: the folder is a model\n"
+    )
+
+    def transforms(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The configuration of R4, and its block for each layer. Raises `RecipeError` where that is not what `model`
+        does online, or where it has an adapter, which vLLM gives the input before the transform."""
+        basis = rotation_of(model)
+        if basis is None or not basis.rotation.leaves:
+            raise RecipeError(
+                "vllm runs one kind of online transform: r4 in blocks",
+                got="no rotation" if basis is None else f"online: {', '.join(basis.rotation.online) or 'nothing'}",
+                remedy="rotate with online: [r4] and block_size: 128, or export compressed-tensors",
+            )
+        if has_adapter(model):
+            raise RecipeError("vllm gives an adapter other inputs than it was trained on", remedy="merge it first")
+        names = [port.name for port in bind(base_of(model)).ports if port.reads is Space.FFN]
+        block = hadamard(basis.rotation.block_size).to(torch.float32)
+        sides = (("input", False), ("weight_input", True))
+        scheme = {
+            "type": "hadamard",
+            "head_dim": basis.rotation.block_size,
+            "precision": "torch.float32",
+            "randomize": False,
+            "requires_grad": False,
+            "apply": [{"targets": names, "location": side, "inverse": back, "ignore": []} for side, back in sides],
+        }
+        return {"transform_config": {"config_groups": {NAME: scheme}}}, {f"{n}.{LEAF}": block.clone() for n in names}
+
+    def read_back(self, source: Source, folder: Path) -> nn.Module:
+        """What transformers loads, with the inputs turned that `config.json` names, by the blocks in the file."""
+        model = super().read_back(source, folder)
+        detach_online_(model)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        scheme = config["quantization_config"]["transform_config"]["config_groups"][NAME]
+        blocks = Checkpoint(folder)
+        for name in next(side["targets"] for side in scheme["apply"] if side["location"] == "input"):
+            block = blocks.read([f"{name}.{LEAF}"])[f"{name}.{LEAF}"]
+            model.get_submodule(name).register_forward_pre_hook(_turned(block / len(block) ** 0.5), prepend=True)
+        return model
+
+
+def _turned(block: Tensor) -> Any:
+    def turn(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, *rest = args
+        turned = x.to(block.dtype).unflatten(-1, (-1, len(block))) @ block
+        return (turned.flatten(-2).to(x.dtype), *rest)
+
+    return turn
