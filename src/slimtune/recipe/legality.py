@@ -146,33 +146,41 @@ def _objection(step: Step, state: State, first: bool, train: bool) -> tuple[str,
             return "there is no adapter to merge", "put merge after lora and train"
         case Merge(keep_bits=True) if not state.quantized:
             return "there are no packed weights to merge into", "leave out keep_bits, or quantize before lora"
-        case Export() if step.format in ADAPTERS and not state.adapter:
+        case Export():
+            return _no_way_out(step, state)
+        case Evaluate() if not (step.sources or step.tasks or step.speed):
+            return "evaluate has nothing to measure", "give it perplexity, accuracy, rouge, tasks or speed: true"
+    return None
+
+
+def _no_way_out(step: Export, state: State) -> tuple[str, str] | None:
+    """What stands against an export of the model as it is."""
+    match step.format:
+        case _ if step.format in ADAPTERS and not state.adapter:
             return "there is no adapter to export", f"put export: {{format: {step.format}}} after lora, before merge"
-        case Export() if step.rank > state.rank > 0:
+        case _ if step.rank > state.rank > 0:
             return f"rank {step.rank} is above the adapter's, {state.rank}", "leave out rank: it is written whole"
-        case Export(format="compressed-tensors" | "gptq" | "vllm") if not state.quantized:
+        case "compressed-tensors" | "gptq" | "vllm" if not state.quantized:
             return "there are no packed weights to export", "put a quantize step before, or export safetensors"
-        case Export(format="vllm") if not state.leaves:
+        case "vllm" if not state.leaves:
             return (
                 "vllm runs one kind of online transform, r4 in blocks, and the model has none or others",
                 "rotate with online: [r4] and block_size: 128, or export compressed-tensors",
             )
-        case Export(format="vllm") if state.adapter:
+        case "vllm" if state.adapter:
             return "vllm gives an adapter other inputs than it was trained on", "merge it with keep_bits first"
-        case Export() if state.online and step.format in ("compressed-tensors", "gptq", *DENSE):
+        case _ if state.online and step.format in ("compressed-tensors", "gptq", *DENSE):
             return (
                 f"no other engine runs the online transform {', '.join(state.online)}: it would load another model",
                 "rotate with online: [], or keep the run's own model folder; r4 in blocks can leave as vllm",
             )
-        case Export() if state.cache and step.format in ("compressed-tensors", "gptq", "vllm", *DENSE):
+        case _ if state.cache and step.format in ("compressed-tensors", "gptq", "vllm", *DENSE):
             return "this format cannot say that the cache is rounded", "use the model folder"
-        case Export() if state.rounded and step.format in ("gptq", *DENSE):
+        case _ if state.rounded and step.format in ("gptq", *DENSE):
             return (
                 "this format cannot say that inputs are rounded",
                 "export compressed-tensors, or use the model folder",
             )
-        case Evaluate() if not (step.sources or step.tasks or step.speed):
-            return "evaluate has nothing to measure", "give it perplexity, accuracy, rouge, tasks or speed: true"
     return None
 
 
