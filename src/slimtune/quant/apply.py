@@ -141,7 +141,8 @@ def quantize_(
         modelmap: its map, from `bind`.
         choose: which method a port gets.
         activations: how its input is rounded. Methods see rounded inputs, made by layers that round theirs.
-        tokens: calibration windows `[samples, length]`; needed when a chosen method needs statistics.
+        tokens: calibration windows `[samples, length]`; needed when a chosen method needs statistics. Where an adapter
+            starts from what is lost, they weigh it, whatever the method needs.
         batch_size: windows that run through a block together.
         materialise: loads the weights of the block called by the second argument.
         store: where finished blocks are kept and looked for.
@@ -158,7 +159,7 @@ def quantize_(
     rounds = {port.name: activations(port) for port in modelmap.ports if port.name in methods}
     if not methods:
         raise RecipeError("there is nothing to quantize", got=", ".join(sorted({str(v) for v in chosen.values()})))
-    needs = _needs(model, methods, rounds, tokens)
+    needs = _needs(model, methods, rounds, tokens) | _weighing(start, tokens)
     context = (
         calibration_stream(model, modelmap, tokens, batch_size=batch_size)
         if needs and tokens is not None
@@ -228,6 +229,11 @@ def _needs(
     return needs
 
 
+def _weighing(start: Start | None, seen: Tensor | CalibrationStream | None) -> frozenset[str]:
+    """What `start` weighs a loss by, where there is calibration to find it from."""
+    return frozenset({"hessian"} if start is not None and seen is not None else ())
+
+
 def _quantize_stage(
     module: nn.Module,
     block: Block,
@@ -244,14 +250,16 @@ def _quantize_stage(
     seen = _Inputs(stream, block, stage)
     for port in ports:
         rounding = seen.found(rounds[port.name])
-        stats = seen.stats(methods[port.name].needs, rounding)
+        needs = methods[port.name].needs
+        known = seen.stats(needs | _weighing(start, stream), rounding)
+        stats = {key: known[key] for key in known if key in needs}
         name = _within(block, port.name) + ".weight"
         weight = weights[name]
         quantized = methods[port.name](weight, stats)
         dense = quantized.dequantize()
         exact = weight.to(torch.float32)
         error = relative_error(exact, dense, stats.get("hessian"))
-        factors = start(exact, dense, stats) if start is not None else None
+        factors = start(exact, dense, known) if start is not None else None
         if stream is not None:
             _compute_with_(module.get_parameter(name), dense)
         layers.append(QuantizedLayer(port.name, quantized, error, factors, rounding))

@@ -190,7 +190,9 @@ def _quantize(session: Session, step: Quantize, number: int) -> Facts:
     if step.kv_cache:
         facts["kv_cache"] = step.kv_cache
         round_cache_(session.loaded.model, treatments.cache.bits)
-    tokens, source = _calibration(session) if treatments.need_data else (None, {})
+    start = _start(session.recipe.steps[number + 1 :])
+    weighed = start is not None and session.recipe.data.calibration is not None  # what is lost, by those inputs
+    tokens, source = _calibration(session) if treatments.need_data or weighed else (None, {})
     place = session.place(f"step-{number}-blocks")
     result = quantize_(
         session.model,
@@ -201,7 +203,7 @@ def _quantize(session: Session, step: Quantize, number: int) -> Facts:
         batch_size=CALIBRATION_BATCH,
         materialise=session.loaded.materialise,
         store=FolderStore(place) if place is not None else None,
-        start=_start(session.recipe.steps[number + 1 :]),
+        start=start,
         progress=_done(session, "block"),
     )
     session.loaded.materialise_()
