@@ -4,6 +4,7 @@ r"""RoLoRA and the controls its paper lacks: SmolLM2-135M, WikiText-2, one quant
     b  LoRA, merged, quantized           e  rotated, LoRA, merged, quantized (RoLoRA)
     c  rotated, quantized, not tuned     f  rotated, LoRA trained on rounded weights and inputs, merged, quantized
                                          g  as f, with rounded inputs alone
+    h  rotated, quantized, LoRA on the packed weights, merged into them (`keep_bits`)
 
 Every arm is a recipe; all train the same rows with the same seed, and b and d start from what a left. An arm whose run
 folder is whole is not run again.
@@ -52,6 +53,7 @@ def arms(arguments: argparse.Namespace, work: Path) -> dict[str, tuple[str, list
             "activations": {"bits": bits, "search": clip < 1},
         }
     }
+    low = {"merge": {"keep_bits": True, "force": True}}
     evaluate = {"evaluate": {"perplexity": {"wikitext2": arguments.text}, "max_tokens": arguments.tokens}}
     return {
         "a": (arguments.model, [lora, train, {"merge": {}}, evaluate]),
@@ -60,6 +62,7 @@ def arms(arguments: argparse.Namespace, work: Path) -> dict[str, tuple[str, list
         "d": (tuned, [rotate, quantize, evaluate]),
         "e": (arguments.model, [rotate, lora, train, {"merge": {}}, quantize, evaluate]),
         "f": (arguments.model, [rotate, lora, qat, {"merge": {}}, quantize, evaluate]),
+        "h": (arguments.model, [rotate, quantize, lora, train, evaluate, low, evaluate]),
         "g": (arguments.model, [rotate, lora, inputs, {"merge": {}}, quantize, evaluate]),
     }
 
@@ -100,7 +103,7 @@ def main() -> None:
         report = slimtune.run(recipe, folder, resume=folder.is_dir())
         values = [m["value"] for m in report["metrics"] if m["name"] == "wikitext2_perplexity"]
         steps_taken = [step["step"] for step in report["steps"]]
-        rows.append({"arm": letter, "steps": steps_taken, "perplexity": values[-1]})
+        rows.append({"arm": letter, "steps": steps_taken, "perplexity": values[-1], "before": values[:-1]})
         print(f"{letter}  {' -> '.join(steps_taken):60} {values[-1]:,.2f}", flush=True)
         RESULTS.mkdir(exist_ok=True)
         more = (f"_seed{arguments.seed}" if arguments.seed else "") + ("_clipped" if arguments.clip < 1 else "")

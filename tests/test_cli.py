@@ -13,8 +13,9 @@ import yaml
 
 import slimtune
 from pico import save_pico
-from slimtune.cli import _bytes, _guarded, app
+from slimtune.cli import _guarded, app
 from slimtune.errors import RecipeError
+from slimtune.recipe.document import amount
 from slimtune.recipe.shell import recipe_of
 
 VERBS = (
@@ -280,13 +281,13 @@ def test_a_quantizer_is_listed_with_its_fields(command: Command) -> None:
     [("24GB", 24 * 10**9), ("512mb", 512 * 10**6), ("1.5 GiB", 3 * 2**29), ("1000", 1000), ("7B", 7)],
 )
 def test_amounts_of_memory(text: str, wanted: int) -> None:
-    assert _bytes(text) == wanted
+    assert amount(text) == wanted
 
 
 @pytest.mark.parametrize("text", ["", "GB", "24 apples", "-1GB", "0", "nan", "infGB", "1e400"])
 def test_what_is_no_amount_of_memory(text: str) -> None:
     with pytest.raises(RecipeError, match="not an amount of memory"):
-        _bytes(text)
+        amount(text)
 
 
 def test_an_error_that_is_nobodys_input_keeps_its_traceback() -> None:
@@ -304,3 +305,12 @@ def test_the_console_script_exits_as_it_should(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr == f"slimtune: there is no such recipe\n  where:  {tmp_path / 'none.yaml'}\n"
+
+
+def test_an_option_for_several_may_stand_several_times() -> None:
+    [step] = recipe_of("m", ("rotate",), ["--online", "r4", "--online", "heads", "--kind", "hadamard"], "x").steps
+    assert step.online == ("r4", "heads")
+    [step] = recipe_of("m", ("prune",), ["--ratio", "0.2", "--targets", "[kv]", "--targets", "ffn"], "x").steps
+    assert step.targets == ("kv", "ffn")
+    with pytest.raises(RecipeError, match="an option stands twice"):
+        recipe_of("m", ("rotate",), ["--kind", "hadamard", "--kind", "learned"], "x")

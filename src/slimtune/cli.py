@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from slimtune import __version__
-from slimtune.errors import RecipeError, SlimtuneError
+from slimtune.errors import SlimtuneError
 
 app = typer.Typer(
     name="slimtune",
@@ -74,11 +74,11 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Print what a recipe will do and what it takes; load no weights."""
-    from slimtune.recipe.document import read_recipe, write_recipe
+    from slimtune.recipe.document import amount, read_recipe, write_recipe
     from slimtune.recipe.plan import plan as make_plan
     from slimtune.recipe.terminal import plan_text
 
-    made = make_plan(read_recipe(recipe, overrides or []), memory=_bytes(memory) if memory else None)
+    made = make_plan(read_recipe(recipe, overrides or []), memory=amount(memory, "--memory") if memory else None)
     if as_json:
         print(json.dumps(made.to_dict()))
     else:
@@ -261,19 +261,6 @@ def list_table(
 def version() -> None:
     """Print the version."""
     print(__version__)
-
-
-def _bytes(text: str) -> int:
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
-    number = text.strip().upper()
-    unit = next((u for u in sorted(units, key=len, reverse=True) if number.endswith(u)), "")
-    try:
-        amount = float(number.removesuffix(unit)) * units.get(unit, 1)
-        if not 0 < amount < float("inf"):
-            raise ValueError(text)
-        return int(amount)
-    except ValueError as error:
-        raise RecipeError("not an amount of memory", where="--memory", got=text, wanted="like 24GB or 512MB") from error
 
 
 def _guarded(command: Callable[[], Any]) -> int:

@@ -33,6 +33,7 @@ def require_place(path: str | os.PathLike[str], *, folder: bool = False) -> None
         f"{above} is a file": not above.is_dir(),
         f"{path} is a {'file' if folder else 'folder'}": path.is_file() if folder else path.is_dir(),
         f"{above} may not be written to": not os.access(above, os.W_OK),
+        f"{path} is the folder you are in": folder and path.resolve() == Path.cwd(),
     }
     for fault in (fault for fault, found in faults.items() if found):
         raise RecipeError("the output cannot be made", where=str(path), got=fault, remedy="choose another --output")
@@ -43,10 +44,12 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A new folder, written beside `path` and renamed to it when the block ends without an error.
 
     An existing folder is replaced only at that moment. On any error the half-written folder is removed and the old one
-    stays. Raises `RecipeError` where the disk is full, and what `require_place` raises.
+    stays. Raises `RecipeError` where the disk is full, and what `require_place` raises (no process can go on in a
+    folder that was replaced: it is not the current one).
     """
     path = Path(path)
     require_place(path, folder=True)
+    path = path.resolve()  # what a link leads to, not the link, is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     old = path.with_name(f".{path.name}.old")
@@ -71,6 +74,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A file path to write to; renamed to `path` when the block ends without an error, removed otherwise."""
     path = Path(path)
     require_place(path)
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import slimtune
@@ -96,3 +97,41 @@ def test_an_adapter_names_what_it_was_made_for(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "someone/original"
     assert "someone/original" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_export_keeps_the_dtype_of_the_model(tmp_path: Path) -> None:
+    for name, model in {"dense": pico_model(dtype=torch.bfloat16), "packed": packed().to(torch.bfloat16)}.items():
+        slimtune.export(model, TOKENIZER, "safetensors" if name == "dense" else "gptq", tmp_path / name)
+        again, _ = slimtune.load(tmp_path / name, dtype=torch.bfloat16)
+        assert again.dtype == torch.bfloat16
+    with pytest.raises(RecipeError, match="unknown dtype"):
+        slimtune.export(pico_model(), TOKENIZER, "safetensors", tmp_path / "other", dtype="fp32")
+
+
+@pytest.mark.parametrize("kind", [str, Path, lambda path: {"path": path, "samples": 2}])
+def test_calibration_is_cut_to_the_models_positions(kind: Callable[[str], Any], data: str) -> None:
+    """OPT has learned positions, few of them: longer windows would be outside."""
+    model = pico_model("opt")
+    assert model.config.max_position_embeddings < 512
+    text = Path(data).with_suffix(".txt")
+    text.write_text("a number and another one, " * 200)
+    slimtune.quantize(model, "optq", bits=4, group_size=8, tokenizer=TOKENIZER, calibration=kind(str(text)))
+
+
+def test_a_merge_that_keeps_bits_reads_text(data: str) -> None:
+    model = slimtune.add_lora(packed(), r=2)
+    seen: list[Any] = []
+    text = {"path": data, "length": 16, "samples": 2}
+    slimtune.merge(model, keep_bits=True, tokenizer=TOKENIZER, calibration=text, facts=seen.append)
+    assert seen
+
+
+def test_one_name_may_be_ignored() -> None:
+    model = slimtune.quantize(pico_model(), "rtn", group_size=8, ignore="*.o_proj")
+    assert type(model.model.layers[0].self_attn.o_proj) is nn.Linear
+
+
+def test_memory_may_be_spoken(tmp_path: Path) -> None:
+    save_pico(tmp_path / "m")
+    recipe = {"model": str(tmp_path / "m"), "steps": [{"evaluate": {"speed": True}}]}
+    assert slimtune.plan(recipe, memory="2GB").available_bytes == 2_000_000_000

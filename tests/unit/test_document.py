@@ -237,3 +237,18 @@ def test_of_merged_mappings_the_first_counts(key: str) -> None:
     assert parse("a: &a {1: x}\nb: {<<: *a, '1': y}")["b"] == {1: "x", "1": "y"}
     with pytest.raises(RecipeError, match="unhashable"):
         parse("x: {[1, 2]: 3}")
+
+
+def test_overrides_reach_a_step_that_is_its_name_alone(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("model: m\ndata: {train: {builtin: pydocs}}\nsteps: [lora, train]\n")
+    step = read_recipe(path, ["train.max_steps=3"]).steps[1]
+    assert isinstance(step, Train) and step.max_steps == 3
+
+
+@pytest.mark.parametrize("tasks", ["q.jsonl", "[q.jsonl]"])
+def test_tasks_beside_the_recipe_are_found(tasks: str, tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text("{}")
+    (tmp_path / "r.yaml").write_text(f"model: m\nsteps:\n  - evaluate: {{tasks: {tasks}}}\n")
+    step = read_recipe(tmp_path / "r.yaml").steps[0]
+    assert isinstance(step, Evaluate) and step.tasks == (str(tmp_path / "q.jsonl"),)

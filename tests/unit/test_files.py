@@ -105,3 +105,20 @@ def test_a_full_disk_is_one_message_and_leaves_no_half(tmp_path: Path, error: Ex
 def test_another_error_is_not_called_a_full_disk(tmp_path: Path) -> None:
     with pytest.raises(PermissionError), naming_full_disk(tmp_path):
         raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_what_a_link_leads_to_is_replaced_and_the_link_stays(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "disk")
+    for text in ("one", "two"):
+        with whole_folder(link) as partial:
+            (partial / "a").write_text(text)
+        assert link.is_symlink() and tree(tmp_path / "disk") == {"a": text}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
+def test_the_folder_one_is_in_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match="the folder you are in"), whole_folder("."):
+        raise AssertionError("not reached")

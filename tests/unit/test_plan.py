@@ -319,3 +319,36 @@ def test_a_plan_knows_whose_blocks_may_differ_in_width(config_only: Path, tmp_pa
         planned(tmp_path, {"export": {"format": "decilm"}})
     with pytest.raises(UnknownArchitecture, match="all blocks of this kind of model alike"):
         planned(tmp_path, {"export": {"format": "gguf-deci"}})
+
+
+def test_a_format_holds_what_is_packed_when_it_is_written(config_only: Path) -> None:
+    """Not what was packed and merged before."""
+    eight = {"quantize": {"method": "rtn", "bits": 8, "group_size": -1, "sym": True, "activations": {"bits": 8}}}
+    first = {"quantize": {"method": "nf4"}}
+    train, export = {"train": {"max_steps": 1}}, {"export": {"format": "compressed-tensors"}}
+    planned(config_only, first, {"lora": {}}, train, {"merge": {}}, eight, export)
+    with pytest.raises(RecipeError, match="cannot hold what this method makes"):
+        planned(config_only, first, {"lora": {}}, train, export)
+
+
+def test_what_is_learnt_from_is_looked_through_before_anything_runs(config_only: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n')
+    steps = [{"lora": {}}, {"train": {"max_steps": 1}}]
+    with pytest.raises(CalibrationError, match="rows in no known format"):
+        planned(config_only, *steps, data={"train": {"path": str(tmp_path / "rows.jsonl")}})
+
+
+def test_a_task_that_is_none_is_found_before_anything_runs(config_only: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    steps = [{"lora": {}}, {"train": {"max_steps": 1}}]
+    for name in ("nosuch.jsonl", "arc_eazy"):
+        with pytest.raises(RecipeError, match=f"named '{name}'"):
+            planned(config_only, *steps, {"evaluate": {"tasks": [name]}})
+    planned(config_only, *steps, {"evaluate": {"tasks": ["arc_easy"]}})
+
+
+def test_who_cannot_be_taught_is_told_before_anything_runs(tmp_path: Path) -> None:
+    pico_config("t5").save_pretrained(tmp_path)
+    ramp = {"prune": {"ratio": 0.2, "schedule": "cubic", "importance": "gate"}}
+    with pytest.raises(RecipeError, match="not its head's outputs"):
+        planned(tmp_path, {"lora": {}}, ramp, {"train": {"max_steps": 4, "distill": True}})

@@ -60,6 +60,21 @@ def require_harness() -> None:
         raise BackendMissing("evaluation on tasks needs lm-eval", where="tasks", remedy='pip install "slimtune[eval]"')
 
 
+def require_tasks(names: Sequence[str]) -> None:
+    """Raise what `tasks` raises of a name that is none, before anything is run (lm-eval's index takes seconds)."""
+    require_harness()
+    others = [name for name in names if not _files(Path(name))]
+    for name in others:
+        if name.endswith(SUFFIXES) or "/" in name:
+            _registered(name, ())
+    if others:
+        from lm_eval.tasks import TaskManager
+
+        valid = TaskManager().all_tasks
+        for name in others:
+            _registered(name, valid)
+
+
 @dataclass(frozen=True)
 class TaskResult:
     """One metric of one task over `samples` rows; `stderr` is None where lm-eval gives none."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +17,7 @@ from slimtune.calib.data import calibration_tokens
 from slimtune.calib.gradients import Batch, GradientSketch
 from slimtune.calib.rows import DataSource as DataSource
 from slimtune.calib.rows import read_rows
-from slimtune.errors import RecipeError, ShapeError
+from slimtune.errors import RecipeError, ShapeError, nearest
 from slimtune.evaluate.inference import require_vocabulary
 from slimtune.export import ADAPTERS, Manifest, Source, require_free
 from slimtune.export import export as write_export
@@ -30,7 +31,7 @@ from slimtune.lora.merge import merge as merge_adapter
 from slimtune.lora.options import LoraOptions
 from slimtune.quant.apply import QuantizeFacts, quantize_
 from slimtune.recipe import schema
-from slimtune.recipe.document import read_recipe
+from slimtune.recipe.document import amount, read_recipe
 from slimtune.recipe.gradients import attach_adapter, gradient_batches, gradients_of, wants_gradients, wants_residual
 from slimtune.recipe.legality import State, note_, require, state_of
 from slimtune.recipe.merging import merge_low_bit
@@ -39,7 +40,7 @@ from slimtune.recipe.plan import plan as make_plan
 from slimtune.recipe.pruning import prune_now
 from slimtune.recipe.run import run as run_recipe
 from slimtune.recipe.schema import Lora, Quantize, Recipe, Step, build, recipe_from, step_from
-from slimtune.recipe.steps import LEARNED_WINDOWS, Session, examples_of, run_step
+from slimtune.recipe.steps import LEARNED_WINDOWS, Session, examples_of, run_step, within_positions
 from slimtune.recipe.treatments import Treatments, check_patterns
 from slimtune.rotate.fuse import RotateFacts, rotate_
 from slimtune.rotate.online import attach_online_
@@ -50,12 +51,15 @@ from slimtune.train.loop import TrainFacts
 from slimtune.train.loop import finetune as train_model
 from slimtune.train.options import TrainOptions
 
-Calibration = DataSource | str | Tensor | None
+Text = DataSource | str | Path | Mapping[str, Any]
+"""A data source: a file, or the fields of one."""
+
+Calibration = Text | Tensor | None
 
 
-def load(model: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(model: str | Path, dtype: str | torch.dtype = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer, by hub id, folder, `.gguf` file or bundled name."""
-    loaded = load_model(model, dtype=dtype)
+    loaded = load_model(str(model), dtype=_named_dtype(dtype))
     return loaded.model, loaded.tokenizer
 
 
@@ -102,7 +106,7 @@ def quantize(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibration: Calibration = None,
-    ignore: Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
     activations: Mapping[str, Any] | None = None,
     layers: Mapping[str, Any] | None = None,
     kv_cache: Mapping[str, Any] | None = None,
@@ -119,7 +123,8 @@ def quantize(
     `residual_rank`, `add_lora(model, init="residual")` may follow, up to that `r`. `facts` is called with what was
     done to each layer.
     """
-    step = Quantize(method, tuple(ignore), dict(activations or {}), dict(layers or {}), dict(kv_cache or {}), options)
+    ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    step = Quantize(method, ignored, dict(activations or {}), dict(layers or {}), dict(kv_cache or {}), options)
     _require(step, model)
     treatments, modelmap = Treatments(step, method), bind(model)
     check_patterns(step, modelmap, method)
@@ -246,14 +251,15 @@ def merge(
     dtype: str = "",
     *,
     keep_bits: bool = False,
-    calibration: Tensor | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration: Calibration = None,
     tolerance: float = 0.05,
     force: bool = False,
     facts: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> nn.Module:
     """The dense model with its adapter folded in, or where `keep_bits` the packed one. `model` is consumed.
 
-    With `keep_bits`, `calibration` is token windows `[samples, length]`; what is lost is refused above `tolerance`
+    With `keep_bits`, `calibration` and `tokenizer` are those of `quantize`; what is lost is refused above `tolerance`
     unless `force`, and given to `facts`.
     """
     step = build(schema.Merge, {"dtype": dtype, "keep_bits": keep_bits, "tolerance": tolerance}, "merge")
@@ -261,7 +267,8 @@ def merge(
     note_(model, step)  # its base is what comes back
     if not keep_bits:
         return merge_adapter(model, DTYPES[dtype] if dtype else None)
-    merged, lost = merge_low_bit(model, _windows(model, calibration), tolerance=tolerance, force=force)
+    tokens = _windows(model, calibration, tokenizer, DEFAULT_SAMPLES)
+    merged, lost = merge_low_bit(model, tokens, tolerance=tolerance, force=force)
     facts(lost)
     return merged
 
@@ -283,12 +290,13 @@ def export(
     output: str | Path,
     *,
     name: str = "",
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "",
     quantization: str = "",
     rank: int = 0,
     overwrite: bool = False,
 ) -> Manifest:
-    """Write `model` as `format` into the folder `output`, read it back and compare; `quantization` is for `gguf`, and
+    """Write `model` as `format` into the folder `output`, read it back and compare; what is not packed is in `dtype`
+    (that of the model, unless given), `quantization` is for `gguf`, and
     an adapter (`peft`, `gguf-lora`) is cut to `rank` where there is one, the loss among the manifest's facts. Where
     `overwrite`, an earlier export is replaced; any other folder that is not empty is refused."""
     loaded_from = str(cast(Any, base_of(model)).name_or_path)
@@ -300,12 +308,13 @@ def export(
         raise RecipeError(what, got=loaded_from, remedy=remedy)
     noted = model.peft_config["default"].base_model_name_or_path if isinstance(model, PeftModel) else ""
     public = name or noted or loaded_from
-    return write_export(Source(model, tokenizer, public, DTYPES[dtype]), format, Path(output), quantization, rank)
+    kept = DTYPES[_named_dtype(dtype)] if dtype else cast(Any, base_of(model)).dtype
+    return write_export(Source(model, tokenizer, public, kept), format, Path(output), quantization, rank)
 
 
-def plan(recipe: Recipe | dict[str, Any] | str | Path, *, memory: int | None = None) -> Plan:
-    """What a recipe (an object, plain values, or a file) will do and take."""
-    return make_plan(_recipe(recipe), memory=memory)
+def plan(recipe: Recipe | dict[str, Any] | str | Path, *, memory: int | str | None = None) -> Plan:
+    """What a recipe (an object, plain values, or a file) will do and take; `memory` in bytes, or as "24GB"."""
+    return make_plan(_recipe(recipe), memory=amount(memory) if isinstance(memory, str) else memory)
 
 
 def run(
@@ -317,7 +326,7 @@ def run(
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Run a recipe into the folder `output`; returns the report."""
-    return run_recipe(_recipe(recipe), Path(output), resume=resume, overwrite=overwrite, say=say)
+    return run_recipe(_recipe(recipe), Path(output).expanduser(), resume=resume, overwrite=overwrite, say=say)
 
 
 def _require(step: Step, model: nn.Module) -> State:
@@ -339,8 +348,8 @@ def _windows(
         if tokenizer is None:
             raise RecipeError("calibration text needs the model's tokenizer", remedy="pass tokenizer=")
         source, where = _source(tokens), str(tokens)
-        rows = read_rows(source)
-        tokens = calibration_tokens(rows, tokenizer, source.samples or samples, source.length, seed, where)
+        rows, length = read_rows(source), within_positions(model, source.length)
+        tokens = calibration_tokens(rows, tokenizer, source.samples or samples, length, seed, where)
     if tokens.dim() != 2 or tokens.is_floating_point() or not tokens.numel():
         got = f"{tokens.dtype} {list(tokens.shape)}"
         raise ShapeError("tokens are windows of whole numbers", got=got, wanted="int64 [samples, length]")
@@ -348,8 +357,17 @@ def _windows(
     return tokens
 
 
-def _source(source: DataSource | str) -> DataSource:
-    return DataSource(path=source) if isinstance(source, str) else source
+def _source(source: Text) -> DataSource:
+    if isinstance(source, Mapping):
+        return build(DataSource, dict(source), "data")
+    return DataSource(path=str(source)) if isinstance(source, str | Path) else source
+
+
+def _named_dtype(dtype: str | torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise RecipeError("unknown dtype", where="dtype", got=name, remedy=nearest(name, DTYPES))
+    return name
 
 
 def _recipe(recipe: Recipe | dict[str, Any] | str | Path) -> Recipe:

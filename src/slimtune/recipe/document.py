@@ -106,6 +106,8 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     facts = parse(text, str(path))
     if not isinstance(facts, dict):
         raise RecipeError("a recipe is a mapping of keys to values", where=str(path), got=type(facts).__name__)
+    if isinstance(steps := facts.get("steps"), list):  # a step without keys may be its name alone
+        facts["steps"] = [{step: {}} if isinstance(step, str) else step for step in steps]
     for override in overrides:
         key, sign, value = override.partition("=")
         if not sign or not key:
@@ -175,6 +177,25 @@ def settle(facts: object, folder: Path, *, whole: bool = False) -> None:
     for owner in (_mapping(_mapping(facts).get("data")), *texts):
         for key in owner:
             place(owner, key)
-    for tasks in (step.get("tasks") for step in evaluations):
-        for number in range(len(tasks) if isinstance(tasks, list) else 0):
-            place(tasks, number)
+    for step in evaluations:
+        place(step, "tasks")  # one name, or several
+        for number in range(len(step["tasks"]) if isinstance(step.get("tasks"), list) else 0):
+            place(step["tasks"], number)
+
+
+def amount(text: str, where: str = "memory") -> int:
+    """Bytes of `24GB`, `512MB` or `1GiB`. Raises `RecipeError` for anything else.
+
+    >>> amount("24GB"), amount("1 KiB")
+    (24000000000, 1024)
+    """
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
+    number = text.strip().upper()
+    unit = next((u for u in sorted(units, key=len, reverse=True) if number.endswith(u)), "")
+    try:
+        amount = float(number.removesuffix(unit)) * units.get(unit, 1)
+        if not 0 < amount < float("inf"):
+            raise ValueError(text)
+        return int(amount)
+    except ValueError as error:
+        raise RecipeError("not an amount of memory", where=where, got=text, wanted="like 24GB or 512MB") from error

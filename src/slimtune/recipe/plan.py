@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,11 +17,12 @@ import psutil
 import torch
 
 from slimtune.arch import ModelMap, Space, bind
+from slimtune.calib.formats import normalise
 from slimtune.calib.loss import CHUNK
 from slimtune.calib.rows import FILES, DataSource, read_rows
 from slimtune.errors import RecipeError, SlimtuneError
 from slimtune.evaluate.inference import require_positions
-from slimtune.evaluate.tasks import require_harness
+from slimtune.evaluate.tasks import require_tasks
 from slimtune.export import compressed_tensors, exporter_of, gptq
 from slimtune.export.decilm import require_described
 from slimtune.export.foreign import PackQuantized, packed_format
@@ -38,11 +40,15 @@ from slimtune.recipe.adapters import excess_rank
 from slimtune.recipe.gradients import wants_gradients
 from slimtune.recipe.legality import State, check_order
 from slimtune.recipe.pruning import importance_of, needs_data, pending, rehearse
-from slimtune.recipe.schema import Evaluate, Export, Lora, Prune, Quantize, Recipe, Rotate, Step, Train, to_dict
+from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train, to_dict
 from slimtune.recipe.treatments import Treatments, check_patterns, whole_rows
 from slimtune.rotate.options import FOLDED, Rotation
 from slimtune.rotate.record import KEY
+from slimtune.train.distill import require_plain_head
 from slimtune.train.optimizers import require_tools
+
+READ = 2**27
+"""Bytes of a training file that is looked through before anything is done: a second or two."""
 
 RUNTIME_BYTES = 90_000_000
 """What the matrix libraries set up at the first product, beyond what the imports take (measured)."""
@@ -59,7 +65,7 @@ CALIBRATION_BATCH = 4
 
 DEFAULT_SAMPLES = 128
 
-HOLDS = {"compressed-tensors": compressed_tensors.fault_of, "gptq": gptq.fault_of}
+HOLDS = dict.fromkeys(("compressed-tensors", "vllm"), compressed_tensors.fault_of) | {"gptq": gptq.fault_of}
 """Why a packed format cannot hold weights of a layout."""
 
 
@@ -136,8 +142,6 @@ def resolve(recipe: Recipe) -> Recipe:
                 exporter_of(step.format, step.quantization, step.rank)
             if isinstance(step, Train):
                 require_tools(step)
-            if isinstance(step, Evaluate) and step.tasks:
-                require_harness()
         except SlimtuneError as error:
             raise error.within(f"steps[{number}].{step.name}") from error
         steps.append(step)
@@ -145,14 +149,25 @@ def resolve(recipe: Recipe) -> Recipe:
 
 
 def _check_data(recipe: Recipe) -> None:
-    """Raise `CalibrationError` for a local file that is not there: now, and not hours into the run."""
+    """Raise `CalibrationError` for a local file that is not there or whose rows are in no form that is known, and
+    `RecipeError` for a task that is not: now, and not hours into the run."""
     data = recipe.data
-    texts = [text for step in recipe.steps if isinstance(step, Evaluate) for text in step.sources]
-    for source in filter(None, (data.train, data.eval, data.calibration, *texts)):
+    evaluations = [step for step in recipe.steps if isinstance(step, Evaluate)]
+    learnt, texts = [data.train, data.eval], [text for step in evaluations for text in step.sources]
+    for source in filter(None, (*learnt, data.calibration, *texts)):
+        path = Path(source.path).expanduser()
         kind = Path(source.path.removesuffix(".gz").removesuffix(".zst")).suffix.lower()
         hub = source.path.count("/") == 1 and kind not in FILES
-        if source.path and not hub and not Path(source.path).expanduser().exists():
+        if source.path and not hub and not path.exists():
             read_rows(source)  # its error says what is there instead
+        if source.path and source in learnt and path.is_file() and path.stat().st_size < READ:
+            normalise(read_rows(source), where=str(source))
+    for number, step in enumerate(recipe.steps):
+        if isinstance(step, Evaluate) and step.tasks:
+            try:
+                require_tasks(step.tasks)
+            except SlimtuneError as error:
+                raise error.within(f"steps[{number}].evaluate") from error
 
 
 def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
@@ -223,6 +238,8 @@ def _check_fit(step: Step, number: int, recipe: Recipe, model: Any, modelmap: Mo
             raise RecipeError(
                 "the teacher has fewer logits", where=f"{where}.distill_top_k", got=step.distill_top_k, wanted=wanted
             )
+        case Train() if step.distill:
+            require_plain_head(model)
         case Export(format="gguf" | "gguf-deci" | "gguf-lora"):
             Naming(model, Widths() if step.format == "gguf-deci" else None).require_computed()
         case Export(format="decilm"):
@@ -234,7 +251,8 @@ def _check_fit(step: Step, number: int, recipe: Recipe, model: Any, modelmap: Mo
 def _check_packable(step: Quantize, later: tuple[Step, ...], modelmap: ModelMap, where: str) -> None:
     """Packed formats hold affine weights without a shorter last group: say so before hours of work, not after."""
     treatments = Treatments(step, where)
-    packed = [s.format for s in later if isinstance(s, Export) and s.format in HOLDS]
+    mine = takewhile(lambda s: not isinstance(s, Quantize) and not (isinstance(s, Merge) and not s.keep_bits), later)
+    packed = [s.format for s in mine if isinstance(s, Export) and s.format in HOLDS]
     for kind in packed:
         for treatment in treatments.all:
             if fault := HOLDS[kind](treatment.sample().layout):
@@ -244,7 +262,7 @@ def _check_packable(step: Quantize, later: tuple[Step, ...], modelmap: ModelMap,
                     got=f"{step.method}: {fault}",
                     remedy="use rtn or optq, or export safetensors",
                 )
-    for treatment in treatments.all if "compressed-tensors" in packed else ():
+    for treatment in treatments.all if {"compressed-tensors", "vllm"}.intersection(packed) else ():
         if fault := compressed_tensors.fault_of_rounding(treatment.activations):
             raise RecipeError(
                 "compressed-tensors cannot say how inputs are rounded",

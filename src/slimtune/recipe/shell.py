@@ -37,15 +37,19 @@ def recipe_of(model: str, steps: Sequence[str], arguments: Sequence[str], name: 
     facts: dict[str, Any] = {"model": model, "name": name, "data": {}, "steps": [{step: {}} for step in steps]}
     sources = [f.name for f in fields(Data)]
     pairs = _pairs(arguments)
-    own = _method_keys(pairs.get("method", Quantize.method)) if "quantize" in steps else []
-    for key, text in pairs.items():
+    own = _method_keys(pairs.get("method", [Quantize.method])[-1]) if "quantize" in steps else []
+    for key, texts in pairs.items():
+        text = texts[-1]
         owners = [step for step in steps if key in _keys(step)] or ["quantize"] * (key in own)
         if key in TOP:
             facts[key] = parse_for([key], text, f"--{key}")
         elif key in sources and not owners:
             facts["data"][key] = parse_for(["data", key], text, f"--{key}")
         elif owners:
-            value = parse_for([owners[0], key], text, f"--{key}")
+            values = [parse_for([owners[0], key], each, f"--{key}") for each in texts]
+            value = (
+                values[0] if len(values) == 1 else [one for v in values for one in (v if isinstance(v, list) else [v])]
+            )
             facts["steps"][list(steps).index(owners[0])][owners[0]][key] = value
         else:
             names = [k.replace("_", "-") for k in (*TOP, *sources, *(k for step in steps for k in _keys(step)), *own)]
@@ -58,7 +62,8 @@ def open_model(name: str, *, dtype: str = "", adapter: Path | None = None) -> tu
     """A model by name, or the model and adapter of a run folder (then `dtype` is the run's, unless given)."""
     run = Path(name)
     held = _held_by(run)
-    loaded = load(str(run / "model") if held else name, dtype=dtype or (dtype_after(*held) if held else "float32"))
+    base = str(run / "model") if (run / "model").is_dir() or not held else held[0].model  # the one it began with
+    loaded = load(base if held else name, dtype=dtype or (dtype_after(*held) if held else "float32"))
     if held:
         original = held[0].model
         loaded.name = BUNDLED[original][2] if original in BUNDLED else original
@@ -161,8 +166,9 @@ def _method_keys(method: str) -> list[str]:
     return [f.name for f in fields(cast(Any, QUANTIZERS[method]))]
 
 
-def _pairs(arguments: Sequence[str]) -> dict[str, str]:
-    pairs: dict[str, str] = {}
+def _pairs(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """The values of each option. Raises `RecipeError` for a second one where only one can be."""
+    pairs: dict[str, list[str]] = {}
     rest = list(arguments)
     while rest:
         key = rest.pop(0)
@@ -171,7 +177,11 @@ def _pairs(arguments: Sequence[str]) -> dict[str, str]:
         name, sign, value = key[2:].partition("=")
         if not sign:
             value = "true" if not rest or rest[0].startswith("--") else rest.pop(0)
-        pairs[name.replace("-", "_")] = value
+        pairs.setdefault(name.replace("-", "_"), []).append(value)
+    lists = {f.name for step in STEPS.values() for f in fields(step) if "tuple" in str(f.type)}
+    for name, values in pairs.items():
+        if len(values) > 1 and name not in lists:
+            raise RecipeError("an option stands twice", got=f"--{name.replace('_', '-')} {' and '.join(values)}")
     return pairs
 
 
@@ -184,8 +194,11 @@ def _held_by(run: Path) -> tuple[Recipe, int] | None:
     """The recipe of the run folder `run`, and how many of its steps are done; None where it is no run. Raises
     `FormatError` where its files are damaged."""
     path, state = run / "recipe.yaml", run / "checkpoints" / "state.json"
-    if not path.is_file() or not (run / "model").is_dir():
+    if not path.is_file() or (run / "config.json").is_file():
         return None
+    if not (run / "model").is_dir() and not (run / "adapter").is_dir():
+        remedy = "finish it: slimtune run RECIPE --output RUN --resume"
+        raise RecipeError("the run was not finished, and has left no model yet", where=str(run), remedy=remedy)
     try:
         recipe = recipe_from(parse(path.read_text(encoding="utf-8")))
         done = len(json.loads(state.read_text(encoding="utf-8"))["steps"]) if state.is_file() else len(recipe.steps)
