@@ -422,6 +422,11 @@ def test_allocated_widths_are_padded_and_the_record_says_so(data: Any, tmp_path:
         ),
         (("lora", {"train": {"distill": True}}), "steps[1].train", "no unpruned model"),
         (
+            ({"quantize": {"method": "rtn"}}, "lora", {"prune": RAMP}, {"train": {"scales": True}}),
+            "steps[3].train",
+            "lose the scales",
+        ),
+        (
             ("lora", {"prune": RAMP}, {"train": {"distill": True, "distill_top_k": 300}}),
             "steps[2].train.distill_top_k",
             "fewer logits",
