@@ -161,16 +161,18 @@ def test_a_ramp_prunes_along_training_and_the_result_is_what_was_trained(
         (10, {"distill": True, "distill_top_k": 5}),
         (10, {"refit": True}),
         (8, {"refit": True, "distill": True}),
+        (10, {"init": "lora-ga", "optim": "lora-rite"}),
     ],
 )
 def test_resumed_across_a_surgery_is_uninterrupted_bit_for_bit(
     killed_in: int, changes: dict[str, Any], data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = dict(changes)
-    learnt = {key: changes.pop(key) for key in ("distill", "distill_top_k") if key in changes}
+    learnt = {key: changes.pop(key) for key in ("distill", "distill_top_k", "optim") if key in changes}
+    lora = {"r": 3, "init": changes.pop("init", "default")}
     model = save_pico(tmp_path / "pico", "llama", num_attention_heads=8, num_key_value_heads=4)
     train = {**TRAIN, **learnt}
-    made = recipe(model, data, {"lora": {"r": 3}}, {"prune": {**RAMP, **changes}}, {"train": train})
+    made = recipe(model, data, {"lora": lora}, {"prune": {**RAMP, **changes}}, {"train": train})
     run(made, tmp_path / "whole")
     kill = CheckpointingTrainer.training_step
 
@@ -421,6 +423,11 @@ def test_allocated_widths_are_padded_and_the_record_says_so(data: Any, tmp_path:
             "padded with zeros",
         ),
         (("lora", {"train": {"distill": True}}), "steps[1].train", "no unpruned model"),
+        (
+            ({"quantize": {"method": "rtn"}}, "lora", {"prune": RAMP}, {"train": {"scales": True}}),
+            "steps[3].train",
+            "lose the scales",
+        ),
         (
             ("lora", {"prune": RAMP}, {"train": {"distill": True, "distill_top_k": 300}}),
             "steps[2].train.distill_top_k",

@@ -162,3 +162,65 @@ def test_the_usual_start_and_ranks_beyond_the_width_stay_finite(kind: Any, rank:
     assert torch.equal(seen[0].a, pair.a) and bool(seen[0].b.any())  # B alone moves first: A has no gradient
     assert all(bool(t.isfinite().all()) for each in seen for t in each)
     assert all(float((now.b @ now.a).norm()) < 1 for now in seen)
+
+
+def cut_(optimizer: Any, a: Tensor, b: Tensor, rows: Tensor, columns: Tensor) -> None:
+    """As pruning does it: each parameter, then what is held of it."""
+    for parameter, dim, kept in ((a, 1, columns), (b, 0, rows)):
+        parameter.data, parameter.grad = parameter.data.index_select(dim, kept), None
+        optimizer.cut_(parameter, dim, kept)
+
+
+def cut_midway(
+    kind: Any, pair: Pair, steps: list[Tensor], rows: Tensor, columns: Tensor
+) -> tuple[Any, Any, list[Pair]]:
+    """Steps, a cut, and the same steps again on what is left; the states around the cut."""
+    a, b = (t.clone().requires_grad_() for t in pair)
+    optimizer = kind([(a, b, SCALING)], lr=0.1, weight_decay=0.0)
+    states, seen = [], []
+    for number, g in enumerate([*steps, *(g[rows][:, columns] for g in steps)]):
+        if number == len(steps):
+            for _ in range(2):
+                states.append(
+                    [{key: held.clone() for key, held in optimizer.state[factor].items()} for factor in (a, b)]
+                )
+                if len(states) == 1:
+                    cut_(optimizer, a, b, rows, columns)
+        a.grad, b.grad = gradients(Pair(a.detach(), b.detach()), g)
+        optimizer.step()
+        seen.append(Pair(a.detach().clone(), b.detach().clone()))
+    return *states, seen
+
+
+ROWS, COLUMNS = torch.tensor([0, 3, 4, 7, 8]), torch.tensor([1, 2, 4, 6])
+
+
+def test_a_cut_leaves_of_lora_pros_moments_those_of_the_weights_that_stay() -> None:
+    (before, _), (after, _), _ = cut_midway(LoraPro, factors(), some_gradients(3), ROWS, COLUMNS)
+    for key in ("mean", "square"):
+        assert torch.equal(after[key], before[key][ROWS][:, COLUMNS])
+
+
+def test_a_cut_leaves_of_lora_rites_moments_those_of_the_features_that_stay() -> None:
+    before, after, _ = cut_midway(LoraRite, factors(), some_gradients(3), ROWS, COLUMNS)
+    for old, new, own, other in zip(before, after, (COLUMNS, ROWS), (ROWS, COLUMNS), strict=True):
+        first, last = ((held["mean"] @ held["basis"].T) for held in (old, new))
+        torch.testing.assert_close(last, first[own][:, other])
+        first, last = ((held["basis"] @ held["square"] @ held["basis"].T) for held in (old, new))
+        torch.testing.assert_close(last, first[other][:, other])
+        torch.testing.assert_close(new["basis"].T @ new["basis"], torch.eye(RANK).double())
+
+
+def test_lora_rite_does_not_see_a_sharing_across_a_cut_either() -> None:
+    pair, steps = factors(), some_gradients(3)
+    mix = torch.randn(RANK, RANK).double() @ torch.tensor([0.01, 1.0, 30.0]).double().diag()
+    other = Pair(torch.linalg.inv(mix) @ pair.a, pair.b @ mix)
+    mine, theirs = (cut_midway(LoraRite, each, steps, ROWS, COLUMNS)[2] for each in (pair, other))
+    for one, two in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one.b @ one.a, two.b @ two.a, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [LoraPro, LoraRite])
+def test_fewer_features_than_the_rank_may_stay(kind: Any) -> None:
+    *_, seen = cut_midway(kind, factors(), some_gradients(3), ROWS[:2], COLUMNS[:1])
+    assert seen[-1].a.shape == (RANK, 1) and all(bool(t.isfinite().all()) for t in seen[-1])

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 import slimtune
 from pico import logits, pico_inputs, pico_model, pico_tokenizer
 from slimtune import add_lora, quantize
+from slimtune.arch import bind
 from slimtune.calib.formats import normalise
 from slimtune.errors import RecipeError
 from slimtune.lora.options import FakeQuant
 from slimtune.lora.rounded import rounded_lora
+from slimtune.prune.groups import axes
+from slimtune.prune.surgery import PrunePlan, prune_
 from slimtune.quant.activation import Activations
 from slimtune.quant.rtn import Rtn
 from slimtune.recipe.legality import check_order
@@ -68,6 +71,23 @@ def test_a_layer_computes_what_it_will_after_merging_and_rounding(packed: bool, 
     with rounded_lora(model, options):
         weight = Rtn(4, size, sym)(merged(layer), {}).dequantize()
         torch.testing.assert_close(layer(x), Activations(4, sym=sym)(x) @ weight.T)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("size", [-1, 12], ids=["rows", "ragged groups"])
+def test_a_layer_that_is_cut_has_the_grids_of_what_is_left(packed: bool, size: int) -> None:
+    model = adapted(packed)
+    base = model.get_base_model()
+    layer, found = base.model.layers[0].mlp.down_proj, axes(bind(base), ("ffn",))
+    with torch.no_grad():
+        layer.lora_B["default"].weight.zero_()
+    with rounded_lora(model, FakeQuant(4, 4, group_size=size)):
+        layer(torch.randn(3, 40))
+        prune_(base, bind(base), PrunePlan(found, {axis.name: tuple(range(3, 37, 2)) for axis in found}))
+        x = torch.randn(3, 17)
+        got = layer(x)
+    weight = Rtn(4, size, FakeQuant().sym)(merged(layer), {}).dequantize()
+    torch.testing.assert_close(got, Activations(4)(x) @ weight.T)
 
 
 def test_sixteen_bits_are_the_layer_itself() -> None:

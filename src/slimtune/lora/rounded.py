@@ -4,7 +4,8 @@ While the context is open, a LoRA layer on a linear `W` computes `Q_a(x) Q_w(W +
 Bᵀ + b`: that is the layer after merging and rounding to nearest. Both `Q` let gradients through as if they were not
 there (arXiv 1308.3432). Input grids are those of `slimtune.quant.activation`. Weight grids span, in each row or group,
 a fraction of the range that the weight has now; the fractions are those of the least squared error on the frozen `W`,
-found once, so that the layer stays a function of its factors alone and an interrupted run resumes to the same bits.
+found once (and once more where pruning cuts it), so that the layer stays a function of its factors alone and an
+interrupted run resumes to the same bits.
 Nothing is known here of rotations: a rotated model trains alike.
 """
 
@@ -51,21 +52,36 @@ def rounded_lora(model: nn.Module, options: FakeQuant) -> Iterator[Switch]:
     switch = Switch()
     try:
         for layer in layers.values():
-            ratio = mse_shrink(_parts(_weight(layer), options), options.weights, options.sym)
-            cast(Any, layer).forward = partial(_forward, layer, options, switch, ratio)
+            ratios = _Ratios(options)
+            ratios.of(_weight(layer))
+            cast(Any, layer).forward = partial(_forward, layer, options, switch, ratios)
         yield switch
     finally:
         for layer in layers.values():
             layer.__dict__.pop("forward", None)
 
 
-def _forward(layer: LoraLayer, options: FakeQuant, switch: Switch, ratio: Tensor, x: Tensor, *args: Any) -> Tensor:
+class _Ratios:
+    """The fractions of the ranges of a layer's groups, as they are when its weight first has its shape."""
+
+    def __init__(self, options: FakeQuant) -> None:
+        self._options, self._shape, self._found = options, torch.Size(), torch.empty(0)
+
+    def of(self, weight: Tensor) -> Tensor:
+        if weight.shape != self._shape:
+            parts, options = _parts(weight, self._options), self._options
+            self._shape, self._found = weight.shape, mse_shrink(parts, options.weights, options.sym)
+        return self._found
+
+
+def _forward(layer: LoraLayer, options: FakeQuant, switch: Switch, ratios: _Ratios, x: Tensor, *args: Any) -> Tensor:
     if layer.training and not switch.on:
         return type(layer).forward(layer, x, *args)
     a, b = (cast(Tensor, factors["default"].weight) for factors in (layer.lora_A, layer.lora_B))
     with torch.autocast(x.device.type, enabled=False):  # a small update would be lost in bfloat16
-        merged = _weight(layer) + layer.scaling["default"] * (b.float() @ a.float())
-    weight = cast(Tensor, _Nearest.apply(merged, ratio, options))
+        frozen = _weight(layer)
+        merged = frozen + layer.scaling["default"] * (b.float() @ a.float())
+    weight = cast(Tensor, _Nearest.apply(merged, ratios.of(frozen), options))
     read = Activations(options.activations, sym=options.activations_sym, clip_ratio=options.clip_ratio)(x)
     bias = cast("Tensor | None", layer.get_base_layer().bias)
     return linear(read, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from slimtune.arch import ModelMap, Port, Space
 from slimtune.errors import RecipeError, ShapeError
 from slimtune.prune.groups import Axis, Kept, parameters
-from slimtune.prune.weights import Packed, base_layer, factors
+from slimtune.prune.state import cut_state_
+from slimtune.prune.weights import Packed, base_layer, factors, held
 
 COUNTS = {
     "heads": ("num_heads", "n_heads", "num_attention_heads"),
@@ -197,32 +198,26 @@ def _cut_(model: nn.Module, port: Port, keep: Indices, optimizer: torch.optim.Op
 
 
 def _cut_linear_(
-    linear: nn.Linear, rows: Tensor | None, columns: Tensor | None, optimizer: torch.optim.Optimizer | None
+    linear: nn.Module, rows: Tensor | None, columns: Tensor | None, optimizer: torch.optim.Optimizer | None
 ) -> None:
-    if rows is not None:
-        _shrink_(linear.weight, 0, rows, optimizer)
-        if linear.bias is not None:
-            _shrink_(linear.bias, 0, rows, optimizer)
-        linear.out_features = len(rows)
-    if columns is not None:
-        _shrink_(linear.weight, 1, columns, optimizer)
-        linear.in_features = len(columns)
+    """Cut a linear, or a factor of which a part may be frozen."""
+    for tensor in held(linear):
+        if rows is not None:
+            _shrink_(tensor, 0, rows, optimizer)
+        if columns is not None and tensor.ndim > 1:
+            _shrink_(tensor, 1, columns, optimizer)
+    for name, kept in (("out_features", rows), ("in_features", columns)):
+        if kept is not None and name in vars(linear):
+            setattr(linear, name, len(kept))
 
 
-def _shrink_(parameter: Tensor, dim: int, indices: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
-    """Keep these indices of a parameter, and of what an optimizer holds of its shape."""
-    indices, shape = indices.to(parameter.device), parameter.shape
-    parameter.grad = None
-    parameter.data = parameter.data.index_select(dim, indices)
-    for state in _inner(optimizer).state.get(parameter, {}).items() if optimizer is not None else ():
-        name, value = state
-        if isinstance(value, Tensor) and value.shape == shape:
-            _inner(optimizer).state[parameter][name] = value.index_select(dim, indices.to(value.device))
-
-
-def _inner(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer inside accelerate's."""
-    return cast(torch.optim.Optimizer, vars(optimizer).get("optimizer", optimizer))
+def _shrink_(tensor: Tensor, dim: int, indices: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+    """Keep these indices of a parameter or buffer, and of what an optimizer holds of it."""
+    indices, shape = indices.to(tensor.device), tensor.shape
+    tensor.grad = None
+    tensor.data = tensor.data.index_select(dim, indices)
+    if optimizer is not None:
+        cut_state_(optimizer, tensor, shape, dim, indices)
 
 
 def _replace_(model: nn.Module, module: nn.Module, name: str, layer: nn.Module) -> None:
@@ -245,7 +240,8 @@ def _silence_(module: nn.Module, name: str, columns: Sequence[int]) -> None:
         )
     layer.weight[:, list(columns)] = 0
     for a, _, _ in factors(module):
-        a.weight[:, list(columns)] = 0
+        for tensor in held(a):
+            tensor[:, list(columns)] = 0
 
 
 def _drop_blocks_(model: nn.Module, modelmap: ModelMap, axis: Axis, kept: Sequence[int]) -> None:

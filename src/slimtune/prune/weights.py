@@ -31,10 +31,13 @@ class Packed(Protocol):
 
 
 class Factors(NamedTuple):
-    """One adapter's factors in a LoRA layer: `W + scaling * B A`."""
+    """One adapter's factors in a LoRA layer: `W + scaling * B A`.
 
-    a: nn.Linear
-    b: nn.Linear
+    Each is a linear, or a module with a `weight` like one's of which a part is frozen (`held`, `trained`).
+    """
+
+    a: nn.Module
+    b: nn.Module
     scaling: float
 
 
@@ -51,9 +54,18 @@ def factors(module: nn.Module) -> Iterator[Factors]:
         scaling = cast(Any, module).scaling
         pairs = ((name, children["lora_A"].get_submodule(name)) for name, _ in children["lora_A"].named_children())
         for name, a in pairs:
-            b = children["lora_B"].get_submodule(name)
-            assert isinstance(a, nn.Linear) and isinstance(b, nn.Linear)  # a LoRA layer of a linear
-            yield Factors(a, b, scaling[name])
+            yield Factors(a, children["lora_B"].get_submodule(name), scaling[name])
+
+
+def held(linear: nn.Module) -> list[Tensor]:
+    """All that a linear or a factor holds: parts of its weight that lie as the whole does along its features, and a
+    bias."""
+    return [*linear.parameters(recurse=False), *linear.buffers(recurse=False)]
+
+
+def trained(factor: nn.Module) -> Tensor:
+    """The rows of A or columns of B that train: all of them, or a part."""
+    return next(parameter for parameter in factor.parameters(recurse=False) if parameter.ndim == 2)
 
 
 def part_of(features: Tensor, part: Part, units: range) -> Tensor:
@@ -85,10 +97,12 @@ def shares(module: nn.Module, part: Part, units: int) -> Iterator[tuple[range, T
         rows, columns = (_of_units(part, some) if part.dim == dim else slice(None) for dim in (0, 1))
         weight, said = whole[rows, columns].to(wide), None
         for a, b, scaling in factors(module):
-            left, right = b.weight[rows].to(wide), a.weight[:, columns].to(wide)
-            weight = weight + scaling * (left @ right)
-            to_a, to_b = (torch.zeros_like(f.weight) if f.weight.grad is None else f.weight.grad for f in (a, b))
-            more = lora_gradient(right, left, to_a[:, columns].to(wide), to_b[rows].to(wide))
+            left, right = (cast(Tensor, factor.weight) for factor in (b, a))
+            weight = weight + scaling * (left[rows].to(wide) @ right[:, columns].to(wide))
+            left, right = trained(b), trained(a)
+            to_a, to_b = (torch.zeros_like(f) if f.grad is None else f.grad for f in (right, left))
+            parts = (right[:, columns], left[rows], to_a[:, columns], to_b[rows])
+            more = lora_gradient(*(of_units.to(wide) for of_units in parts))
             said = more if said is None else said + more
         yield some, shaped(weight, some), None if said is None else shaped(said, some)
 

@@ -202,6 +202,11 @@ def _pruning(step: Step, state: State, later: Sequence[Step]) -> tuple[str, str]
             return f"{held} cannot be fitted", "put prune before quantize and lora, or set refit: false"
         case Prune() if step.widths == "allocated" and state.quantized:
             return "packed weights cannot be padded with zeros", "use widths: uniform, or put prune before quantize"
+        case Train(scales=True) if state.ramp:
+            return (
+                "the cut would lose the scales that were trained before it",
+                "leave out scales, or prune at once (schedule: one-shot) before train",
+            )
         case Train() if step.distill and not state.ramp:
             return "there is no unpruned model to learn from", "put a prune step with schedule: cubic before train"
         case Export(format="decilm" | "gguf-deci") if state.woken:

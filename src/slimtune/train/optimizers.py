@@ -8,11 +8,12 @@ product counts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from peft.optimizers.lorafa import LoraFAOptimizer
 from peft.optimizers.riemannian import create_riemannian_optimizer
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -42,9 +43,23 @@ def lora_plus(model: Any, options: TrainOptions) -> Optimizer:
 def lora_fa(model: Any, options: TrainOptions) -> Optimizer:
     """B alone, by the gradient that is nearest to the full one (LoRA-FA, arXiv 2308.03303); A stays where it starts."""
     config = model.peft_config["default"]
-    return create_lorafa_optimizer(
+    made = create_lorafa_optimizer(
         model, r=config.r, lora_alpha=config.lora_alpha, lr=options.learning_rate, weight_decay=options.weight_decay
     )
+    return LoraFa(cast(Any, made.param_groups))
+
+
+class LoraFa(LoraFAOptimizer):
+    """PEFT's, whose state goes along when a layer is cut: that of a pair lies under the name of its layer."""
+
+    def cut_(self, parameter: Tensor, dim: int, indices: Tensor) -> None:
+        """Keep these rows of the moments of B, where `parameter` is one; of A there are none."""
+        for group in self.param_groups:
+            for name, one in zip(group["names"], group["params"], strict=True):
+                layer, factor, _ = name.partition("lora_B")
+                state = cast(Any, self.state).get(f"{layer}lora", {}) if one is parameter and factor else {}
+                for key in {"exp_avg_B", "exp_avg_sq_B"} & state.keys():
+                    state[key] = state[key].index_select(dim, indices)
 
 
 def riemannian(model: Any, options: TrainOptions) -> Optimizer:

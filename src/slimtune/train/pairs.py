@@ -51,6 +51,18 @@ class _Pairs(ABC, Optimizer):
     def direction(self, factors: Pair, grads: Pair, group: dict[str, Any]) -> Pair:
         """What to subtract from the factors, times the rate; keeps its own state."""
 
+    @torch.no_grad()
+    def cut_(self, parameter: Tensor, dim: int, indices: Tensor) -> None:
+        """Keep these features of the state of the pair that `parameter` is of: read (`dim` 1, an A) or written (0, a
+        B)."""
+        for group in self.param_groups:
+            if any(parameter is factor for factor in group["params"]):
+                self.keep_(group, dim, indices)
+
+    @abstractmethod
+    def keep_(self, group: dict[str, Any], dim: int, indices: Tensor) -> None:
+        """Keep these features of the state of a pair, along `dim` of its product."""
+
 
 # LoRA-Pro
 
@@ -106,6 +118,12 @@ class LoraPro(_Pairs):
         moves = nearest_moves(factors, Pair(scaling * b.T @ wanted, scaling * wanted @ a.T), scaling)
         return settled(factors, moves)
 
+    def keep_(self, group: dict[str, Any], dim: int, indices: Tensor) -> None:
+        """Both moments are of the product: they lose its rows or columns."""
+        state = self.state[group["params"][0]]
+        for key in {"mean", "square"} & state.keys():
+            state[key] = state[key].index_select(dim, indices)
+
 
 # LoRA-RITE
 
@@ -144,6 +162,19 @@ class LoraRite(_Pairs):
         for key, value in (("mean", mean), ("square", square), ("escaped", escaped), ("basis", basis)):
             state[key].copy_(value)
         return mean @ inverse.T
+
+    def keep_(self, group: dict[str, Any], dim: int, indices: Tensor) -> None:
+        """The features go, and what is left of the other factor's basis is made orthonormal again, with the moments in
+        it: `M Qᵀ` and `Q S Qᵀ` lose columns and rows. `S` is a mean over the own features, and stays."""
+        own, other = (self.state[factor] for factor in (group["params"] if dim else reversed(group["params"])))
+        if own:
+            own["mean"] = own["mean"].index_select(0, indices)
+        if other:
+            dtype = other["basis"].dtype
+            basis, corner = torch.linalg.qr(other["basis"].index_select(0, indices).double())
+            corner = corner.to(dtype)
+            other["basis"], other["mean"] = basis.to(dtype).contiguous(), other["mean"] @ corner.T
+            other["square"] = corner @ other["square"] @ corner.T
 
 
 def _decay(beta: float, done: float) -> float:
