@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import slimtune
-from pico import logits, pico_inputs, pico_model, pico_tokenizer, save_pico
+from pico import logits, pico_inputs, pico_model, pico_tokenizer, save_pico, two_steps
 from slimtune.errors import FormatError, RecipeError
 from slimtune.export import Source, export
 from slimtune.kernels.dispatch import reference
+from slimtune.lora.attach import add_lora, plain
+from slimtune.quant.linear import QuantLinear
 from slimtune.recipe.plan import plan
 from slimtune.recipe.schema import recipe_from
 
@@ -92,12 +95,39 @@ def test_zero_points_of_weights_below_rounded_inputs_are_refused(tmp_path: Path)
         written(tmp_path / "out", **{**FOUR, "sym": False})
 
 
-@pytest.mark.parametrize("case", [case for case, (_, format) in CASES.items() if format == "pack-quantized"])
-def test_slimtune_reads_packed_ones_back(case: str, tmp_path: Path) -> None:
+def packed(model: Any) -> dict[str, QuantLinear]:
+    return {name: module for name, module in plain(model).items() if isinstance(module, QuantLinear)}
+
+
+def same(got: Any, wanted: Any) -> bool:
+    """Whether both have the same packed layers: codes, scales, layouts and how inputs are rounded."""
+    mine, yours = packed(got), packed(wanted)
+    assert mine.keys() == yours.keys() and yours
+    for name, layer in mine.items():
+        assert (layer.layout, layer.activations) == (yours[name].layout, yours[name].activations), name
+        assert all(torch.equal(t, yours[name].qtensor.tensors[leaf]) for leaf, t in layer.qtensor.tensors.items()), name
+    return torch.equal(logits(got, pico_inputs(got)), logits(wanted, pico_inputs(wanted)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_slimtune_reads_them_back_and_writes_them_again(case: str, tmp_path: Path) -> None:
     model = written(tmp_path / "out", **CASES[case][0])
+    read, tokenizer = slimtune.load(str(tmp_path / "out"))
+    assert same(read, model)
+    slimtune.export(read, tokenizer, "compressed-tensors", tmp_path / "again")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
+    assert first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    tuned = add_lora(read, r=2)
+    losses = two_steps(tuned, pico_inputs(tuned))
+    assert losses[1] < losses[0]
+    assert all(torch.equal(t.codes, packed(model)[name].codes) for name, t in packed(tuned).items())
+
+
+@pytest.mark.parametrize("family", ["llama-biased", "llama-tied", "gemma2", "phi3", "llava"])
+def test_other_families_are_read_by_slimtune(family: str, tmp_path: Path) -> None:
+    model = written(tmp_path / "out", family, **CASES["W8A8 below W4A4"][0])
     read, _ = slimtune.load(str(tmp_path / "out"))
-    assert {type(m).__name__ for n, m in read.named_modules() if n.endswith("q_proj")} == {"QuantLinear"}
-    assert torch.equal(logits(read, pico_inputs(model)), logits(model, pico_inputs(model)))
+    assert same(read, model)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +136,8 @@ def test_slimtune_reads_packed_ones_back(case: str, tmp_path: Path) -> None:
         {"dynamic": False},
         {"strategy": "tensor"},
         {"type": "float"},
-        {"type": "float", "num_bits": 8, "strategy": "tensor", "dynamic": False},  # whose range is not read here
+        {"strategy": "group", "group_size": 0},
+        {"strategy": "group", "group_size": None, "dynamic": False},
         {"num_bits": 1},
         {"symmetric": 3},
     ],

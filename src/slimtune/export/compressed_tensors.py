@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from slimtune.errors import BackendMissing, FormatError, RecipeError
 from slimtune.export.base import Source, packed_state, probe_logits, refuse_rounding, write_folder
-from slimtune.export.foreign import exact
 from slimtune.export.load import read_model
+from slimtune.export.packed import exact
 from slimtune.linalg.packing import pack, unpack, words
 from slimtune.lora.attach import has_adapter, load_adapter, plain, save_adapter
 from slimtune.quant.activation import Activations, activations_to_dict

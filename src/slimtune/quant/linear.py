@@ -126,7 +126,7 @@ class QuantLinear(nn.Module):
     def select(self, rows: Tensor | None, columns: Tensor | None) -> tuple[QuantLinear, str]:
         """The layer of these rows and columns (None: all), and why its weight was rounded again ("" if it was not)."""
         weight, reason = select(self.qtensor, rows, columns)
-        module = QuantLinear(weight.layout, bias=False, device="meta")
+        module = QuantLinear(weight.layout, bias=False, device="meta", activations=self.activations)
         for name, tensor in weight.tensors.items():
             setattr(module, name, _frozen(tensor))
         if self.bias is not None:
