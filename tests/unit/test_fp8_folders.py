@@ -54,6 +54,7 @@ CASES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "weights": ("fp8", {}, {"float-quantized"}),
     "weights and inputs": ("fp8", {"activations": FLOAT}, {"float-quantized"}),
     "groups": ("fp8", {"group_size": 8, "activations": FLOAT}, {"float-quantized"}),
+    "static inputs": ("fp8", {"activations": {**FLOAT, "static": True, "high": 3.0}}, {"float-quantized"}),
     "some inputs": ("fp8", {"layers": {"down_proj": {"activations": FLOAT}}}, {"float-quantized"}),
     "W4A8, float inputs": ("rtn", {"bits": 4, "group_size": 8, "sym": True, "activations": FLOAT}, {"pack-quantized"}),
     "W8A8, float inputs": ("rtn", {"bits": 8, "group_size": -1, "sym": True, "activations": FLOAT}, {"pack-quantized"}),
@@ -100,7 +101,7 @@ def test_an_adapter_lies_beside(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("change", [{"clip_ratio": 0.9}, {"group_size": 8}, {"static": True, "high": 1.0}], ids=str)
+@pytest.mark.parametrize("change", [{"clip_ratio": 0.9}, {"group_size": 8}], ids=str)
 def test_inputs_that_the_format_cannot_say_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="cannot hold") as caught:
         written(tmp_path / "out", activations={**FLOAT, **change})

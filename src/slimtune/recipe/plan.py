@@ -250,7 +250,7 @@ def _check_packable(step: Quantize, later: tuple[Step, ...], modelmap: ModelMap,
                 "compressed-tensors cannot say how inputs are rounded",
                 where=f"{where}.activations",
                 got=fault,
-                remedy="use activations: {bits: N} alone, or the model folder",
+                remedy="use one range a token or layer, or the model folder",
             )
     groups = {p.name: treatments.of(p.name).group for p in modelmap.linears}
     ragged = [p for p in modelmap.linears if 0 < groups[p.name] < p.in_features and p.in_features % groups[p.name]]
