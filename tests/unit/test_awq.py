@@ -51,7 +51,7 @@ def test_reads_what_a_textbook_wrote(group_size: int) -> None:
     codes, zero = torch.randint(16, (OUT, IN)), torch.randint(16, (OUT, IN // size))
     scale = torch.rand(OUT, IN // size).to(torch.float16)
     wanted = (codes - zero.repeat_interleave(size, 1)).double() * scale.double().repeat_interleave(size, 1)
-    weight = Awq(config(group_size=group_size)).decode("q", textbook(codes, zero, scale), OUT, IN)
+    weight = Awq(config(group_size=group_size)).decode("q", textbook(codes, zero, scale), OUT, IN)[0]
     assert weight.layout == Affine(OUT, IN, 4, size, scale_dtype="float16")
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         assert torch.equal(weight.dequantize(dtype), wanted.to(dtype))  # rounded once

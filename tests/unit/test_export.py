@@ -358,9 +358,9 @@ def test_rows_of_one_group_join_the_groups_of_their_size() -> None:
     def layers(*widths: tuple[int, int]) -> dict[str, QuantLinear]:
         return {str(n): QuantLinear(Affine(4, width, 4, group, True)) for n, (width, group) in enumerate(widths)}
 
-    assert schemes_of(layers((16, 16), (32, 16))) == {Scheme(4, 16, True, 16): ["0", "1"]}
-    assert schemes_of(layers((16, 16), (24, 24))) == {Scheme(4, -1, True, 16): ["0", "1"]}
-    assert schemes_of(layers((16, 16), (32, 8))) == {Scheme(4, -1, True, 16): ["0"], Scheme(4, 8, True, 16): ["1"]}
+    assert schemes_of(layers((16, 16), (32, 16))) == {Scheme(4, 16, True, None): ["0", "1"]}
+    assert schemes_of(layers((16, 16), (24, 24))) == {Scheme(4, -1, True, None): ["0", "1"]}
+    assert schemes_of(layers((16, 16), (32, 8))) == {Scheme(4, -1, True, None): ["0"], Scheme(4, 8, True, None): ["1"]}
 
 
 @pytest.mark.parametrize("version", [None, "0.16.1"])

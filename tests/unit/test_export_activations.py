@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import slimtune
-from pico import logits, pico_inputs, pico_model, pico_tokenizer, save_pico
+from pico import logits, pico_inputs, pico_model, pico_tokenizer, save_pico, two_steps
 from slimtune.errors import FormatError, RecipeError
 from slimtune.export import Source, export
 from slimtune.kernels.dispatch import reference
+from slimtune.lora.attach import add_lora, plain
+from slimtune.quant.linear import QuantLinear
 from slimtune.recipe.plan import plan
 from slimtune.recipe.schema import recipe_from
 
@@ -20,6 +23,7 @@ pytest.importorskip("compressed_tensors")
 CHANNEL: dict[str, Any] = {"group_size": -1, "sym": True}
 EIGHT: dict[str, Any] = {"bits": 8, "activations": {"bits": 8}, **CHANNEL}
 FOUR: dict[str, Any] = {"bits": 4, "activations": {"bits": 4}, **CHANNEL}
+RANGE: dict[str, Any] = {"static": True, "low": -2.3, "high": 3.1}
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "W8A8": (EIGHT, "int-quantized"),
     "W8A8 in groups": ({**EIGHT, "group_size": 8}, "pack-quantized"),
@@ -34,6 +38,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {**FOUR, "layers": {"down_proj": {"bits": 8, "activations": {"bits": 16}}}},
         "pack-quantized",
     ),
+    "W8A8 with zero points": ({**EIGHT, "activations": {"bits": 8, "sym": False}}, "int-quantized"),
+    "W8A8, static": ({**EIGHT, "activations": {"bits": 8, **RANGE}}, "int-quantized"),
+    "W4A8, static with zero points": ({**FOUR, "activations": {"bits": 8, "sym": False, **RANGE}}, "pack-quantized"),
+    "W4A4, static and clipped": ({**FOUR, "activations": {"bits": 4, "clip_ratio": 0.8, **RANGE}}, "pack-quantized"),
     "some left alone": ({**FOUR, "ignore": ["down_proj", "o_proj"]}, "pack-quantized"),
 }
 
@@ -62,7 +70,10 @@ def test_transformers_computes_the_same(case: str, tmp_path: Path) -> None:
     assert {group["format"] for group in facts["config_groups"].values()} <= {"int-quantized", "pack-quantized"}
     for group in facts["config_groups"].values():
         inputs_of = group["input_activations"]
-        assert inputs_of is None or (inputs_of["strategy"], inputs_of["dynamic"]) == ("token", True)
+        static = "static" in case
+        wanted_of = ("tensor", False) if static else ("token", True)
+        assert inputs_of is None or (inputs_of["strategy"], inputs_of["dynamic"]) == wanted_of
+        assert inputs_of is None or inputs_of["symmetric"] is ("zero points" not in case)
 
 
 @pytest.mark.parametrize("family", ["llama-biased", "gemma2", "phi3", "qwen3"])
@@ -73,7 +84,7 @@ def test_other_families_are_read_back(family: str, options: dict[str, Any], tmp_
 
 @pytest.mark.parametrize(
     "activations",
-    [{"sym": False}, {"clip_ratio": 0.9}, {"group_size": 8}, {"static": True, "low": -1.0, "high": 1.0}],
+    [{"clip_ratio": 0.9}, {"group_size": 8}],
     ids=str,
 )
 def test_what_the_format_cannot_say_is_refused(activations: dict[str, Any], tmp_path: Path) -> None:
@@ -92,12 +103,47 @@ def test_zero_points_of_weights_below_rounded_inputs_are_refused(tmp_path: Path)
         written(tmp_path / "out", **{**FOUR, "sym": False})
 
 
-@pytest.mark.parametrize("case", [case for case, (_, format) in CASES.items() if format == "pack-quantized"])
-def test_slimtune_reads_packed_ones_back(case: str, tmp_path: Path) -> None:
+def packed(model: Any) -> dict[str, QuantLinear]:
+    return {name: module for name, module in plain(model).items() if isinstance(module, QuantLinear)}
+
+
+def rounding(layer: QuantLinear) -> Any:
+    """How a layer rounds, whatever the range that its grid is made of."""
+    found = layer.activations
+    if found is None or not found.static:
+        return found
+    return found.bits, found.sym, *map(float, found.grid(torch.zeros(1), torch.zeros(1)))
+
+
+def same(got: Any, wanted: Any) -> bool:
+    """Whether both have the same packed layers: codes, scales, layouts and how inputs are rounded."""
+    mine, yours = packed(got), packed(wanted)
+    assert mine.keys() == yours.keys() and yours
+    for name, layer in mine.items():
+        assert (layer.layout, rounding(layer)) == (yours[name].layout, rounding(yours[name])), name
+        assert all(torch.equal(t, yours[name].qtensor.tensors[leaf]) for leaf, t in layer.qtensor.tensors.items()), name
+    return torch.equal(logits(got, pico_inputs(got)), logits(wanted, pico_inputs(wanted)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_slimtune_reads_them_back_and_writes_them_again(case: str, tmp_path: Path) -> None:
     model = written(tmp_path / "out", **CASES[case][0])
+    read, tokenizer = slimtune.load(str(tmp_path / "out"))
+    assert same(read, model)
+    slimtune.export(read, tokenizer, "compressed-tensors", tmp_path / "again")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
+    assert first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    tuned = add_lora(read, r=2)
+    losses = two_steps(tuned, pico_inputs(tuned))
+    assert losses[1] < losses[0]
+    assert all(torch.equal(t.codes, packed(model)[name].codes) for name, t in packed(tuned).items())
+
+
+@pytest.mark.parametrize("family", ["llama-biased", "llama-tied", "gemma2", "phi3", "llava"])
+def test_other_families_are_read_by_slimtune(family: str, tmp_path: Path) -> None:
+    model = written(tmp_path / "out", family, **CASES["W8A8 below W4A4"][0])
     read, _ = slimtune.load(str(tmp_path / "out"))
-    assert {type(m).__name__ for n, m in read.named_modules() if n.endswith("q_proj")} == {"QuantLinear"}
-    assert torch.equal(logits(read, pico_inputs(model)), logits(model, pico_inputs(model)))
+    assert same(read, model)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +152,8 @@ def test_slimtune_reads_packed_ones_back(case: str, tmp_path: Path) -> None:
         {"dynamic": False},
         {"strategy": "tensor"},
         {"type": "float"},
-        {"type": "float", "num_bits": 8, "strategy": "tensor", "dynamic": False},  # whose range is not read here
+        {"strategy": "group", "group_size": 0},
+        {"strategy": "group", "group_size": None, "dynamic": False},
         {"num_bits": 1},
         {"symmetric": 3},
     ],

@@ -21,7 +21,7 @@ from slimtune.arch import bind
 from slimtune.cli import _guarded, app
 from slimtune.errors import FormatError, RecipeError
 from slimtune.export import Source, export
-from slimtune.export.foreign import FloatQuantized
+from slimtune.export.config_groups import CompressedTensors
 from slimtune.export.load import load, read_config, read_model
 from slimtune.export.native import write_model
 from slimtune.kernels.dispatch import reference
@@ -54,6 +54,7 @@ CASES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "weights": ("fp8", {}, {"float-quantized"}),
     "weights and inputs": ("fp8", {"activations": FLOAT}, {"float-quantized"}),
     "groups": ("fp8", {"group_size": 8, "activations": FLOAT}, {"float-quantized"}),
+    "static inputs": ("fp8", {"activations": {**FLOAT, "static": True, "high": 3.0}}, {"float-quantized"}),
     "some inputs": ("fp8", {"layers": {"down_proj": {"activations": FLOAT}}}, {"float-quantized"}),
     "W4A8, float inputs": ("rtn", {"bits": 4, "group_size": 8, "sym": True, "activations": FLOAT}, {"pack-quantized"}),
     "W8A8, float inputs": ("rtn", {"bits": 8, "group_size": -1, "sym": True, "activations": FLOAT}, {"pack-quantized"}),
@@ -100,7 +101,7 @@ def test_an_adapter_lies_beside(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("change", [{"clip_ratio": 0.9}, {"group_size": 8}, {"static": True, "high": 1.0}], ids=str)
+@pytest.mark.parametrize("change", [{"clip_ratio": 0.9}, {"group_size": 8}], ids=str)
 def test_inputs_that_the_format_cannot_say_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="cannot hold") as caught:
         written(tmp_path / "out", activations={**FLOAT, **change})
@@ -192,7 +193,7 @@ def checkpoint(folder: Path, how: dict[str, Any], inputs: dict[str, Any] | None)
 @pytest.mark.parametrize("shape", [(10, 24), (33, 72)])
 def test_reads_what_its_library_stores(strategy: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     stored, wanted = theirs(torch.randn(shape), WEIGHTS[strategy], dtype)
-    weight = FloatQuantized(facts(WEIGHTS[strategy])).decode("q", stored, *shape)
+    weight = CompressedTensors(facts(WEIGHTS[strategy])).decode("q", stored, *shape)[0]
     assert torch.equal(weight.dequantize(dtype), wanted)
     assert 8 < weight.bits_per_weight < 8 + 32 / 8 + 1
 
@@ -306,7 +307,7 @@ HOSTILE: dict[str, tuple[Break, str]] = {
     "other blocks": (edit(lambda q, g, w: w.update(block_structure=[8, 8])), "a wrong tensor"),
     "no group for a layer": (edit(lambda q, g, w: g.update(targets=["re:lm_head"])), "no group"),
     "no scale": (tensor("weight_scale", lambda t: None), "lacks tensors"),
-    "no scale at all": (bare, "a float8 weight has no scale"),
+    "no scale at all": (bare, "a weight of 8 bits has no scale"),
     "no scale of inputs": (tensor("input_scale", lambda t: None), "lacks tensors"),
     "a scale of inputs without end": (tensor("input_scale", lambda t: t / 0), "not finite"),
     "no weight": (tensor("weight", lambda t: None), "lacks tensors"),

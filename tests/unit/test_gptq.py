@@ -86,7 +86,7 @@ def test_reads_what_a_textbook_wrote(bits: int, sym: bool, kind: str, order: str
     assert sym or (zero == 0).any() or bits == 8
     scale, group = torch.rand(OUT, GROUPS).to(torch.float16), ORDERS[order]
     wanted = (codes - zero[:, group]).double() * scale[:, group].double()
-    weight = Gptq(config(bits, kind=kind)).decode("q", textbook(codes, zero, scale, group, bits, kind), OUT, IN)
+    weight = Gptq(config(bits, kind=kind)).decode("q", textbook(codes, zero, scale, group, bits, kind), OUT, IN)[0]
     assert torch.equal(weight.dequantize(torch.float64), wanted)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert torch.equal(weight.dequantize(dtype), wanted.to(dtype))  # rounded once
@@ -115,13 +115,13 @@ def test_writes_what_a_textbook_writes(bits: int, sym: bool) -> None:
 def test_a_layer_without_g_idx_has_groups_of_the_configured_size() -> None:
     codes, zero = torch.randint(16, (OUT, IN)), torch.randint(16, (OUT, GROUPS))
     tensors = textbook(codes, zero, torch.rand(OUT, GROUPS), ORDERS["in order"], 4, "gptq")
-    with_index = Gptq(config()).decode("q", tensors, OUT, IN)
+    with_index = Gptq(config()).decode("q", tensors, OUT, IN)[0]
     del tensors["g_idx"]
-    without = Gptq(config()).decode("q", tensors, OUT, IN)
+    without = Gptq(config()).decode("q", tensors, OUT, IN)[0]
     assert without.layout == with_index.layout
     assert torch.equal(without.dequantize(), with_index.dequantize())
     tensors["qzeros"], tensors["scales"] = tensors["qzeros"][:1], tensors["scales"][:1]
-    assert Gptq(config(group_size=-1)).decode("q", tensors, OUT, IN).layout == Affine(
+    assert Gptq(config(group_size=-1)).decode("q", tensors, OUT, IN)[0].layout == Affine(
         OUT, IN, 4, IN, scale_dtype="float16"
     )
 
@@ -129,7 +129,7 @@ def test_a_layer_without_g_idx_has_groups_of_the_configured_size() -> None:
 def test_scales_that_bfloat16_holds_are_bfloat16() -> None:
     scale = torch.rand(OUT, GROUPS).to(torch.bfloat16)
     tensors = textbook(torch.ones(OUT, IN).long(), torch.full((OUT, GROUPS), 8), scale, ORDERS["in order"], 4, "gptq")
-    weight = Gptq(config()).decode("q", tensors, OUT, IN)
+    weight = Gptq(config()).decode("q", tensors, OUT, IN)[0]
     assert weight.layout == Affine(OUT, IN, 4, 16, symmetric=True)
     assert torch.equal(weight.tensors["scale"], scale)
 

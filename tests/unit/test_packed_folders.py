@@ -12,6 +12,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.utils.match import match_targets
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,7 +21,8 @@ from pico import logits, pico_inputs, pico_model, pico_tokenizer
 from slimtune.arch import Port, Space, bind
 from slimtune.errors import FormatError
 from slimtune.export import Source, export
-from slimtune.export.foreign import PackQuantized
+from slimtune.export.config_groups import CompressedTensors
+from slimtune.export.foreign import packed_format
 from slimtune.export.load import load, read_model
 from slimtune.export.native import settle_
 from slimtune.quant.apply import Choose, all_linear, quantize_
@@ -113,7 +115,7 @@ def theirs(bits: int, sym: bool, group_size: int, shape: tuple[int, int]) -> tup
 @pytest.mark.parametrize("shape", [(10, 24), (16, 40), (33, 72)])
 def test_reads_what_its_library_packs(bits: int, sym: bool, group_size: int, shape: tuple[int, int]) -> None:
     packed, wanted = theirs(bits, sym, group_size, shape)
-    weight = PackQuantized(facts(bits, sym, group_size)).decode("q", packed, *shape)
+    weight = CompressedTensors(facts(bits, sym, group_size)).decode("q", packed, *shape)[0]
     assert torch.equal(weight.dequantize(torch.float16), wanted)
     assert isinstance(weight.layout, Affine) and weight.layout.scale_dtype == "float16"
     assert weight.layout.symmetric or not sym
@@ -121,10 +123,10 @@ def test_reads_what_its_library_packs(bits: int, sym: bool, group_size: int, sha
 
 def test_act_order_is_read() -> None:
     packed, _ = theirs(4, False, 8, (16, 32))
-    plain = PackQuantized(facts(4, False, 8)).decode("q", packed, 16, 32)
+    plain = CompressedTensors(facts(4, False, 8)).decode("q", packed, 16, 32)[0]
     order = torch.randperm(32)
     packed["weight_g_idx"] = (torch.arange(32) // 8).to(torch.int32)[order]
-    mixed = PackQuantized(facts(4, False, 8)).decode("q", packed, 16, 32)
+    mixed = CompressedTensors(facts(4, False, 8)).decode("q", packed, 16, 32)[0]
     assert isinstance(mixed.layout, Scattered)
     codes = plain.dequantize(torch.float64) / plain.tensors["scale"].double().repeat_interleave(8, 1)
     codes += plain.tensors["zero"].repeat_interleave(8, 1)
@@ -135,13 +137,15 @@ def test_act_order_is_read() -> None:
 
 @pytest.mark.parametrize(
     ("targets", "bits"),
-    [(("Linear",), 4), (("a.b",), 8), (("re:a[.].*",), 8), (("re:b",), 4), (("a",), 4), (("c", "re:.*b"), 8)],
+    [(("Linear",), 8), (("a.b",), 8), (("re:a[.].*",), 8), (("re:b",), 4), (("a",), 4), (("c", "re:.*b"), 8)],
 )
 def test_a_name_or_a_pattern_says_more_than_a_class(targets: tuple[str, ...], bits: int) -> None:
     both = facts(4, True)
     both["config_groups"]["group_1"] = facts(8, True, -1, targets)["config_groups"]["group_0"]
+    schemes = {target: width for width, names in ((4, ("Linear",)), (8, targets)) for target in names}
+    assert schemes[match_targets("a.b", torch.nn.Linear(1, 1), schemes)[0]] == bits  # as its library has it
     packed, wanted = theirs(bits, True, -1, (4, 32))
-    assert torch.equal(PackQuantized(both).decode("a.b", packed, 4, 32).dequantize(torch.float16), wanted)
+    assert torch.equal(CompressedTensors(both).decode("a.b", packed, 4, 32)[0].dequantize(torch.float16), wanted)
 
 
 # --- hostile folders ---
@@ -200,7 +204,7 @@ HOSTILE: dict[str, tuple[Break, str]] = {
     "blocks": (edit(lambda q, g, w: w.update(strategy="block")), "strategy: block"),
     "no group size": (edit(lambda q, g, w: w.update(group_size=0)), "group_size: 0"),
     "symmetric a word": (edit(lambda q, g, w: w.update(symmetric="yes")), "symmetric: yes"),
-    "another format": (edit(lambda q, g, w: g.update(format="int-quantized")), "format: int-quantized"),
+    "another format": (edit(lambda q, g, w: g.update(format="int-quantized")), "unknown in int-quantized"),
     "activations": (edit(lambda q, g, w: g.update(input_activations={"num_bits": 8})), "input_activations"),
     "no group for a layer": (edit(lambda q, g, w: g.update(targets=["re:lm_head"])), "no group"),
     "other bits": (edit(lambda q, g, w: w.update(num_bits=8)), "a wrong tensor"),
@@ -224,11 +228,12 @@ def test_a_broken_folder_is_one_clear_error(case: str, copy: Path) -> None:
     assert text in str(caught.value)
 
 
-def test_formats_that_are_not_packed_are_left_to_transformers(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder, tmp_path / "model")
-    edit(lambda q, g, w: q.update(format="naive-quantized"))(tmp_path / "model")
-    read = load(str(tmp_path / "model")).model
-    assert not any(isinstance(module, QuantLinear) for module in read.modules())
+@pytest.mark.parametrize("format", ["nvfp4-pack-quantized", "mixed-precision", "dense", None])
+def test_formats_that_are_not_packed_are_left_to_transformers(format: str | None) -> None:
+    told = {**facts(4, True), "format": format}
+    assert packed_format(told) is None
+    told["config_groups"]["group_0"]["format"] = "pack-quantized"  # a group says more than the folder
+    assert isinstance(packed_format(told), CompressedTensors)
 
 
 def test_what_transformers_reads_is_what_we_read(folder: Path) -> None:

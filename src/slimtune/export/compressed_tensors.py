@@ -21,18 +21,17 @@ from torch import Tensor, nn
 
 from slimtune.errors import BackendMissing, FormatError, RecipeError
 from slimtune.export.base import Source, packed_state, probe_logits, refuse_rounding, write_folder
-from slimtune.export.foreign import exact
 from slimtune.export.load import read_model
+from slimtune.export.packed import exact
 from slimtune.linalg.packing import pack, unpack, words
 from slimtune.lora.attach import has_adapter, load_adapter, plain, save_adapter
-from slimtune.quant.activation import Activations, activations_to_dict
+from slimtune.quant.activation import Activations
 from slimtune.quant.layouts import Affine, Codebook, Layout
 from slimtune.quant.linear import QuantLinear
 
 PACKAGE, OLDEST = "compressed-tensors", "0.17"
 ADAPTER = "adapter"
 Held = Affine | Codebook
-TOKENS = {"symmetric": True, "strategy": "token", "dynamic": True}
 REMEDY = (
     "export safetensors, or quantize with fp8 or a method of whole zero points (rtn, optq), and a group_size of 32, 64 "
     "or -1 that divides the width"
@@ -40,15 +39,14 @@ REMEDY = (
 
 
 class Scheme(NamedTuple):
-    """What the layers of a config group share; `group_size` -1 is a whole row, `inputs` 16 none that are rounded, and
-    the types are those of `Activations`."""
+    """What the layers of a config group share; `group_size` -1 is a whole row, `type` one of `Activations`, and
+    `inputs` are without the range, where that is static."""
 
     bits: int
     group_size: int
     symmetric: bool
-    inputs: int
+    inputs: Activations | None
     type: str = "int"
-    inputs_type: str = "int"
 
 
 class CompressedTensorsExporter:
@@ -156,14 +154,13 @@ def schemes_of(layers: dict[str, QuantLinear]) -> dict[Scheme, list[str]]:
 
 def _read_late(schemes: Mapping[Scheme, object]) -> bool:
     """Whether transformers has to decode these after it has loaded them."""
-    return len(schemes) > 1 or any(scheme.inputs < 16 for scheme in schemes)
+    return len(schemes) > 1 or any(scheme.inputs for scheme in schemes)
 
 
 def quantization_config(schemes: dict[Scheme, list[str]], dense: list[str]) -> dict[str, Any]:
     """The `quantization_config` of `config.json`; `dense` are the linears that were left as they are."""
     groups: dict[str, dict[str, Any]] = {}
     for number, (scheme, names) in enumerate(schemes.items()):
-        rounded = {"num_bits": scheme.inputs, "type": scheme.inputs_type}
         groups[f"group_{number}"] = {
             "targets": ["Linear"] if len(schemes) == 1 else names,  # the form every engine knows, where it will do
             "weights": {
@@ -174,7 +171,7 @@ def quantization_config(schemes: dict[Scheme, list[str]], dense: list[str]) -> d
                 "symmetric": scheme.symmetric,
                 "dynamic": False,
             },
-            "input_activations": TOKENS | rounded if scheme.inputs < 16 else None,
+            "input_activations": _input_activations(scheme.inputs) if scheme.inputs else None,
             "output_activations": None,
             "format": format_of(scheme),
         }
@@ -191,6 +188,11 @@ def quantization_config(schemes: dict[Scheme, list[str]], dense: list[str]) -> d
     }
 
 
+def _input_activations(inputs: Activations) -> dict[str, Any]:
+    how = {"strategy": "tensor" if inputs.static else "token", "dynamic": not inputs.static}
+    return {"num_bits": inputs.bits, "type": inputs.type, "symmetric": inputs.sym, **how}
+
+
 def packed_layer(layer: QuantLinear, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of an affine or float8 layer as compressed-tensors names and packs them.
 
@@ -201,21 +203,34 @@ def packed_layer(layer: QuantLinear, dtype: torch.dtype) -> dict[str, Tensor]:
     model's weights.
     """
     layout, tensors = cast(Held, layer.layout), layer.qtensor.tensors
-    scale = tensors["scale"].to(dtype) if exact(tensors["scale"], dtype) else tensors["scale"]
+    shared = {"weight_scale": _in(dtype, tensors["scale"])}
+    if layer.activations is not None and layer.activations.static:
+        shared |= _input_range(layer.activations, dtype)
     if isinstance(layout, Codebook):
         codes = unpack(tensors["codes"], layout.bits, layout.in_features)
-        return {"weight": codes.view(torch.float8_e4m3fn).clone(), "weight_scale": scale}
+        return {"weight": codes.view(torch.float8_e4m3fn).clone(), **shared}
     if format_of(_scheme(layer)) == "int-quantized":
         codes = unpack(tensors["codes"], layout.bits, layout.in_features).to(torch.int16) - 128
-        return {"weight": codes.to(torch.int8), "weight_scale": scale}
+        return {"weight": codes.to(torch.int8), **shared}
     packed = {
         "weight_packed": words(tensors["codes"]),
-        "weight_scale": scale,
+        **shared,
         "weight_shape": torch.tensor([layout.out_features, layout.in_features]),
     }
     if not layout.symmetric:
         packed["weight_zero_point"] = words(pack(tensors["zero"].T, layout.bits)).T.contiguous()
     return packed
+
+
+def _input_range(inputs: Activations, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The scale of a static range, and its zero point where it has one: clip ratios are in them."""
+    scale, zero = inputs.grid(torch.zeros(1), torch.zeros(1))
+    point = {} if inputs.sym else {"input_zero_point": (zero - 2 ** (inputs.bits - 1)).to(torch.int8)}
+    return {"input_scale": _in(dtype, scale), **point}
+
+
+def _in(dtype: torch.dtype, scale: Tensor) -> Tensor:
+    return scale.to(dtype) if exact(scale, dtype) else scale
 
 
 def fault_of(layout: Layout) -> str:
@@ -231,29 +246,34 @@ def fault_of(layout: Layout) -> str:
 
 def fault_of_rounding(activations: Activations | None) -> str:
     """Why compressed-tensors cannot say that inputs are rounded so; empty where it can."""
-    if activations is None or activations == Activations(activations.bits, activations.type):
+    if activations is None or activations.bits == 16:
         return ""
-    facts = activations_to_dict(activations)
-    said = ", ".join(f"{key}: {value}" for key, value in facts.items() if key not in ("bits", "type"))
-    return f"its inputs are not rounded per token on all of a symmetric range ({said})"
+    faults = []
+    if activations.group_size != -1:
+        faults.append(f"in groups of {activations.group_size}")
+    if not activations.static and (activations.search or activations.clip_ratio != 1):
+        faults.append("on a part of a token's range (clip_ratio, search)")
+    return f"its inputs are rounded {' and '.join(faults)}" if faults else ""
 
 
 def format_of(scheme: Scheme) -> str:
     """The format of layers of this scheme."""
     if scheme.type == "float":
         return "float-quantized"
-    plain = scheme.group_size == -1 and scheme.symmetric and scheme.inputs_type == "int"
-    return "int-quantized" if scheme.bits == scheme.inputs == 8 and plain else "pack-quantized"
+    eights = scheme.bits == 8 and scheme.inputs is not None and (scheme.inputs.bits, scheme.inputs.type) == (8, "int")
+    return "int-quantized" if eights and scheme.group_size == -1 and scheme.symmetric else "pack-quantized"
 
 
 def _scheme(layer: QuantLinear) -> Scheme:
-    layout, inputs = cast(Held, layer.layout), layer.activations or Activations(16)
-    size = -1 if layout.groups == 1 and inputs.bits < 16 else layout.group_size
+    layout, found = cast(Held, layer.layout), layer.activations
+    rounds = found is not None and found.bits < 16
+    inputs = Activations(found.bits, found.type, found.sym, static=found.static) if found and rounds else None
+    size = -1 if layout.groups == 1 and inputs else layout.group_size
     kind, symmetric = ("int", layout.symmetric) if isinstance(layout, Affine) else ("float", True)
-    return Scheme(layout.bits, size, symmetric, inputs.bits, kind, inputs.type)
+    return Scheme(layout.bits, size, symmetric, inputs, kind)
 
 
 def _spoken(scheme: Scheme) -> str:
-    rounded = f", inputs {scheme.inputs} bits ({scheme.inputs_type})" if scheme.inputs < 16 else ""
+    rounded = f", inputs {scheme.inputs.bits} bits ({scheme.inputs.type})" if scheme.inputs else ""
     kind = "float8" if scheme.type == "float" else "symmetric" if scheme.symmetric else "zero points"
     return f"{scheme.bits} bits, group_size {scheme.group_size}, {kind}{rounded}"

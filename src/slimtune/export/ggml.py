@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slimtune.export.foreign import exact
+from slimtune.export.packed import exact
 from slimtune.linalg.packing import unpack
 from slimtune.quant.layouts import Affine
 from slimtune.quant.linear import QuantLinear

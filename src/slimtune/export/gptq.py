@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from slimtune.errors import FormatError, RecipeError
 from slimtune.export.base import Source, packed_state, refuse_rounding, write_folder
-from slimtune.export.foreign import WIDTHS, Scheme, exact
+from slimtune.export.foreign import WIDTHS, Scheme
 from slimtune.export.load import load
+from slimtune.export.packed import exact
 from slimtune.files import write_json
 from slimtune.linalg.packing import pack, words
 from slimtune.lora.attach import base_of, has_adapter, load_adapter, plain, save_adapter

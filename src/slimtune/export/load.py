@@ -140,8 +140,8 @@ def read_packed(folder: Path, format: PackedFormat, dtype: torch.dtype) -> PreTr
     config.quantization_config = SlimtuneConfig(groups=groups).to_dict()  # as transformers reads it from a file
     state = checkpoint.read(checkpoint.files.keys() - taken)
     for name, tensor in state.items():
-        if tensor.is_floating_point() and tensor.itemsize == 1:
-            raise FormatError("a float8 weight has no scale", where=name, wanted=format.marker)
+        if tensor.itemsize == 1 and (tensor.is_floating_point() or name.endswith(".weight")):
+            raise FormatError("a weight of 8 bits has no scale", where=name, wanted=format.marker)
     for name, (layer, _) in layers.items():
         state.update({f"{name}.{leaf}": tensor for leaf, tensor in layer.tensors.items()})
     model = _loaded(partial(type(empty).from_pretrained, None, state_dict=state), config, dtype, folder)

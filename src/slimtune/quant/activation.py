@@ -95,8 +95,9 @@ class Activations:
     def grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Scales and zero points of values between `low` (at most 0) and `high` (at least 0); static ones are of the
         range that was found."""
-        if self.static:
-            low, high = torch.full_like(low, self.low), torch.full_like(high, self.high)
+        dtype = low.dtype
+        if self.static:  # in float64: a scale that others stored is then found again to the last bit
+            low, high = (torch.full_like(low, end, dtype=torch.float64) for end in (self.low, self.high))
         if self.sym:
             high = torch.maximum(-low, high)
             low = -high
@@ -105,7 +106,7 @@ class Activations:
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a token of zeros: any scale is exact
         middle = 0 if self.type == "float" else 2 ** (self.bits - 1)
         zero = torch.full_like(scale, middle) if self.sym else (-low / scale).round_()
-        return scale, zero
+        return scale.to(dtype), zero.to(dtype)
 
 
 class _StraightThrough(torch.autograd.Function):

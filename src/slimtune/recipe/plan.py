@@ -24,8 +24,9 @@ from slimtune.errors import RecipeError, SlimtuneError
 from slimtune.evaluate.inference import require_positions
 from slimtune.evaluate.tasks import require_tasks
 from slimtune.export import compressed_tensors, exporter_of, gptq
+from slimtune.export.config_groups import CompressedTensors
 from slimtune.export.decilm import require_described
-from slimtune.export.foreign import PackQuantized, packed_format
+from slimtune.export.foreign import packed_format
 from slimtune.export.gguf_facts import Naming
 from slimtune.export.gguf_widths import Widths
 from slimtune.export.load import DTYPES, empty_model, model_config
@@ -268,7 +269,7 @@ def _check_packable(step: Quantize, later: tuple[Step, ...], modelmap: ModelMap,
                 "compressed-tensors cannot say how inputs are rounded",
                 where=f"{where}.activations",
                 got=fault,
-                remedy="use activations: {bits: N} alone, or the model folder",
+                remedy="use one range a token or layer, or the model folder",
             )
     groups = {p.name: treatments.of(p.name).group for p in modelmap.linears}
     ragged = [p for p in modelmap.linears if 0 < groups[p.name] < p.in_features and p.in_features % groups[p.name]]
@@ -314,7 +315,7 @@ def _held(config: Any, modelmap: ModelMap) -> dict[str, Any]:
     if facts is None:
         return {}
     if facts.get("quant_method") != METHOD:
-        if isinstance(packed_format(facts), PackQuantized):
+        if isinstance(packed_format(facts), CompressedTensors):
             groups = facts["config_groups"].values()
             return {"bits": max((group["weights"]["num_bits"] for group in groups), default=16)}
         bits, group = facts.get("bits"), facts.get("group_size") or -1
