@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from pico import logits, pico_inputs, pico_model, pico_tokenizer
 from slimtune.arch import Space, bind
-from slimtune.errors import RecipeError, ShapeError
+from slimtune.errors import FormatError, RecipeError, ShapeError
 from slimtune.export import Source, export
+from slimtune.export.load import load
 from slimtune.lora.attach import add_lora
 from slimtune.quant.apply import all_linear, quantize_
 from slimtune.quant.rtn import Rtn
@@ -57,6 +58,12 @@ def test_the_folder_says_what_compressed_tensors_would_do(tmp_path: Path) -> Non
     wanted = logits(model, pico_inputs(model))
     manifest = export(Source(model, pico_tokenizer(), "original"), "vllm", tmp_path / "out")
     assert manifest.max_logit_difference < 1e-4
+
+    torch.testing.assert_close(logits(load(str(tmp_path / "out")).model, pico_inputs(model)), wanted)
+    (tmp_path / "out" / "rotation.json").rename(tmp_path / "kept")
+    with pytest.raises(FormatError, match="the file that says how is missing"):
+        load(str(tmp_path / "out"))
+    (tmp_path / "kept").rename(tmp_path / "out" / "rotation.json")
 
     facts = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     scheme = TransformConfig(**facts["transform_config"]).config_groups["R4"]

@@ -40,8 +40,14 @@ class PackedFormat(Protocol):
         """The weight of the linear that the model calls `name`, and how it rounds its input. Raises `FormatError`."""
 
 
-def packed_format(facts: Mapping[str, Any]) -> PackedFormat | None:
-    """The format that a `quantization_config` speaks of, or None where it is none of those read here."""
+ONLINE = ".R4_input.weight"
+"""How the tensors end that an online transform of compressed-tensors has beside a layer's."""
+
+
+def packed_format(facts: Mapping[str, Any], *, rotated: bool = False) -> PackedFormat | None:
+    """The format that a `quantization_config` speaks of, or None where it is none of those read here. Where the model
+    is `rotated` by slimtune, its own files say which transforms run online, and not the format."""
+    facts = {key: value for key, value in facts.items() if key != "transform_config" or not rotated}
     method = facts.get("quant_method")
     if method == "gptq":
         return Gptq(facts)

