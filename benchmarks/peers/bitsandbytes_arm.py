@@ -5,8 +5,8 @@ Runs in bitsandbytes' own virtual environment (see README.md beside this file), 
     python bitsandbytes_arm.py --model DIR --bits 8 --output OUT
 
 quantizes every decoder-block linear of the float32 model DIR and writes OUT as a plain float32 Hugging Face folder that
-holds the *dequantized* weights, beside OUT/result.json with what it cost. LLM.int8 rounds inputs as well (in rows, those
-with outliers aside), which a folder of weights does not say. `--tokens`, `--samples` and `--group-size` are taken so
+holds the *dequantized* weights, beside OUT/result.json with what it cost. LLM.int8 rounds inputs as well (rows, without
+their outliers), which a folder of weights does not say. `--tokens`, `--samples` and `--group-size` are taken so
 that one driver calls every arm alike.
 """
 
