@@ -213,7 +213,7 @@ def test_a_sketch_of_something_else_is_refused() -> None:
         with pytest.raises(RecipeError, match=says):
             add_lora(model, r=3, init=init, gradients=sketch)
     with pytest.raises(RecipeError, match="does not look at gradients"):
-        LoraOptions(init="eva", ranks="gradient")
+        LoraOptions(init="corda", ranks="gradient")
 
 
 @pytest.mark.parametrize("shape", [(8, 30), (30, 8), (8, 8)])
@@ -427,8 +427,8 @@ def test_gradients_are_asked_for() -> None:
 def test_ranks_keep_the_budget_and_capture_more() -> None:
     model = pico_model("llama")
     gradients = sketch_targets(model, batches(model), directions=8)
-    ranks = allocate(gradients, 4)
-    cost = {name: len(layer.triples.u) + len(layer.triples.v) for name, layer in gradients.layers.items()}
+    cost = {port.name: port.in_features + port.out_features for port in bind(model).linears}
+    ranks = allocate(gradients, 4, cost)
     budget, spent = 4 * sum(cost.values()), sum(ranks[name] * cost[name] for name in cost)
     assert budget - max(cost.values()) < spent <= budget
     assert set(ranks.values()) <= set(range(2, 9)) and len(set(ranks.values())) > 2
@@ -439,7 +439,40 @@ def test_ranks_keep_the_budget_and_capture_more() -> None:
     assert energy(ranks) > energy(dict.fromkeys(ranks, 4))
 
 
-@pytest.mark.parametrize("init", ["default", "lora-ga"])
+def test_eva_gives_ranks_to_the_layers_whose_inputs_vary_along_more() -> None:
+    """The shares of variance are those of the whole spectra, taken by hand, whatever the size of a layer's inputs."""
+    model: Any = pico_model("llama", num_hidden_layers=3)
+    tokens = pico_inputs(model, batch=6, length=20)["input_ids"]
+    ports = {port.name: port for port in bind(model).linears}
+    seen: dict[str, Tensor] = {}
+
+    def see(name: str) -> Any:
+        return lambda _, args: seen.update({name: args[0].flatten(0, 1).double()})
+
+    for name in ports:
+        model.get_submodule(name).register_forward_pre_hook(see(name))
+    with torch.no_grad():
+        model(input_ids=tokens)
+    steps: list[tuple[float, int, str, int]] = []
+    for name, x in seen.items():
+        values = torch.linalg.svdvals(x - x.mean(0)).square()
+        shares = (values / values.sum()).tolist()
+        cost = ports[name].in_features + ports[name].out_features
+        steps += [(shares[rank] / cost, cost, name, rank) for rank in range(2, 8)]
+    budget = left = 2 * sum(port.in_features + port.out_features for port in ports.values())
+    best = 0.0
+    for each, cost, *_ in sorted(steps, reverse=True):
+        if cost <= left:
+            best, left = best + each * cost, left - cost
+    found: dict[str, Any] = {}
+    options: dict[str, Any] = {"r": 4, "init": "eva", "ranks": "gradient", "tokens": tokens, "init_passes": 4}
+    slimtune.add_lora(pico_model("llama", num_hidden_layers=3), facts=found.update, **options)
+    taken = [(each * cost, cost) for each, cost, name, rank in steps if rank < found["ranks"][name]]
+    assert sum(cost for _, cost in taken) <= budget and len(set(found["ranks"].values())) > 2
+    assert sum(each for each, _ in taken) == pytest.approx(best, rel=1e-3)
+
+
+@pytest.mark.parametrize("init", ["default", "lora-ga", "eva"])
 def test_an_adapter_of_many_ranks_is_a_stock_one(init: str, tmp_path: Path) -> None:
     found: dict[str, Any] = {}
     tokens = pico_inputs(pico_model("llama"), batch=6, length=20)["input_ids"]

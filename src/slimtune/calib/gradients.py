@@ -40,7 +40,7 @@ class LayerSketch:
 
     `norm` estimates `‖G‖` (Frobenius), `energy` the fraction of `‖G‖²` in `triples`. `overlap` says how much the
     leading input directions of two halves of the batches have in common (0 to 1). `exact`: the whole of `G` was kept,
-    being no larger than its sketches.
+    being no larger than its sketches. `variance` is the trace of a covariance of inputs.
     """
 
     triples: Triples
@@ -48,6 +48,7 @@ class LayerSketch:
     energy: float
     overlap: float | None = None
     exact: bool = False
+    variance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ class GradientSketch:
         owners: dict[int, str] = {}
         facts: dict[str, Any] = {}
         for name, layer in self.layers.items():
-            facts[name] = {"norm": layer.norm, "energy": layer.energy, "overlap": layer.overlap, "exact": layer.exact}
-            owner = facts[name]["triples"] = owners.setdefault(id(layer.triples), name)
+            owner = owners.setdefault(id(layer.triples), name)
+            facts[name] = {key: value for key, value in vars(layer).items() if key != "triples"} | {"triples": owner}
             for leaf, tensor in zip(Triples._fields, layer.triples, strict=True):
                 tensors[f"{owner}.{leaf}"] = tensor.contiguous()
         rest = {key: value for key, value in asdict(replace(self, layers={})).items() if key != "layers"}
@@ -242,7 +243,7 @@ def _result(work: Sums, batches: int, *, stable: bool, seconds: float) -> Gradie
         captured = float(layer.triples.s.double().square().sum())
         total = max(layer.norm_square, captured)  # the former is an estimate
         energy = captured / total if total else 0.0
-        layers[name] = LayerSketch(layer.triples, math.sqrt(total), energy, layer.overlap, layer.whole)
+        layers[name] = LayerSketch(layer.triples, math.sqrt(total), energy, layer.overlap, layer.whole, layer.variance)
     return GradientSketch(
         layers,
         int(work.tokens),

@@ -29,7 +29,9 @@ class LoraOptions:
     use_rslora: bool = field(default=False, metadata={"help": "scale by lora_alpha / sqrt(r)"})
     ranks: Literal["uniform", "gradient"] = field(
         default="uniform",
-        metadata={"help": "gradient: as many parameters, given to the layers where they hold more of the gradient"},
+        metadata={
+            "help": "gradient: as many parameters, where they hold more of the gradient (eva: of the inputs' variance)"
+        },
     )
     init: InitName = field(default="default", metadata={"help": "how the factors start: `slimtune list inits`"})
     init_direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = field(
@@ -64,7 +66,7 @@ class LoraOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.lora_dropout < 1:
             raise RecipeError("lora_dropout out of range", where="lora", got=self.lora_dropout, wanted="0 to 1")
-        if self.ranks == "gradient" and self.init in ("eva", "corda"):
+        if self.ranks == "gradient" and self.init == "corda":
             raise RecipeError(
                 "this init does not look at gradients", where="lora.ranks", got=self.init, remedy="use ranks: uniform"
             )

@@ -110,10 +110,14 @@ def attach_adapter(
     A start that changes the model and has no size given is as large as serves the loss on the first of `batches` best,
     where there are any. Raises `RecipeError` where `gradients` do not fit the model or the options.
     """
-    if gradients is not None:
-        gradients = fitted(gradients, options, bind(model), "lora")
     starts: list[StartFact] = []
-    ranks = allocate(gradients, options.r) if gradients is not None and options.ranks == "gradient" else None
+    ranks: dict[str, int] | None = None
+    if gradients is not None:
+        modelmap = bind(model)
+        gradients = fitted(gradients, options, modelmap, "lora")
+        if options.ranks == "gradient":
+            ports = {name: modelmap[name] for name in gradients.layers}
+            ranks = allocate(gradients, options.r, {n: p.in_features + p.out_features for n, p in ports.items()})
     wrapped = add_lora(
         model,
         r=options.r,
