@@ -21,6 +21,7 @@ import slimtune.export
 import slimtune.kernels.memory
 import slimtune.quant.apply
 import slimtune.recipe.blocks
+import slimtune.recipe.gradients
 import slimtune.recipe.run
 import slimtune.recipe.steps
 import slimtune.train.checkpoint
@@ -165,6 +166,7 @@ MOMENTS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "all blocks done, the model not written": (RUN, "_keep", {"call": 1}),
     "quantized model written, state not": (RUN, "write_json", {"call": 1, "only": is_state}),
     "state written, model not published": (RUN, "_publish", {"call": 1}),
+    "gradients taken, the adapter not made": (STEPS, "attach_adapter", {"call": 1}),
     "before the first checkpoint": (_CountingTrainer, "training_step", {"call": 2}),
     "writing the second checkpoint": (slimtune.train.checkpoint, "save_file", {"call": 2}),
     "in the middle of step 4": (_CountingTrainer, "training_step", {"call": 8}),
@@ -294,3 +296,16 @@ def test_real_kills_and_an_interrupt_one_after_another(
     assert any(path.name.endswith(".partial") for path in folder.rglob("*"))  # a kill leaves its mess
     run(read_recipe(path), folder, resume=True)
     assert_same(outcome(folder), uninterrupted)
+
+
+def test_gradients_are_not_taken_again(
+    written: Callable[[str], Path], uninterrupted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = read_recipe(written(RECIPE))
+    with monkeypatch.context() as patch:
+        patch.setattr(STEPS, "attach_adapter", ending(STEPS, "attach_adapter", 1))
+        with pytest.raises(Killed):
+            run(recipe, tmp_path / "run")
+    monkeypatch.setattr(slimtune.recipe.gradients, "sketch_targets", lambda *_, **__: pytest.fail("taken again"))
+    run(recipe, tmp_path / "run", resume=True)
+    assert_same(outcome(tmp_path / "run"), uninterrupted)

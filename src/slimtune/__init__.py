@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         rotate,
         rotate_folder,
         run,
+        sketch,
     )
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "rotate",
     "rotate_folder",
     "run",
+    "sketch",
 ]
 
 

@@ -11,6 +11,7 @@ import gguf
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import slimtune
@@ -20,8 +21,12 @@ from slimtune.errors import FormatError, RecipeError
 from slimtune.export import Source, export, exporter_of
 from slimtune.export.ggml import decode
 from slimtune.export.gguf_facts import Naming
+from slimtune.export.native import settle_
+from slimtune.export.peft import TENSORS
 from slimtune.lora.attach import LIVE, adapted
 from slimtune.lora.cut import Update, cut, cut_all, updates
+from slimtune.quant.apply import all_linear, quantize_
+from slimtune.quant.rtn import Rtn
 from slimtune.recipe.starts import cut_section
 from slimtune.rotate.fuse import rotate_
 from slimtune.rotate.options import Rotation
@@ -31,10 +36,13 @@ def of(model: nn.Module) -> Source:
     return Source(model, pico_tokenizer(), "owner/base")
 
 
-def started(**options: Any) -> Any:
+def started(*, rotated: bool = False, **options: Any) -> Any:
     """An adapter that is frozen in part, and whose every tensor has moved."""
     tokens = pico_inputs(pico_model("llama"), batch=6, length=20)["input_ids"]
-    model: Any = slimtune.add_lora(pico_model("llama"), r=3, init="lora-ga", tokens=tokens, **options)
+    base: Any = options.pop("model", None) or pico_model("llama")
+    if rotated:
+        rotate_(base, bind(base), Rotation())
+    model: Any = slimtune.add_lora(base, **{"r": 3, "init": "lora-ga", "tokens": tokens, **options})
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -93,6 +101,69 @@ def test_a_cut_file_is_a_stock_one_and_states_its_error(options: dict[str, Any],
     assert f"cut to rank {rank}" in readme and all(name in readme for name in errors)
     page = str(cut_section(3, manifest.facts))
     assert f"rank {rank}" in page and (max(errors, key=lambda name: errors[name]) in page)
+
+
+@torch.no_grad()
+def one_scaling(folder: Path, base: nn.Module) -> nn.Module:
+    """`base` with the adapter in `folder` added as an engine does that knows one rank and one scaling, as vLLM's
+    PEFTHelper: buffers of `r`, and `lora_alpha / r` (or its root) for every layer, whatever else the file says."""
+    config, tensors = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / TENSORS)
+    r, alpha = config["r"], config["lora_alpha"]
+    scaling = alpha / r**0.5 if config["use_rslora"] else alpha / r
+    for key, a in tensors.items():
+        name, found, _ = key.removeprefix("base_model.model.").partition(".lora_A")
+        if found:
+            b = tensors[key.replace("lora_A", "lora_B")]
+            assert a.shape[0] == b.shape[1] == r
+            base.get_submodule(name).weight.data += scaling * (b @ a)  # type: ignore[union-attr, operator]
+    return base
+
+
+@pytest.mark.parametrize("init", ["default", "lora-ga"])
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_an_engine_of_one_rank_and_scaling_adds_the_same(
+    init: str, use_rslora: bool, rotated: bool, tmp_path: Path
+) -> None:
+    model: Any = started(init=init, ranks="gradient", use_rslora=use_rslora, rotated=rotated)
+    inputs = pico_inputs(model)
+    ranks = {layer.r["default"] for layer in adapted(model).values()}
+    assert len(ranks) > 1
+    wanted = logits(model, inputs)
+    manifest = export(of(model), "peft", tmp_path / "out")
+    assert manifest.max_logit_difference < 1e-4
+    got: Any = one_scaling(tmp_path / "out", pico_model("llama"))
+    # float32 sums in another order, logits of about 10; of a rotated model, in another basis
+    for found in (got, stock(tmp_path / "out")):
+        torch.testing.assert_close(logits(found, inputs), wanted, rtol=0, atol=1e-4)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == max(ranks)
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
+def test_the_adapter_beside_a_packed_folder_has_one_rank_too(format: str, tmp_path: Path) -> None:
+    base: Any = pico_model("llama")
+    quantize_(base, bind(base), all_linear(Rtn(bits=4, group_size=8, sym=True)))
+    settle_(base)
+    model: Any = started(init="default", ranks="gradient", model=base)
+    dense, inputs = pico_model("llama"), pico_inputs(model)
+    for name, layer in adapted(model).items():
+        dense.get_submodule(name).weight.data = layer.get_base_layer().dequantize()  # type: ignore[union-attr]
+    manifest = export(of(model), format, tmp_path / "out")
+    assert manifest.max_logit_difference < 1e-4
+    got: Any = one_scaling(tmp_path / "out" / "adapter", dense)
+    torch.testing.assert_close(logits(got, inputs), logits(model, inputs), rtol=0, atol=1e-4)
+    assert "the adapter's rank is" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("r", "says"), [(3, "rank 8`"), (9, "rank 32`"), (300, "none above 512")])
+def test_the_readme_names_the_rank_that_a_server_needs(r: int, says: str, tmp_path: Path) -> None:
+    """Of an adapter that is frozen in part it is the rank of the whole."""
+    model = slimtune.add_lora(pico_model("llama"), r=r, init="pissa", target_modules=".*layers.0.*")
+    export(of(model), "peft", tmp_path / "out")
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert f"its rank is {2 * r}: vLLM" in readme and says in readme
+    export(of(model), "peft", tmp_path / "cut", rank=2)
+    assert "its rank is 2: vLLM needs `--max-lora-rank 8`" in (tmp_path / "cut" / "README.md").read_text()
 
 
 def test_the_model_is_as_it_was_and_a_wrong_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -13,17 +14,18 @@ import pytest
 import torch
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.config import CordaConfig
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import slimtune
-from pico import logits, pico_inputs, pico_model
+from pico import logits, pico_inputs, pico_model, pico_tokenizer, save_pico
 from slimtune.arch import bind
 from slimtune.errors import RecipeError
 from slimtune.linalg.sketch import exact, overlap
 from slimtune.lora.attach import LIVE, adapted, add_lora, load_adapter, save_adapter, sketch_targets
 from slimtune.lora.inits import DIRECTIONS, INITS, Knobs, Place, corda, leading_a, lora_ga, lora_one, olora, pissa
 from slimtune.lora.merge import merge
-from slimtune.lora.options import InitName, LoraOptions
+from slimtune.lora.options import SKETCHING, InitName, LoraOptions
 from slimtune.lora.ranks import allocate
 from slimtune.lora.start import StartFact
 from slimtune.quant.apply import all_linear, quantize_
@@ -211,7 +213,7 @@ def test_a_sketch_of_something_else_is_refused() -> None:
         with pytest.raises(RecipeError, match=says):
             add_lora(model, r=3, init=init, gradients=sketch)
     with pytest.raises(RecipeError, match="does not look at gradients"):
-        LoraOptions(init="eva", ranks="gradient")
+        LoraOptions(init="corda", ranks="gradient")
 
 
 @pytest.mark.parametrize("shape", [(8, 30), (30, 8), (8, 8)])
@@ -425,8 +427,8 @@ def test_gradients_are_asked_for() -> None:
 def test_ranks_keep_the_budget_and_capture_more() -> None:
     model = pico_model("llama")
     gradients = sketch_targets(model, batches(model), directions=8)
-    ranks = allocate(gradients, 4)
-    cost = {name: len(layer.triples.u) + len(layer.triples.v) for name, layer in gradients.layers.items()}
+    cost = {port.name: port.in_features + port.out_features for port in bind(model).linears}
+    ranks = allocate(gradients, 4, cost)
     budget, spent = 4 * sum(cost.values()), sum(ranks[name] * cost[name] for name in cost)
     assert budget - max(cost.values()) < spent <= budget
     assert set(ranks.values()) <= set(range(2, 9)) and len(set(ranks.values())) > 2
@@ -437,7 +439,40 @@ def test_ranks_keep_the_budget_and_capture_more() -> None:
     assert energy(ranks) > energy(dict.fromkeys(ranks, 4))
 
 
-@pytest.mark.parametrize("init", ["default", "lora-ga"])
+def test_eva_gives_ranks_to_the_layers_whose_inputs_vary_along_more() -> None:
+    """The shares of variance are those of the whole spectra, taken by hand, whatever the size of a layer's inputs."""
+    model: Any = pico_model("llama", num_hidden_layers=3)
+    tokens = pico_inputs(model, batch=6, length=20)["input_ids"]
+    ports = {port.name: port for port in bind(model).linears}
+    seen: dict[str, Tensor] = {}
+
+    def see(name: str) -> Any:
+        return lambda _, args: seen.update({name: args[0].flatten(0, 1).double()})
+
+    for name in ports:
+        model.get_submodule(name).register_forward_pre_hook(see(name))
+    with torch.no_grad():
+        model(input_ids=tokens)
+    steps: list[tuple[float, int, str, int]] = []
+    for name, x in seen.items():
+        values = torch.linalg.svdvals(x - x.mean(0)).square()
+        shares = (values / values.sum()).tolist()
+        cost = ports[name].in_features + ports[name].out_features
+        steps += [(shares[rank] / cost, cost, name, rank) for rank in range(2, 8)]
+    budget = left = 2 * sum(port.in_features + port.out_features for port in ports.values())
+    best = 0.0
+    for each, cost, *_ in sorted(steps, reverse=True):
+        if cost <= left:
+            best, left = best + each * cost, left - cost
+    found: dict[str, Any] = {}
+    options: dict[str, Any] = {"r": 4, "init": "eva", "ranks": "gradient", "tokens": tokens, "init_passes": 4}
+    slimtune.add_lora(pico_model("llama", num_hidden_layers=3), facts=found.update, **options)
+    taken = [(each * cost, cost) for each, cost, name, rank in steps if rank < found["ranks"][name]]
+    assert sum(cost for _, cost in taken) <= budget and len(set(found["ranks"].values())) > 2
+    assert sum(each for each, _ in taken) == pytest.approx(best, rel=1e-3)
+
+
+@pytest.mark.parametrize("init", ["default", "lora-ga", "eva"])
 def test_an_adapter_of_many_ranks_is_a_stock_one(init: str, tmp_path: Path) -> None:
     found: dict[str, Any] = {}
     tokens = pico_inputs(pico_model("llama"), batch=6, length=20)["input_ids"]
@@ -498,3 +533,126 @@ def test_less_data_than_asked_is_refused_and_the_model_left_alone() -> None:
     assert not adapted(model) and all(p.requires_grad for p in model.parameters())
     with pytest.raises(RecipeError, match="pass train="):
         slimtune.add_lora(model, init="lora-ga")
+
+
+# Sketches in files
+
+
+def sums(folder: Path) -> str:
+    path = folder / "sums.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{a} + 1?", "completion": f"{a + 1}."}) + "\n" for a in range(12)))
+    return str(path)
+
+
+def factors(model: Any) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.items()) and len(one) == len(other) > 0
+
+
+@pytest.mark.parametrize("options", [{"init": "lora-ga"}, {"init": "lora-one"}, {"init": "eva"}, {"ranks": "gradient"}])
+def test_a_file_gives_the_factors_that_gradients_give(options: dict[str, Any], tmp_path: Path) -> None:
+    found: list[dict[str, Any]] = []
+    tokens = pico_inputs(pico_model("llama"), batch=6, length=20)["input_ids"]
+    searched = {"tokens": tokens} if options.get("init") == "lora-one" else {}  # the size is searched on data
+    file = str(tmp_path / "kept" / "sketch.safetensors")
+
+    def start(**more: Any) -> dict[str, Tensor]:
+        return factors(slimtune.add_lora(pico_model("llama"), r=3, facts=found.append, **options, **more))
+
+    wanted = start(tokens=tokens)
+    assert same(start(tokens=tokens, init_sketch=file), wanted)
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["sketch.safetensors"]
+    assert same(start(init_sketch=file, **searched), wanted)
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_sketch_serves_other_inits_smaller_ranks_and_fewer_targets(tmp_path: Path, monkeypatch: Any) -> None:
+    model, file = pico_model("llama"), tmp_path / "sketch.safetensors"
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    whole = slimtune.sketch(model, pico_tokenizer(), sums(tmp_path), r=4)
+    assert same(dict(model.state_dict()), before) and whole.directions == 8 and not file.exists()
+    whole.save(file)
+    monkeypatch.setattr("slimtune.recipe.gradients.sketch_targets", lambda *_, **__: pytest.fail("looked again"))
+    for options in ({"r": 2}, {"r": 8, "init": "lora-one", "init_gamma": 128}, {"r": 4, "ranks": "gradient"}):
+        r, found = options["r"], {"init": "gradient-a", **options}
+        got = adapted(slimtune.add_lora(pico_model("llama"), init_sketch=str(file), **found))
+        for name, layer in got.items():
+            v, rows = whole.layers[name].triples.v, layer.lora_A["default"].weight
+            assert overlap(v[:, : len(rows)], torch.linalg.qr(rows.detach().T).Q) == pytest.approx(1, abs=1e-5), (
+                name,
+                r,
+            )
+    one = next(iter(whole.layers))
+    narrow = slimtune.add_lora(pico_model("llama"), r=2, ranks="gradient", init_sketch=str(file), target_modules=one)
+    assert narrow.get_submodule(f"base_model.model.{one}").r["default"] == 2  # the budget of one layer is its own
+
+
+MISFITS: dict[str, tuple[dict[str, Any], str]] = {
+    "another model": ({"family": "llama-wide"}, "of another model"),
+    "other names": ({"family": "opt"}, "lacks a layer"),
+    "more directions": ({"r": 5}, "knows too few directions"),
+    "ranks to choose from": ({"r": 4, "ranks": "gradient"}, "knows too few directions"),
+    "inputs": ({"init": "eva"}, "of something else"),
+    "no init for it": ({"init": "pissa"}, "looks at no sketch"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_a_sketch_that_does_not_fit_is_refused(case: str, tmp_path: Path) -> None:
+    """In memory, and in a recipe before its model is loaded."""
+    options, says = MISFITS[case]
+    options = {"init": "lora-ga", "r": 4, **options}
+    file = tmp_path / "sketch.safetensors"
+    slimtune.sketch(pico_model("llama"), tokens=pico_inputs(pico_model("llama"))["input_ids"], r=4).save(file)
+    family = options.pop("family", "llama")
+    wide = {"intermediate_size": 48} if family == "llama-wide" else {}
+    model = pico_model(family.partition("-")[0], **wide)
+    with pytest.raises(RecipeError, match=says):
+        slimtune.add_lora(model, init_sketch=str(file), **options)
+    assert not adapted(model)
+    folder = save_pico(tmp_path / "base", family.partition("-")[0], **wide)
+    with pytest.raises(RecipeError, match=says) as caught:
+        slimtune.plan({"model": str(folder), "steps": [{"lora": {"init_sketch": str(file), **options}}]})
+    assert "steps[0].lora" in caught.value.facts["where"]
+
+
+def test_a_file_that_is_no_sketch_or_no_place_for_one_is_refused(tmp_path: Path) -> None:
+    tokens = pico_inputs(pico_model("llama"))["input_ids"]
+    (tmp_path / "note.txt").write_text("no sketch")
+    with pytest.raises(slimtune.errors.FormatError, match="not a sketch"):
+        slimtune.add_lora(pico_model("llama"), init="lora-ga", init_sketch=str(tmp_path / "note.txt"), tokens=tokens)
+    for act in (slimtune.add_lora, slimtune.sketch):
+        with pytest.raises(RecipeError, match="cannot be made"):
+            act(pico_model("llama"), init="lora-ga", init_sketch=str(tmp_path / "note.txt" / "x"), tokens=tokens)
+    with pytest.raises(RecipeError, match="looks at nothing"):
+        slimtune.sketch(pico_model("llama"), tokens=tokens, init="pissa")
+    assert tuple(name for name, init in INITS.items() if init.directions) == SKETCHING
+
+
+def test_a_recipe_keeps_its_sketch_and_with_one_needs_no_data(tmp_path: Path, monkeypatch: Any) -> None:
+    """Its file beside the recipe is found from any folder; `--overwrite` does not remove it from under the run."""
+    model, rows = str(save_pico(tmp_path / "base")), sums(tmp_path)
+    monkeypatch.setattr("slimtune.recipe.run.write_html", lambda _: None)
+    lora = {"init": "lora-ga", "r": 2, "init_sketch": str(tmp_path / "sketch.safetensors")}
+    recipe: dict[str, Any] = {"model": model, "data": {"train": rows}, "steps": [{"lora": lora}]}
+    slimtune.run(recipe, tmp_path / "one")
+    with pytest.raises(RecipeError, match="nothing to take gradients of"):
+        slimtune.plan({"model": model, "steps": [{"lora": {**lora, "init_sketch": ""}}]})
+    with pytest.raises(RecipeError, match="nothing to take gradients of"):
+        slimtune.plan({"model": model, "steps": [{"lora": {**lora, "init": "lora-one"}}]})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({"model": model, "steps": [{"lora": {**lora, "init_sketch": "sketch.safetensors"}}]}))
+    heard: list[str] = []
+    slimtune.run(path, tmp_path / "two", say=heard.append)
+    assert any("gradients from" in line for line in heard)
+    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert same(one, two)
+    inside = tmp_path / "two" / "sketch.safetensors"
+    (tmp_path / "sketch.safetensors").rename(inside)
+    recipe["steps"][0]["lora"] = {**lora, "init_sketch": str(inside)}
+    with pytest.raises(RecipeError, match="reads from the run it would overwrite"):
+        slimtune.run(recipe, tmp_path / "two", overwrite=True)
+    assert inside.exists()

@@ -10,6 +10,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
@@ -415,6 +416,40 @@ def test_a_rotation_is_told_with_its_pictures(tmp_path: Path) -> None:
     layers[0]["kurtosis_after"] = "high"
     with pytest.raises(FormatError, match=r"layers\[0\].kurtosis_after"):
         write_html(write_run(tmp_path / "bad", changed(steps=[rotated], metrics=[], plan=None)))
+
+
+def points(svg: ElementTree.Element) -> list[float]:
+    """The heights of the markers in a plot, those of its legend aside."""
+    axes = next(node for node in svg.iter("g") if node.get("id", "").endswith("-axes_1"))
+    lines = [group for group in axes.findall("g") if "-line2d" in group.get("id", "")]
+    return [-float(use.attrib["y"]) for group in lines for use in group.iter("use")]
+
+
+def test_how_every_layer_started_is_drawn(tmp_path: Path) -> None:
+    """Markers stand where the numbers of `report.json` are, on axes that are logarithmic."""
+    numbers = {"energy": (0.9, 0.55, 0.8, 0.6, 0.7, 0.5), "ratio": (0.02, 0.3, 0.1, 0.25, 0.04, 0.05)}
+    layers = [
+        {"name": layer["name"], "rank": 4, "note": ""} | {key: value[n] for key, value in numbers.items()}
+        for n, layer in enumerate(LAYERS)
+    ]
+    started = step("lora", init="lora-ga", r=4, layers=layers)
+    run = write_run(tmp_path / "run", changed(steps=[started], metrics=[], plan=None))
+    tags, page = page_of(run), (run / "report.html").read_text()
+    found = {e.get("aria-label"): e for e in map(ElementTree.fromstring, re.findall(r"<svg.*?</svg>", page, re.S))}
+    assert sorted(found) == ["captured by block", "size of the start by block"]  # no overlap is known
+    for title, key in (("captured by block", "energy"), ("size of the start by block", "ratio")):
+        wide, narrow = numbers[key][::2], numbers[key][1::2]  # one kind after the other
+        heights, logs = points(found[title]), [math.log(value) for value in (*wide, *narrow)]
+        assert len(heights) == 6
+        slope = (heights[1] - heights[0]) / (logs[1] - logs[0])
+        assert slope > 0
+        for height, log in zip(heights, logs, strict=True):
+            assert height == pytest.approx(heights[0] + slope * (log - logs[0]), abs=1e-3 * abs(slope))
+    assert "0.5500 to 0.6000" not in tags.text and "0.5000 to 0.6000" in tags.text  # the table says it by kind
+    nothing = [{**layer, "energy": None, "ratio": 0.0} for layer in layers]
+    plain = step("lora", init="default", r=4, layers=nothing)
+    empty = page_of(write_run(tmp_path / "plain", changed(steps=[plain], metrics=[], plan=None)))
+    assert "svg" not in empty.tags and "Where the adapter starts" in empty.text
 
 
 def test_plots_ignore_the_users_matplotlib_settings() -> None:

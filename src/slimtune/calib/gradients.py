@@ -40,7 +40,7 @@ class LayerSketch:
 
     `norm` estimates `‖G‖` (Frobenius), `energy` the fraction of `‖G‖²` in `triples`. `overlap` says how much the
     leading input directions of two halves of the batches have in common (0 to 1). `exact`: the whole of `G` was kept,
-    being no larger than its sketches.
+    being no larger than its sketches. `variance` is the trace of a covariance of inputs.
     """
 
     triples: Triples
@@ -48,6 +48,7 @@ class LayerSketch:
     energy: float
     overlap: float | None = None
     exact: bool = False
+    variance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,15 @@ class GradientSketch:
         return max(len(layer.triples.s) for layer in self.layers.values())
 
     def save(self, path: Path) -> None:
-        """Write it as one safetensors file."""
+        """Write it as one safetensors file, in which layers that share their triples (they read one input) do, too."""
         tensors: dict[str, Tensor] = {}
+        owners: dict[int, str] = {}
         facts: dict[str, Any] = {}
         for name, layer in self.layers.items():
-            facts[name] = {"norm": layer.norm, "energy": layer.energy, "overlap": layer.overlap, "exact": layer.exact}
+            owner = owners.setdefault(id(layer.triples), name)
+            facts[name] = {key: value for key, value in vars(layer).items() if key != "triples"} | {"triples": owner}
             for leaf, tensor in zip(Triples._fields, layer.triples, strict=True):
-                tensors[f"{name}.{leaf}"] = tensor.contiguous()
+                tensors[f"{owner}.{leaf}"] = tensor.contiguous()
         rest = {key: value for key, value in asdict(replace(self, layers={})).items() if key != "layers"}
         with whole_file(path) as partial:
             save_file(tensors, partial, {"slimtune_gradients": json.dumps({**rest, "layers": facts})})
@@ -93,10 +96,13 @@ class GradientSketch:
         try:
             with safe_open(path, "pt") as file:
                 facts = json.loads(file.metadata()["slimtune_gradients"])
-                layers = {
-                    name: LayerSketch(Triples(*(file.get_tensor(f"{name}.{leaf}") for leaf in Triples._fields)), **own)
-                    for name, own in facts.pop("layers").items()
+                told: dict[str, dict[str, Any]] = facts.pop("layers")
+                owners = {name: own.pop("triples", name) for name, own in told.items()}
+                triples = {
+                    owner: Triples(*(file.get_tensor(f"{owner}.{leaf}") for leaf in Triples._fields))
+                    for owner in set(owners.values())
                 }
+            layers = {name: LayerSketch(triples[owners[name]], **own) for name, own in told.items()}
             return cls(layers=layers, **{**facts, "unreached": tuple(facts["unreached"])})
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise FormatError("not a sketch of gradients", where=str(path), got=str(error)[:200]) from error
@@ -237,7 +243,7 @@ def _result(work: Sums, batches: int, *, stable: bool, seconds: float) -> Gradie
         captured = float(layer.triples.s.double().square().sum())
         total = max(layer.norm_square, captured)  # the former is an estimate
         energy = captured / total if total else 0.0
-        layers[name] = LayerSketch(layer.triples, math.sqrt(total), energy, layer.overlap, layer.whole)
+        layers[name] = LayerSketch(layer.triples, math.sqrt(total), energy, layer.overlap, layer.whole, layer.variance)
     return GradientSketch(
         layers,
         int(work.tokens),

@@ -43,7 +43,10 @@ class LayerSums:
         self.k, self.l = k, (wide if work.passes == 1 else k)
         self.whole = out * width <= (out * k if work.passes == 1 else 0) + width * self.l
         self.first: Tensor | None = None  # of `inputs`, their sum
-        self.mass: Tensor | None = None  # of `inputs` how many, of `outputs` the sum of their inputs' squares
+        self.mass: Tensor | None = (
+            None  # of `inputs` how many and their squares' sum, of `outputs` that of their inputs'
+        )
+        self.variance = 0.0
         self.dtype = torch.float32
         self.right: Tensor | None = None
         self.left: Tensor | None = None
@@ -75,7 +78,10 @@ class LayerSums:
     def shapes(self) -> list[tuple[int, int]]:
         """Of `y` (turned over), `z`, `half`, `first` and `mass` in this pass."""
         of = self.work.of
-        extra = [(1, self.width) if of == "inputs" else (0, 0), (0, 0) if of == "gradient" else (1, 1)]
+        extra = [
+            (1, self.width) if of == "inputs" else (0, 0),
+            (0, 0) if of == "gradient" else (1, 1 + (of == "inputs")),
+        ]
         if self.mix is not None:
             return [(0, 0), (self.out, self.width), (self.mix.shape[1], self.width), *extra]
         y = (self.k, self.out) if self.right is not None else (0, 0)
@@ -95,7 +101,7 @@ class LayerSums:
         x = x.to(torch.float32)
         if self.work.of == "inputs":
             self.first += x.sum(0)
-            self.mass += len(x)
+            self.mass += torch.stack([x.new_tensor(len(x)), x.square().sum()])
             self.add(x, x, 1)
         else:
             self.mass += x.square().sum()
@@ -106,8 +112,9 @@ class LayerSums:
         away, or one along each feature for the damping of the inputs' second moment."""
         assert self.first is not None and self.mass is not None
         self.work.odd = False
-        if self.work.of == "inputs" and float(self.mass):
-            self.add(self.first, self.first, -1 / float(self.mass))
+        if self.work.of == "inputs" and (count := float(self.mass[0, 0])):
+            self.variance = float(self.mass[0, 1] - self.first.square().sum() / count)
+            self.add(self.first, self.first, -1 / count)
         elif self.work.of == "outputs":
             share = DAMPING * float(self.mass) / self.width
             bias = getattr(module, "bias", None)

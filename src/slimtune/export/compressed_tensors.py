@@ -20,11 +20,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from slimtune.errors import BackendMissing, FormatError, RecipeError
-from slimtune.export.base import Source, packed_state, probe_logits, refuse_rounding, write_folder
+from slimtune.export.base import Source, Written, packed_state, probe_logits, refuse_rounding, write_folder
 from slimtune.export.load import read_model
 from slimtune.export.packed import exact
+from slimtune.export.peft import served, write_even
 from slimtune.linalg.packing import pack, unpack, words
-from slimtune.lora.attach import has_adapter, load_adapter, plain, save_adapter
+from slimtune.lora.attach import has_adapter, load_adapter, plain
 from slimtune.quant.activation import Activations
 from slimtune.quant.layouts import Affine, Codebook, Layout
 from slimtune.quant.linear import QuantLinear
@@ -67,7 +68,7 @@ class CompressedTensorsExporter:
         "  - vLLM: `vllm serve FOLDER --enable-lora --lora-modules mine=FOLDER/adapter`\n"
     )
 
-    def write(self, source: Source, folder: Path) -> None:
+    def write(self, source: Source, folder: Path) -> Written:
         """Write packed weights, everything else in `source.dtype`, and the adapter; `source.model` is not changed."""
         require_reader()
         refuse_rounding(source.model, PACKAGE, inputs=False)
@@ -83,9 +84,11 @@ class CompressedTensorsExporter:
             quantization=quantization_config(schemes, dense) | transforms,
         )
         source.tokenizer.save_pretrained(folder)
-        if has_adapter(source.model):
-            (folder / ADAPTER).mkdir()
-            save_adapter(cast(PeftModel, source.model), folder / ADAPTER)
+        if not has_adapter(source.model):
+            return Written(dtype=source.dtype)
+        (folder / ADAPTER).mkdir()
+        rank = write_even(cast(PeftModel, source.model), folder / ADAPTER)
+        return Written(dtype=source.dtype, note=served(rank, "the adapter's"))
 
     def transforms(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What an engine has to do online: more of the configuration, and tensors. Here: nothing."""

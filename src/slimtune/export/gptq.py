@@ -17,13 +17,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from slimtune.errors import FormatError, RecipeError
-from slimtune.export.base import Source, packed_state, refuse_rounding, write_folder
+from slimtune.export.base import Source, Written, packed_state, refuse_rounding, write_folder
 from slimtune.export.foreign import WIDTHS, Scheme
 from slimtune.export.load import load
 from slimtune.export.packed import exact
+from slimtune.export.peft import served, write_even
 from slimtune.files import write_json
 from slimtune.linalg.packing import pack, words
-from slimtune.lora.attach import base_of, has_adapter, load_adapter, plain, save_adapter
+from slimtune.lora.attach import base_of, has_adapter, load_adapter, plain
 from slimtune.quant.layouts import Affine, Layout
 from slimtune.quant.linear import QuantLinear
 
@@ -44,7 +45,7 @@ class GptqExporter:
         " them; load it on this model\n"
     )
 
-    def write(self, source: Source, folder: Path) -> None:
+    def write(self, source: Source, folder: Path) -> Written:
         """Write packed weights, everything else in `source.dtype`, and the adapter; `source.model` is not changed."""
         modules = plain(source.model)
         refuse_rounding(source.model, "gptq")
@@ -60,9 +61,11 @@ class GptqExporter:
         write_folder(source.model, state, folder, dtype=source.dtype, quantization=quantization)
         write_json(folder / "quantize_config.json", quantization)  # where AutoGPTQ and its kin look
         source.tokenizer.save_pretrained(folder)
-        if has_adapter(source.model):
-            (folder / ADAPTER).mkdir()
-            save_adapter(cast(PeftModel, source.model), folder / ADAPTER)
+        if not has_adapter(source.model):
+            return Written(dtype=source.dtype)
+        (folder / ADAPTER).mkdir()
+        rank = write_even(cast(PeftModel, source.model), folder / ADAPTER)
+        return Written(dtype=source.dtype, note=served(rank, "the adapter's"))
 
     def read_back(self, source: Source, folder: Path) -> nn.Module:
         """The model as slimtune reads the format. Raises `FormatError` unless every weight is bit for bit `source`'s.

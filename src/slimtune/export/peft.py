@@ -14,12 +14,13 @@ from typing import ClassVar, cast
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.functional import pad
 
 from slimtune.arch import bind
 from slimtune.errors import FormatError, RecipeError
 from slimtune.export.base import Source, Written
 from slimtune.files import write_json
-from slimtune.lora.attach import LIVE, save_adapter
+from slimtune.lora.attach import LIVE, adapted, save_adapter
 from slimtune.lora.basis import FACTOR_A, FACTOR_B, PREFIX, converted
 from slimtune.lora.cut import Update, cut_all, require_rank, updates
 from slimtune.quant.blackbox import FROZEN
@@ -27,6 +28,8 @@ from slimtune.rotate.record import JSON, rotation_of
 
 REREAD = "read-back"
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+SERVED = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that every version of vLLM takes for `--max-lora-rank`."""
 QUANTIZED = "- it was trained on this base as quantized by the run it comes from, and is for the 16-bit one too\n"
 
 
@@ -46,19 +49,20 @@ class PeftExporter:
         """Write the active adapter; that of a rotated model in the basis of the original one."""
         if not isinstance(source.model, PeftModel):
             raise RecipeError("there is no adapter to export", remedy="export safetensors instead, or add a lora step")
-        save_adapter(source.model, folder, source.name)
+        rank = write_even(source.model, folder, source.name)
         if rotation_of(source.model) is not None:
             (folder / JSON).unlink()
             _convert_(folder, source, inverse=True)
         note = QUANTIZED if any(isinstance(module, FROZEN) for module in source.model.modules()) else ""
         if not self.rank:
-            return Written(dtype=source.dtype, note=note)
+            return Written(dtype=source.dtype, note=served(rank) + note)
         found = updates(source.model)
         require_rank(found, self.rank)
         kept, lost = cut_all(found, self.rank)
         _replace(folder, kept, self.rank)
+        (folder / LIVE).unlink(missing_ok=True)
         moved = "\nOn a short text, logits are up to {difference:.3g} away from those of the whole adapter.\n"
-        return Written(lost.to_dict(), note=note + lost.note + moved)
+        return Written(lost.to_dict(), note=served(self.rank) + note + lost.note + moved)
 
     def read_back(self, source: Source, folder: Path) -> nn.Module:
         """`source`'s model with the written adapter in place of its own. Every tensor must be finite, and one that was
@@ -95,17 +99,44 @@ def _convert_(folder: Path, source: Source, *, inverse: bool) -> None:
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
 
 
+def write_even(model: PeftModel, folder: Path, base_name: str = "") -> int:
+    """`save_adapter` for engines that know one rank and one scaling (vLLM drops `rank_pattern` and `alpha_pattern`, and
+    multiplies every layer by `lora_alpha / r`): PEFT computes the same from what is written. Returns the rank."""
+    save_adapter(model, folder, base_name)
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    if not config["rank_pattern"] and not config["alpha_pattern"]:
+        return int(config["r"])
+    tensors, own = load_file(folder / TENSORS), []
+    for name, layer in adapted(model).items():
+        a, b = (tensors.get(PREFIX + name + leaf) for leaf in (FACTOR_A, FACTOR_B))
+        if a is None or b is None:
+            raise FormatError("only plain LoRA factors can be written so", where=name)
+        own.append(Update(name, a, b, float(layer.scaling[model.active_adapters[0]])))
+    rank = max(len(update.a) for update in own)
+    _replace(folder, own, rank)
+    return rank
+
+
+def served(rank: int, whose: str = "its") -> str:
+    """What a README says of an adapter of `rank`: the option that a vLLM server needs for it."""
+    enough = next((value for value in SERVED if value >= rank), 0)
+    if not enough:
+        return (
+            f"- {whose} rank is {rank}: vLLM serves none above {SERVED[-1]}; export it with a lower `rank` for that\n"
+        )
+    return f"- {whose} rank is {rank}: vLLM needs `--max-lora-rank {enough}` for it, or more (its default is 16)\n"
+
+
 def _replace(folder: Path, kept: Sequence[Update], rank: int) -> None:
-    """Put the updates `kept`, of at most `rank`, in place of the factors in `folder`, under the scaling of the most."""
+    """Put the updates `kept` in place of the factors in `folder`, all with zeros up to `rank` and under the scaling of
+    the most: what another one had is in B."""
     tensors, config = load_file(folder / TENSORS), json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    root = 0.5 if config["use_rslora"] else 1.0
-    alpha = Counter(update.scaling for update in kept).most_common(1)[0][0] * rank**root
+    common = Counter(update.scaling for update in kept).most_common(1)[0][0]
     for update in kept:
-        share = abs(update.scaling * len(update.a) ** root / alpha) ** 0.5
-        tensors[PREFIX + update.name + FACTOR_A] = share * update.a
-        tensors[PREFIX + update.name + FACTOR_B] = share * update.b
-    ranks = {update.name: len(update.a) for update in kept if len(update.a) != rank}
-    config |= {"r": rank, "lora_alpha": alpha, "rank_pattern": ranks, "alpha_pattern": {}}
-    (folder / LIVE).unlink(missing_ok=True)
+        missing = rank - len(update.a)
+        tensors[PREFIX + update.name + FACTOR_A] = pad(update.a, (0, 0, 0, missing))
+        tensors[PREFIX + update.name + FACTOR_B] = pad(update.scaling / common * update.b, (0, missing))
+    alpha = common * rank ** (0.5 if config["use_rslora"] else 1.0)
+    config |= {"r": rank, "lora_alpha": alpha, "rank_pattern": {}, "alpha_pattern": {}}
     write_json(folder / CONFIG, config)
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})

@@ -12,6 +12,8 @@ InitName = Literal[
     "default", "gaussian", "residual", "lora-ga", "lora-one", "gradient-a", "eva", "pissa", "olora", "corda"
 ]
 ALL_OR_DEFAULT, DEFAULT_TOKENS = -1, 16_384
+SKETCHING = ("lora-ga", "lora-one", "gradient-a", "eva", "corda")
+"""The inits that look at a sketch."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ class LoraOptions:
     use_rslora: bool = field(default=False, metadata={"help": "scale by lora_alpha / sqrt(r)"})
     ranks: Literal["uniform", "gradient"] = field(
         default="uniform",
-        metadata={"help": "gradient: as many parameters, given to the layers where they hold more of the gradient"},
+        metadata={
+            "help": "gradient: as many parameters, where they hold more of the gradient (eva: of the inputs' variance)"
+        },
     )
     init: InitName = field(default="default", metadata={"help": "how the factors start: `slimtune list inits`"})
     init_direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = field(
@@ -49,6 +53,9 @@ class LoraOptions:
         default=0.0,
         metadata={"help": "stop before that when the overlap of two halves moves by less as they double; 0: do not"},
     )
+    init_sketch: str = field(
+        default="", metadata={"help": "file of the sketched gradients: read where it exists, else taken and written"}
+    )
     pooled: bool = field(
         default=False, metadata={"help": "A sees the mean of each quantization group: merges exactly into zero points"}
     )
@@ -59,12 +66,16 @@ class LoraOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.lora_dropout < 1:
             raise RecipeError("lora_dropout out of range", where="lora", got=self.lora_dropout, wanted="0 to 1")
-        if self.ranks == "gradient" and self.init in ("eva", "corda"):
+        if self.ranks == "gradient" and self.init == "corda":
             raise RecipeError(
                 "this init does not look at gradients", where="lora.ranks", got=self.init, remedy="use ranks: uniform"
             )
         if self.init_tokens != ALL_OR_DEFAULT and self.init_tokens < 1:
             raise RecipeError("init_tokens out of range", where="lora", got=self.init_tokens, wanted="above 0, or -1")
+        if self.init_sketch and self.init not in SKETCHING and self.ranks == "uniform":
+            raise RecipeError(
+                "this init looks at no sketch", where="lora.init_sketch", got=self.init, wanted=", ".join(SKETCHING)
+            )
         if self.pooled and (self.init not in ("default", "gaussian") or self.init_residual):
             raise RecipeError(
                 "a pooled adapter starts from zero", where="lora", got=self.init, wanted="init: default or gaussian"

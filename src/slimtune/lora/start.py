@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from slimtune.calib.gradients import GradientSketch
 from slimtune.linalg.lowrank import Factors
+from slimtune.linalg.sketch import Triples
 from slimtune.lora.inits import INITS, Knobs, Place, product_norm
 from slimtune.lora.split import PartlyFrozen, split
 from slimtune.quant.blackbox import FROZEN
@@ -90,7 +91,7 @@ def _start_layer_(
         if way.directions and (known is None or not known.norm):
             note = f"no {'gradient' if way.of == 'gradient' else 'token'} reached it: starts as default"
         else:
-            triples = None if known is None else known.triples
+            triples = None if known is None else Triples(*(t.to(weight.device) for t in known.triples))
             found = way.factors(Place(weight, triples, rank, scaling, seed), knobs)
             live = Factors(*(t.to(whole_a) for t in found))
             wanted = way.directions * rank

@@ -32,7 +32,16 @@ from slimtune.lora.options import LoraOptions
 from slimtune.quant.apply import QuantizeFacts, quantize_
 from slimtune.recipe import schema
 from slimtune.recipe.document import amount, read_recipe
-from slimtune.recipe.gradients import attach_adapter, gradient_batches, gradients_of, wants_gradients, wants_residual
+from slimtune.recipe.gradients import (
+    attach_adapter,
+    gradient_batches,
+    gradients_of,
+    require_sketch,
+    searches,
+    sketch_file,
+    wants_gradients,
+    wants_residual,
+)
 from slimtune.recipe.legality import State, note_, require, state_of
 from slimtune.recipe.merging import merge_low_bit
 from slimtune.recipe.plan import DEFAULT_SAMPLES, Plan
@@ -177,20 +186,56 @@ def add_lora(
     """`model` in a `PeftModel` with fresh factors; `options` are the fields of the recipe's `lora` step.
 
     Where factors start from gradients (or inputs, or outputs), those are of `train` (rows, for which `tokenizer` is
-    needed), of `tokens` `[samples, length]`, or of a sketch that was saved. `facts` is called with how each layer
-    started.
+    needed), of `tokens` `[samples, length]`, or of a sketch (`gradients`, or the file `init_sketch`). `facts` is called
+    with how each layer started.
     """
     chosen = build(Lora, options, "lora")
     _require(chosen, model)
     _check_starts(model, chosen)
     batches: list[Batch] = []
-    if wants_gradients(chosen) and (gradients is None or tokens is not None or train is not None):
+    file = sketch_file(chosen)
+    known = gradients is not None or (file is not None and file.exists())
+    if wants_gradients(chosen) and (not known or (searches(chosen) and not (tokens is None and train is None))):
         batches = _batches(model, chosen, tokenizer, train, tokens, seed)
     if wants_gradients(chosen) and gradients is None:
-        gradients = gradients_of(model, batches, chosen, seed=seed)
+        gradients = gradients_of(model, batches, chosen, seed=seed, file=file)
     wrapped, found = attach_adapter(model, chosen, gradients, batches, base_name=base_name, seed=seed)
     facts(found)
     return wrapped
+
+
+def sketch(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    train: DataSource | str | None = None,
+    *,
+    tokens: Tensor | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> GradientSketch:
+    """The gradients of `model` (left as it is) on `train` or `tokens`, as `add_lora` takes them; `options` are the
+    fields of the recipe's `lora` step, with `init: lora-ga`.
+
+    It serves `add_lora(..., gradients=...)`, and saved (`save(path)`) `lora: {init_sketch: path}`: every init that
+    looks at the same, any `r` up to this one and the targets among these. Raises `RecipeError` for an init that looks
+    at nothing.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
+        >>> found = sketch(model, tokens=torch.arange(40).view(4, 10), r=2)
+        >>> found.of, found.directions, found.tokens
+        ('gradient', 4, 36)
+    """
+    chosen = build(Lora, {"init": "lora-ga", **options}, "lora")
+    if not wants_gradients(chosen):
+        raise RecipeError("this init looks at nothing", where="lora.init", got=chosen.init, remedy="leave it out")
+    file = sketch_file(chosen)
+    require_sketch(chosen, bind(base_of(model)), "lora")
+    batches = _batches(model, chosen, tokenizer, train, tokens, seed) if file is None or not file.exists() else []
+    return gradients_of(model, batches, chosen, seed=seed, file=file)
 
 
 def _check_starts(model: nn.Module, chosen: Lora) -> None:

@@ -160,8 +160,8 @@ def _mapping(value: object) -> dict[str, Any]:
 
 
 def settle(facts: object, folder: Path, *, whole: bool = False) -> None:
-    """Make names of a model, data and tasks say where they are if they lie in `folder` and not in the current one, or
-    where `whole`, by whole paths, if they lie in `folder`."""
+    """Make names of a model, data, sketches and tasks say where they are if they lie in `folder` and not in the current
+    one, or where `whole`, by whole paths, if they lie in `folder`."""
 
     def place(owner: Any, key: Any) -> None:
         source = owner[key] if isinstance(owner, list) else owner.get(key)
@@ -172,6 +172,8 @@ def settle(facts: object, folder: Path, *, whole: bool = False) -> None:
             owner[key] = str(path.resolve() if whole else path) if path.exists() else source
 
     place(_mapping(facts), "model")
+    for step in _steps(facts):
+        place(_mapping(step.get("lora")), "init_sketch")
     evaluations = [_mapping(step.get("evaluate")) for step in _steps(facts)]
     texts = [_mapping(step.get(key)) for step in evaluations for key in ("perplexity", "accuracy", "rouge")]
     for owner in (_mapping(_mapping(facts).get("data")), *texts):

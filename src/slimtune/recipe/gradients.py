@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from slimtune.arch import ModelMap, bind
 from slimtune.calib.gradients import Batch, GradientSketch, learnt_tokens, model_loss
 from slimtune.calib.loss import chunked_loss
-from slimtune.errors import CalibrationError
+from slimtune.errors import CalibrationError, RecipeError
 from slimtune.evaluate.inference import inference
-from slimtune.lora.attach import add_lora, base_of, sketch_targets
-from slimtune.lora.inits import INITS, Knobs
+from slimtune.files import require_place
+from slimtune.lora.attach import add_lora, base_of, sketch_targets, targets_of
+from slimtune.lora.inits import INITS, WORDS, Knobs
 from slimtune.lora.options import ALL_OR_DEFAULT, DEFAULT_TOKENS, LoraOptions
 from slimtune.lora.ranks import allocate
 from slimtune.lora.search import Search, line_search
@@ -29,6 +33,62 @@ SEARCHED = 2048
 def wants_gradients(options: LoraOptions) -> bool:
     """Whether an adapter with these options starts from gradients or moments, or is shaped by them."""
     return bool(INITS[options.init].directions) or options.ranks == "gradient"
+
+
+def searches(options: LoraOptions) -> bool:
+    """Whether the size of the start is searched, on data."""
+    return INITS[options.init].searched and not options.init_gamma
+
+
+def sketch_file(options: LoraOptions) -> Path | None:
+    """The file that a sketch is read from or written to, where these options name one."""
+    return Path(options.init_sketch).expanduser() if options.init_sketch else None
+
+
+def wants_data(options: LoraOptions, file: Path | None) -> bool:
+    """Whether an adapter with these options looks at data itself: its sketch may lie in `file` already."""
+    return searches(options) or (wants_gradients(options) and not (file is not None and file.exists()))
+
+
+def directions_of(options: LoraOptions) -> int:
+    """The singular triples of a layer that these options need."""
+    return max(1, INITS[options.init].directions) * options.r * (2 if options.ranks == "gradient" else 1)
+
+
+def require_sketch(options: LoraOptions, modelmap: ModelMap, where: str = "") -> None:
+    """Raise what reading or writing the file of the sketch would end with, before anything is done."""
+    if (file := sketch_file(options)) is None:
+        return
+    if file.exists():
+        fitted(GradientSketch.load(file), options, modelmap, f"{where}.init_sketch")
+    else:
+        require_place(file)
+
+
+def fitted(gradients: GradientSketch, options: LoraOptions, modelmap: ModelMap, where: str = "") -> GradientSketch:
+    """What `gradients` holds of the layers that an adapter with these options goes to.
+
+    Raises `RecipeError` where that is of something else than the init looks at, not there, of another shape, or of
+    fewer directions than are needed.
+    """
+    of, wanted, layers = INITS[options.init].of, directions_of(options), {}
+    remedy = "take another sketch: name a file that does not exist yet"
+    if gradients.of != of:
+        what, got = "the sketch is of something else", WORDS[gradients.of]
+        raise RecipeError(what, where=where, got=got, wanted=WORDS[of], remedy=remedy)
+    for name in targets_of(modelmap, options.target_modules):
+        port = modelmap[name]
+        shape = port.in_features if of == "inputs" else port.out_features, port.in_features
+        if (known := gradients.layers.get(name)) is None:
+            raise RecipeError("the sketch lacks a layer of the adapter", where=where, got=name, remedy=remedy)
+        if (found := (len(known.triples.u), len(known.triples.v))) != shape:
+            what, got = "the sketch is of another model", f"{name}: {list(found)}"
+            raise RecipeError(what, where=where, got=got, wanted=str(list(shape)), remedy=remedy)
+        if (count := len(known.triples.s)) < (needed := min(wanted, *shape)):
+            what, got = "the sketch knows too few directions", f"{name}: {count}"
+            raise RecipeError(what, where=where, got=got, wanted=f"{needed} for r: {options.r}", remedy=remedy)
+        layers[name] = known
+    return replace(gradients, layers=layers, unreached=tuple(name for name in gradients.unreached if name in layers))
 
 
 def wants_residual(options: LoraOptions) -> bool:
@@ -48,10 +108,16 @@ def attach_adapter(
     """`model` with the adapter that `options` describe, and facts for the report: each layer's start, and the ranks.
 
     A start that changes the model and has no size given is as large as serves the loss on the first of `batches` best,
-    where there are any.
+    where there are any. Raises `RecipeError` where `gradients` do not fit the model or the options.
     """
     starts: list[StartFact] = []
-    ranks = allocate(gradients, options.r) if gradients is not None and options.ranks == "gradient" else None
+    ranks: dict[str, int] | None = None
+    if gradients is not None:
+        modelmap = bind(model)
+        gradients = fitted(gradients, options, modelmap, "lora")
+        if options.ranks == "gradient":
+            ports = {name: modelmap[name] for name in gradients.layers}
+            ranks = allocate(gradients, options.r, {n: p.in_features + p.out_features for n, p in ports.items()})
     wrapped = add_lora(
         model,
         r=options.r,
@@ -70,7 +136,7 @@ def attach_adapter(
         facts=starts.extend,
     )
     facts: dict[str, Any] = {}
-    if INITS[options.init].searched and not options.init_gamma and batches:
+    if searches(options) and batches:
         found = search_start_(wrapped, batches)
         starts = [replace(fact, ratio=fact.ratio * found.size) for fact in starts]
         facts["search"] = found.to_dict()
@@ -149,18 +215,23 @@ def gradients_of(
     *,
     seed: int = 0,
     checkpointing: bool = False,
+    file: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> GradientSketch:
-    """The sketch that `options` need, of the mean loss over `batches`.
+    """The sketch that `options` need, of the mean loss over `batches`; or where `file` exists, what that holds.
+    Where it does not, it is written.
 
     `checkpointing` recomputes the activations of each block in the backward pass, as the training to come does.
     """
-    rank = 2 * options.r if options.ranks == "gradient" else options.r
+    if file is not None:
+        if file.exists():
+            return GradientSketch.load(file)
+        require_place(file)
     with _checkpointing(base_of(model), checkpointing):
-        return sketch_targets(
+        found = sketch_targets(
             model,
             batches,
-            directions=max(1, INITS[options.init].directions) * rank,
+            directions=directions_of(options),
             of=INITS[options.init].of,
             target_modules=options.target_modules,
             keep_residual=options.init_residual,
@@ -169,6 +240,9 @@ def gradients_of(
             tolerance=options.init_tolerance,
             progress=progress,
         )
+    if file is not None and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+        found.save(file)  # every process has the same
+    return found
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from slimtune.lora.inits import INITS, WORDS
 from slimtune.lora.start import parts
 from slimtune.quant.blackbox import FROZEN
 from slimtune.quant.linear import QuantLinear
+from slimtune.recipe.gradients import sketch_file, wants_data
 from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train
 from slimtune.rotate.options import FOLDED
 from slimtune.rotate.record import rotation_of
@@ -132,7 +133,7 @@ def _objection(step: Step, state: State, first: bool, train: bool) -> tuple[str,
             return "nothing is known of what quantization lost", "put a quantize step before it, in this recipe"
         case Lora() if INITS[step.init].start is not None and step.init_residual:
             return "this init gives back what quantization lost already", "leave out init_residual: true"
-        case Lora() if (INITS[step.init].directions or step.ranks == "gradient") and not train:
+        case Lora() if wants_data(step, sketch_file(step)) and not train:
             return f"there is nothing to take {WORDS[INITS[step.init].of]} of", "add data: {train: {path: FILE}}"
         case Train() if not train:
             return "there is nothing to train on", "add data: {train: {path: FILE}}"

@@ -38,7 +38,7 @@ from slimtune.prune.collect import BATCH, GRADIENTS
 from slimtune.prune.surgery import prune_
 from slimtune.quant.layouts import layout_from_dict
 from slimtune.recipe.adapters import excess_rank
-from slimtune.recipe.gradients import wants_gradients
+from slimtune.recipe.gradients import require_sketch, sketch_file, wants_data
 from slimtune.recipe.legality import State, check_order
 from slimtune.recipe.pruning import importance_of, needs_data, pending, rehearse
 from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train, to_dict
@@ -201,6 +201,7 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
             rank = step.r * parts(step.init, step.init_residual)
             shape = replace(shape, adapter=sum(rank * (p.in_features + p.out_features) for p in ports))
             warnings += excess_rank(step.r, ports, where)
+            require_sketch(step, modelmap, where)
         _check_fit(step, number, recipe, model, modelmap, where)
         held, flops = shape.demand(step, state, recipe)
         if isinstance(step, Rotate) and shape.tied:  # the head becomes a weight of its own
@@ -394,7 +395,7 @@ class _Shape:
                 work = self.resident(state.quantized) + 2 * logits + self._block(step.length, 4)
                 tokens = step.max_tokens if step.max_tokens > 0 else 0
                 return work + 4 * self.largest, 2 * self.parameters * tokens * len(step.perplexity)
-            case Lora() if wants_gradients(step):
+            case Lora() if wants_data(step, sketch_file(step)):
                 later = (s for s in recipe.steps[recipe.steps.index(step) :] if isinstance(s, Train))
                 train = next(later, Train())
                 sums = 4 * 8 * self.adapter  # two sketches, each a few times as wide as the adapter

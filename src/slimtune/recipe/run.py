@@ -33,6 +33,7 @@ from slimtune.kernels.memory import PeakMemory
 from slimtune.lora.attach import base_of, has_adapter, load_adapter, save_adapter
 from slimtune.recipe.adapters import base_name, belongs
 from slimtune.recipe.document import parse, settle, write_recipe
+from slimtune.recipe.gradients import sketch_file
 from slimtune.recipe.legality import after, dtype_after
 from slimtune.recipe.plan import Plan, plan, resolve
 from slimtune.recipe.pruning import RECORD, pending, read_record
@@ -181,7 +182,9 @@ def _empty(recipe: Recipe, output: Path) -> None:
     """Remove a run, its `recipe.yaml` aside: by that a folder half removed is still known as a run."""
     texts = [text for step in recipe.steps if isinstance(step, Evaluate) for text in step.sources]
     sources = filter(None, (recipe.data.train, recipe.data.eval, recipe.data.calibration, *texts))
-    for name in (recipe.model, *(source.path for source in sources if source.path)):
+    sketches = [str(file) for step in recipe.steps if isinstance(step, Lora) and (file := sketch_file(step))]
+    read = (recipe.model, *(source.path for source in sources if source.path), *filter(os.path.exists, sketches))
+    for name in read:
         if Path(name).expanduser().resolve().is_relative_to(output.resolve()):
             raise RecipeError(
                 "the recipe reads from the run it would overwrite",

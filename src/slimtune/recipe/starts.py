@@ -16,6 +16,12 @@ _COLUMNS = {
     "rank": "rank",
 }
 
+_DRAWN = {
+    "energy": ("share that is captured", "captured by block"),
+    "overlap": ("overlap of two halves of the data", "overlap by block"),
+    "ratio": ("size beside the weight", "size of the start by block"),
+}
+"""What is drawn of every layer: the label of the axis, and the title."""
 
 _SEEN = {
     "gradient": ("Gradients", "gradient"),
@@ -40,11 +46,16 @@ def starts_section(i: int, facts: dict[str, Any]) -> Section:
         if layer.get("note"):
             notes.setdefault(layer["note"], []).append(layer["name"])
     remarks = [[Cell(note, f"{len(names):,} layers"), Cell(words("", names))] for note, names in notes.items()]
-    overlaps = {layer["name"]: layer["overlap"] for layer in layers if layer.get("overlap") is not None}
-    figure = layer_plot(f"overlap-{i}", overlaps, "overlap of two halves of the data", "overlap by block")
+    drawn = {key: {la["name"]: la[key] for la in layers if la.get(key) is not None} for key in _DRAWN}
+    figures = [layer_plot(f"{key}-{i}", drawn[key], *words_of) for key, words_of in _DRAWN.items()]
     grids = [Grid(rows, ["layers", *(_COLUMNS[key] for key in shown)], numbers=True)] if rows else []
     grids += [Grid(remarks, ["note", "layers"])] if remarks else []
-    return Section(f"Where the adapter starts (step {i + 1})", _note(facts, bool(overlaps)), figure, grids)
+    return Section(
+        f"Where the adapter starts (step {i + 1})",
+        _note(facts, bool(drawn["overlap"])),
+        "".join(filter(None, figures)) or None,
+        grids,
+    )
 
 
 def cut_section(i: int, facts: dict[str, Any]) -> Section:

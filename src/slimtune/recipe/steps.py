@@ -40,6 +40,8 @@ from slimtune.recipe.gradients import (
     attach_adapter,
     gradient_batches,
     gradients_of,
+    sketch_file,
+    wants_data,
     wants_gradients,
     wants_residual,
 )
@@ -300,8 +302,13 @@ def _lora(session: Session, step: Lora, number: int) -> Facts:
     seed, gradients = session.recipe.seed, None
     batches: list[Batch] = []
     if wants_gradients(step):
-        batches, checkpointing = _gradient_batches(session, step, number)
-        gradients = gradients_of(session.whole(), batches, step, seed=seed, checkpointing=checkpointing)
+        place, checkpointing = session.place(f"step-{number}-lora"), False
+        file = sketch_file(step) or (place / "sketch.safetensors" if place is not None else None)
+        if file is not None and file.exists():
+            session.say(f"  {WORDS[INITS[step.init].of]} from {file}")
+        if wants_data(step, file):
+            batches, checkpointing = _gradient_batches(session, step, number)
+        gradients = gradients_of(session.whole(), batches, step, seed=seed, checkpointing=checkpointing, file=file)
     name = base_name(session.recipe, number, session.folder, session.loaded.name)
     model, facts = attach_adapter(session.whole(), step, gradients, batches, base_name=name, seed=seed)
     if found := facts.get("search"):
