@@ -134,9 +134,12 @@ def _objection(step: Step, state: State, first: bool, train: bool) -> tuple[str,
         case Lora() if INITS[step.init].start is not None and step.init_residual:
             return "this init gives back what quantization lost already", "leave out init_residual: true"
         case Lora() if wants_data(step, sketch_file(step)) and not train:
-            return f"there is nothing to take {WORDS[INITS[step.init].of]} of", "add data: {train: {path: FILE}}"
+            return (
+                f"there is nothing to take {WORDS[INITS[step.init].of]} of",
+                "add data: {train: {path: FILE}}, or --train FILE",
+            )
         case Train() if not train:
-            return "there is nothing to train on", "add data: {train: {path: FILE}}"
+            return "there is nothing to train on", "add data: {train: {path: FILE}}, or --train FILE"
         case Train(scales=True) if not state.quantized:
             return "there are no scales to train", "put a quantize step before, or leave out scales"
         case Train() if state.quantized and not state.adapter:

@@ -122,7 +122,7 @@ def resolve(recipe: Recipe) -> Recipe:
                 raise RecipeError(
                     f"{step.method} needs calibration text",
                     where=f"steps[{number}].quantize",
-                    remedy="add data: {calibration: {builtin: pydocs}} or a file, or use method: rtn",
+                    remedy="add data: {calibration: {builtin: pydocs}} or a file (--calibration FILE), or use method: rtn",
                 )
             rounding = treatments.default.activations
             activations = asdict(rounding) if rounding is not None else step.activations
@@ -136,7 +136,7 @@ def resolve(recipe: Recipe) -> Recipe:
                     "pruning needs calibration text",
                     where=f"steps[{number}].prune",
                     got=f"importance: {step.importance}, refit: {str(step.refit).lower()}",
-                    remedy="add data: {calibration: {builtin: pydocs}} or a file, or use importance: magnitude",
+                    remedy="add data: {calibration: {builtin: pydocs}} or a file (--calibration FILE), or use importance: magnitude",
                 )
         try:
             if isinstance(step, Export):
