@@ -23,6 +23,7 @@ from slimtune.rotate.record import rotation_of
 DENSE = ("decilm", "gguf", "gguf-deci", "safetensors")
 """Formats of the whole model that know no rounding of inputs."""
 
+NO_ROWS = "add data: {train: {path: FILE}}, or --train FILE"
 NOTE = "slimtune_past"
 """The attribute of a model in memory that says what was done to it and cannot be seen."""
 
@@ -139,7 +140,7 @@ def _objection(step: Step, state: State, first: bool, train: bool) -> tuple[str,
                 "add data: {train: {path: FILE}}, or --train FILE",
             )
         case Train() if not train:
-            return "there is nothing to train on", "add data: {train: {path: FILE}}, or --train FILE"
+            return "there is nothing to train on", NO_ROWS
         case Train(scales=True) if not state.quantized:
             return "there are no scales to train", "put a quantize step before, or leave out scales"
         case Train() if state.quantized and not state.adapter:

@@ -48,6 +48,7 @@ from slimtune.rotate.record import KEY
 from slimtune.train.distill import require_plain_head
 from slimtune.train.optimizers import require_tools
 
+NO_TEXT = "add data: {calibration: {builtin: pydocs}}, or a file (--calibration FILE)"
 READ = 2**27
 """Bytes of a training file that is looked through before anything is done: a second or two."""
 
@@ -122,7 +123,7 @@ def resolve(recipe: Recipe) -> Recipe:
                 raise RecipeError(
                     f"{step.method} needs calibration text",
                     where=f"steps[{number}].quantize",
-                    remedy="add data: {calibration: {builtin: pydocs}} or a file (--calibration FILE), or use method: rtn",
+                    remedy=f"{NO_TEXT}, or use method: rtn",
                 )
             rounding = treatments.default.activations
             activations = asdict(rounding) if rounding is not None else step.activations
@@ -136,7 +137,7 @@ def resolve(recipe: Recipe) -> Recipe:
                     "pruning needs calibration text",
                     where=f"steps[{number}].prune",
                     got=f"importance: {step.importance}, refit: {str(step.refit).lower()}",
-                    remedy="add data: {calibration: {builtin: pydocs}} or a file (--calibration FILE), or use importance: magnitude",
+                    remedy=f"{NO_TEXT}, or use importance: magnitude",
                 )
         try:
             if isinstance(step, Export):
