@@ -21,7 +21,7 @@ from slimtune.hub import cache_bits
 from slimtune.kernels.dispatch import reference
 from slimtune.lora.attach import base_of, plain
 from slimtune.quant.linear import QuantLinear
-from slimtune.rotate.record import rotation_of, write_rotation
+from slimtune.rotate.record import KEY, rotation_of, write_rotation
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def stock_config(config: PretrainedConfig) -> PretrainedConfig:
     other = AutoConfig.for_model(widths.stand_in)
     facts = {key: value for key, value in vars(config).items() if key in vars(other) and key != "architectures"}
     made = AutoConfig.for_model(widths.stand_in, **{**facts, "sliding_window": None})
-    for key in ("quantization_config", "_name_or_path"):
+    for key in ("quantization_config", "_name_or_path", KEY):
         if key in vars(config):
             setattr(made, key, vars(config)[key])
     return made
