@@ -129,7 +129,9 @@ def test_a_basis_that_was_sliced_is_sliced_again(tmp_path: Path) -> None:
         cut(model, targets)
     basis = rotation_of(model)
     assert basis is not None and basis.kept == ((3, (0,)),)  # first layers 1 and 3 stayed, in 3 head 0, then 3 alone
-    torch.testing.assert_close(logits(model, pico_inputs(model)), logits(plain, pico_inputs(model)))
+    torch.testing.assert_close(
+        logits(model, pico_inputs(model)), logits(plain, pico_inputs(model)), rtol=1e-4, atol=1e-5
+    )
     fits_the_original(model, plain, tmp_path / "adapter")
 
 

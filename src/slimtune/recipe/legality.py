@@ -109,9 +109,9 @@ def state_of(model: nn.Module, known: State = State()) -> State:
     )
 
 
-def note_(model: nn.Module, step: Step) -> None:
-    """Note on `model` what `step` did to it that cannot be seen: with that it is no longer what it was loaded as."""
-    state, base = after([step], state_of(model)), base_of(model)
+def note_(model: nn.Module, *steps: Step) -> None:
+    """Note on `model` what `steps` did to it that cannot be seen: with that it is no longer what it was loaded as."""
+    state, base = after(steps, state_of(model)), base_of(model)
     base.__dict__[NOTE] = {"pruned": state.pruned, "changed": state.changed}
 
 
