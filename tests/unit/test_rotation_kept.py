@@ -169,6 +169,26 @@ def test_a_missing_or_foreign_rotation_file_is_an_error(tmp_path: Path) -> None:
         load(str(tmp_path / "m"))
 
 
+@pytest.mark.parametrize("format", ["safetensors", "decilm", "gptq", "compressed-tensors", "peft", "gguf-lora"])
+def test_the_readme_of_an_export_says_that_the_model_is_rotated(format: str, tmp_path: Path) -> None:
+    texts = []
+    for turned in (False, True):
+        model: nn.Module = pico_model("llama")
+        if turned:
+            slimtune.rotate(model, seed=5)
+            basis = rotation_of(model)
+        if format in ("gptq", "compressed-tensors"):
+            slimtune.quantize(model, "rtn", bits=4, group_size=-1, sym=True)
+        model = with_noise(model) if format in ("peft", "gguf-lora") else model
+        export(Source(model, pico_tokenizer(), "someone/original"), format, tmp_path / str(turned))
+        texts.append((tmp_path / str(turned) / "README.md").read_text())
+    assert basis is not None and "rotat" not in texts[0]
+    added = texts[1].replace(texts[0], "")
+    assert f"hadamard, seed 5, sha256 {fingerprint(basis)[:12]}" in added and added.count("\n") == 2
+    fits = "fits `someone/original`" if "in the basis of the original one" in added else "original` do not fit it"
+    assert fits in added and ("basis of the original" in added) == (format in ("peft", "gguf-lora"))
+
+
 def test_a_second_rotation_and_one_of_a_quantized_model_are_errors() -> None:
     model = pico_model()
     slimtune.rotate(model)
