@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         prune,
         quantize,
         rotate,
+        rotate_adapter,
         rotate_folder,
         run,
     )
@@ -45,6 +46,7 @@ __all__ = [
     "prune",
     "quantize",
     "rotate",
+    "rotate_adapter",
     "rotate_folder",
     "run",
 ]

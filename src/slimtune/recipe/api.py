@@ -22,6 +22,7 @@ from slimtune.export import ADAPTERS, Manifest, Source, require_free
 from slimtune.export import export as write_export
 from slimtune.export.load import DTYPES, Loaded
 from slimtune.export.load import load as load_model
+from slimtune.export.peft import rotate_adapter as turn_adapter
 from slimtune.export.stream import rotate_folder as write_rotated
 from slimtune.hub import round_cache_
 from slimtune.lora.attach import base_of, quantized
@@ -94,6 +95,30 @@ def rotate_folder(
     _require(schema.Rotate(), loaded.model)
     tokens = _windows(loaded.model, calibration, loaded.tokenizer, LEARNED_WINDOWS, rotation.seed)
     return write_rotated(loaded, Path(output), rotation, tokens=tokens)
+
+
+def rotate_adapter(model: nn.Module, adapter: str | Path, output: str | Path, *, overwrite: bool = False) -> None:
+    """The PEFT adapter in the folder `adapter`, trained on the original model, for the rotated `model`: written to the
+    folder `output`, where it does what it did there. The way back is `export(model, tokenizer, "peft", output)`.
+
+    Raises `RecipeError` where `model` is not rotated, or `output` is taken (`overwrite` replaces what this wrote
+    before), `FormatError` where the adapter does not fit or is a rotated model's already.
+
+    Example:
+        >>> import slimtune, tempfile
+        >>> from peft import PeftModel
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> shape = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+        >>> model = slimtune.add_lora(LlamaForCausalLM(LlamaConfig(vocab_size=4, **shape)), r=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(f"{folder}/mine")
+        ...     rotated = slimtune.rotate(model.unload())
+        ...     slimtune.rotate_adapter(rotated, f"{folder}/mine", f"{folder}/turned")
+        ...     PeftModel.from_pretrained(rotated, f"{folder}/turned").peft_config["default"].r
+        2
+    """
+    require_free(Path(output), str(adapter), overwrite, mark=ROTATION)
+    turn_adapter(model, Path(adapter), Path(output))
 
 
 def quantize(

@@ -129,7 +129,7 @@ def require_basis(model: nn.Module, folder: Path) -> None:
     if got == wanted:
         return
     remedies = {
-        got is None: "rotate the adapter too, or load it on the model before rotation",
+        got is None: "turn it with slimtune.rotate_adapter(model, FOLDER, OUTPUT), or load it on the original model",
         wanted is None: "load it on the rotated model, or export it from there with format: peft",
     }
     raise FormatError(
