@@ -29,6 +29,7 @@ from slimtune.recipe.plan import plan
 from slimtune.recipe.pruning import pending, read_record
 from slimtune.recipe.run import run
 from slimtune.recipe.schema import Recipe, recipe_from
+from slimtune.recipe.shell import open_model
 from slimtune.train.checkpoint import CheckpointingTrainer, decode, encode
 from slimtune.train.data import Collator, Example
 from slimtune.train.distill import distilled_loss, head_divergence, top_divergence, unpruned
@@ -379,6 +380,39 @@ def test_python_prunes_like_a_recipe() -> None:
         slimtune.prune(model, ratio=0.2, schedule="cubic")
     with pytest.raises(RecipeError, match="importance"):
         slimtune.prune(model, ratio=0.2, importance="wonda")
+
+
+def test_python_prunes_along_training_like_a_recipe(data: Any, tmp_path: Path) -> None:
+    ramp = {**RAMP, "importance": "lora", "refit": True}
+    train = {**TRAIN, "max_steps": 4, "distill": True}
+    model = save_pico(tmp_path / "pico", "llama")
+    report = run(recipe(model, data, {"lora": {"r": 2}}, {"prune": ramp}, {"train": train}), tmp_path / "run")
+    mine = slimtune.add_lora(load(str(model)).model, r=2)
+    found: list[Any] = []
+    source = slimtune.DataSource(**data["train"])
+    calibration = slimtune.DataSource(**data["calibration"])
+    options: Any = {"prune": ramp, "calibration": calibration, "facts": found.append, **train}
+    assert slimtune.finetune(mine, pico_tokenizer(), source, **options) is mine
+    record: Any = read_record(tmp_path / "run" / "model")
+    assert {axis["name"]: axis["kept"] for axis in record["prunings"][0]["axes"]} == found[0].prune["kept"]
+    assert found[0].last_loss == report["steps"][2]["facts"]["last_loss"]
+    assert found[0].prune["cost"]["after"]["bytes"] == report["steps"][2]["facts"]["prune"]["cost"]["after"]["bytes"]
+    theirs = open_model(str(tmp_path / "run"))[1]
+    assert torch.equal(logits(mine, pico_inputs(base_of(mine))), logits(theirs, pico_inputs(base_of(mine))))
+    with pytest.raises(RecipeError, match="fits the pruned model alone"):
+        slimtune.export(mine, pico_tokenizer(), "peft", tmp_path / "out")
+
+
+def test_python_refuses_a_ramp_that_a_recipe_refuses(data: Any) -> None:
+    wrapped, source = slimtune.add_lora(pico_model(), r=2), data["train"]["path"]
+    for model, ramp, what in (
+        (wrapped, {"ratio": 0.2}, "pruning at once needs no training"),
+        (wrapped, {**RAMP, "importance": "loss-change"}, "which a ramp cannot do at every step"),
+        (wrapped, {**RAMP, "ratio": 0.99}, "this much cannot be pruned"),
+        (pico_model(), RAMP, "along the training of an adapter"),
+    ):
+        with pytest.raises(RecipeError, match=what):
+            slimtune.finetune(model, pico_tokenizer(), source, prune=ramp, **TRAIN)
 
 
 def test_allocated_widths_are_padded_and_the_record_says_so(data: Any, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def prune(model: nn.Module, **options: Any) -> nn.Module:
 Case = tuple[Callable[[str], object], str]
 CASES: dict[str, Case] = {
     "lora importance": (lambda _: prune(pico_model(), importance="lora"), "looks at an adapter's gradients"),
-    "prune rotated": (lambda _: prune(slimtune.rotate(pico_model())), "a rotated model are mixtures"),
+    "prune rotated": (lambda _: prune(slimtune.rotate(pico_model(), online=["r4"])), "r4 mixes all channels"),
     "quantize adapted": (
         lambda _: slimtune.quantize(slimtune.add_lora(pico_model(), r=2), "rtn"),
         "with an adapter cannot be quantized",

@@ -56,6 +56,12 @@ def recipe(*steps: Any, data: dict[str, Any] = DATA) -> Recipe:
         ("train", "lora", "train", PEFT, ADAPTER, SPEED),
         ("lora", "train", PEFT, ADAPTER, "merge", "lora", "train", PEFT, "train"),
         ("rotate", "lora", "train", PEFT, "merge", DENSE),
+        ("rotate", "prune", "quantize", "lora", "train"),
+        ("rotate", "lora", RAMPED, "train", "merge", *NARROW),
+        ("prune", R4, "quantize"),
+        (R4, {"prune": {"targets": ["kv"]}}, {"prune": {"targets": ["layers"]}}),
+        (R4, {"prune": {"targets": ["sublayers"], "widths": "allocated"}}),
+        ({"rotate": {"online": ["heads", "r3"]}}, {"prune": {"targets": ["ffn"]}}),
     ],
 )
 def test_an_order_that_can_work_is_accepted(steps: tuple[Any, ...]) -> None:
@@ -117,6 +123,9 @@ def test_an_order_that_can_work_is_accepted(steps: tuple[Any, ...]) -> None:
         (("rotate", "lora", "merge", "rotate"), "steps[3].rotate", "rotated already", "one rotate step"),
         (("quantize", "rotate"), "steps[1].rotate", "packed weights cannot be rotated", "before quantize"),
         (("lora", "rotate"), "steps[1].rotate", "with an adapter cannot be rotated", "before lora"),
+        ((R4, "prune"), "steps[1].prune", "r4 mixes all channels", "leave ffn out of targets"),
+        ((R4, "lora", RAMPED, "train"), "steps[2].prune", "r4 mixes all channels", "rotate without r4"),
+        (({"rotate": {"online": ["heads"]}}, "prune"), "steps[1].prune", "heads mixes all heads", "put prune before"),
         ((R4, "quantize", PACKED), "steps[2].export", "no other engine runs the online transform r4", "online: []"),
         ((R4, "lora", "merge", DENSE), "steps[3].export", "no other engine runs", "the run's own model folder"),
     ],

@@ -169,6 +169,59 @@ def test_a_missing_or_foreign_rotation_file_is_an_error(tmp_path: Path) -> None:
         load(str(tmp_path / "m"))
 
 
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2", "gemma2", "opt", "t5"])
+def test_an_adapter_of_the_original_enters_the_basis(family: str, tmp_path: Path) -> None:
+    wrapped, adapter = with_noise(pico_model(family)), tmp_path / "adapter"
+    inputs = pico_inputs(wrapped.get_base_model())
+    wanted = logits(wrapped, inputs)
+    adapter.mkdir()
+    save_adapter(wrapped, adapter)
+    model = pico_model(family)
+    with pytest.raises(RecipeError, match="not rotated"):
+        slimtune.rotate_adapter(model, adapter, tmp_path / "turned")
+    slimtune.rotate(model, online=["r4", "heads"])
+    with pytest.raises(FormatError, match="another basis") as caught:
+        load_adapter(model, adapter)
+    assert "slimtune.rotate_adapter(" in caught.value.facts["remedy"]
+    slimtune.rotate_adapter(model, adapter, tmp_path / "turned")
+    there = load_adapter(model, tmp_path / "turned")
+    assert relative(logits(there, inputs), wanted) < 1e-4
+    with pytest.raises(RecipeError, match="not empty"):
+        slimtune.rotate_adapter(there, adapter, tmp_path / "turned")
+    with pytest.raises(FormatError, match="of a rotated model already"):
+        slimtune.rotate_adapter(there, tmp_path / "turned", tmp_path / "again")
+    with pytest.raises(FormatError, match="not an adapter folder"):
+        slimtune.rotate_adapter(there, tmp_path, tmp_path / "again")
+
+
+def test_an_adapter_of_another_shape_enters_no_basis(tmp_path: Path) -> None:
+    wrapped = with_noise(pico_model(intermediate_size=48))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(FormatError, match="does not fit the model"):
+        slimtune.rotate_adapter(slimtune.rotate(pico_model()), tmp_path / "adapter", tmp_path / "turned")
+    assert not (tmp_path / "turned").exists()
+
+
+@pytest.mark.parametrize("format", ["safetensors", "decilm", "gptq", "compressed-tensors", "peft", "gguf-lora"])
+def test_the_readme_of_an_export_says_that_the_model_is_rotated(format: str, tmp_path: Path) -> None:
+    texts = []
+    for turned in (False, True):
+        model: nn.Module = pico_model("llama")
+        if turned:
+            slimtune.rotate(model, seed=5)
+            basis = rotation_of(model)
+        if format in ("gptq", "compressed-tensors"):
+            slimtune.quantize(model, "rtn", bits=4, group_size=-1, sym=True)
+        model = with_noise(model) if format in ("peft", "gguf-lora") else model
+        export(Source(model, pico_tokenizer(), "someone/original"), format, tmp_path / str(turned))
+        texts.append((tmp_path / str(turned) / "README.md").read_text())
+    assert basis is not None and "rotat" not in texts[0]
+    added = texts[1].replace(texts[0], "")
+    assert f"hadamard, seed 5, sha256 {fingerprint(basis)[:12]}" in added and added.count("\n") == 2
+    fits = "fits `someone/original`" if "in the basis of the original one" in added else "original` do not fit it"
+    assert fits in added and ("basis of the original" in added) == (format in ("peft", "gguf-lora"))
+
+
 def test_a_second_rotation_and_one_of_a_quantized_model_are_errors() -> None:
     model = pico_model()
     slimtune.rotate(model)

@@ -382,6 +382,22 @@ def model_inputs(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
     return {"input_ids": tokens[:, :half], "decoder_input_ids": tokens[:, half : 2 * half]}
 
 
+def image_inputs(model: nn.Module, tokens: Tensor) -> dict[str, Tensor] | None:
+    """`model_inputs` with an image of noise, always the same one, before the tokens of each window; None where the
+    model takes no images, or in another way than LLaVA's: a token for each patch that its vision tower makes."""
+    config: Any = cast(Any, model).config
+    if "vision_config" not in vars(config) or not hasattr(config, "vision_feature_select_strategy"):
+        return None
+    vision, image = config.vision_config, int(config.image_token_id)
+    patches = (vision.image_size // vision.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
+    text = tokens.where(tokens != image, (image + 1) % config.get_text_config().vocab_size)
+    inputs = model_inputs(model, torch.cat([torch.full((len(text), patches), image), text], 1))
+    shape = len(text), vision.num_channels, vision.image_size, vision.image_size
+    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return {**inputs, "pixel_values": pixels.to(inputs["input_ids"].device, dtype)}
+
+
 @contextmanager
 def calibration_stream(
     model: nn.Module, modelmap: ModelMap, tokens: Tensor, *, batch_size: int = 4

@@ -8,7 +8,7 @@ from typing import Any, cast, get_args, get_type_hints
 
 from slimtune.arch.weights import require_logits
 from slimtune.errors import RecipeError, nearest
-from slimtune.export.base import Exporter, Manifest, Source, Written, largest_difference, probe_logits
+from slimtune.export.base import Exporter, Manifest, Source, Written, basis_note, largest_difference, probe_logits
 from slimtune.export.compressed_tensors import CompressedTensorsExporter
 from slimtune.export.decilm import DecilmExporter
 from slimtune.export.gguf import ADAPTER_FILE, MODEL_FILE, GgufDeciExporter, GgufExporter, GgufLoraExporter
@@ -102,7 +102,9 @@ def export(source: Source, format: str, folder: Path, quantization: str = "", ra
         finally:
             exporter.restore_(source)
         difference = largest_difference(got, wanted, written.dtype, str(folder))
-        readme = exporter.loads_in.format(name=source.name) + source.note + written.note.format(difference=difference)
+        notes = written.note.format(difference=difference)
+        turned = basis_note(source.model, source.name, adapter=format in ADAPTERS)
+        readme = exporter.loads_in.format(name=source.name) + turned + source.note + notes
         (partial / "README.md").write_text(readme, encoding="utf-8")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return Manifest(

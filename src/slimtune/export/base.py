@@ -21,7 +21,7 @@ from slimtune.hub import cache_bits
 from slimtune.kernels.dispatch import reference
 from slimtune.lora.attach import base_of, plain
 from slimtune.quant.linear import QuantLinear
-from slimtune.rotate.record import rotation_of, write_rotation
+from slimtune.rotate.record import KEY, fingerprint, rotation_of, write_rotation
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,24 @@ class Exporter(Protocol):
 
     def restore_(self, source: Source) -> None:
         """Undo what `read_back` did to `source`'s own model, where it did something."""
+
+
+def basis_note(model: nn.Module, name: str, *, adapter: bool) -> str:
+    """What the README of an export says where `model`, made of the one called `name`, is rotated; `adapter`: the
+    format has the adapter alone, which has left the basis. Empty where nothing is rotated."""
+    basis = rotation_of(model)
+    if basis is None:
+        return ""
+    how = f"{basis.rotation.kind}, seed {basis.rotation.seed}, sha256 {fingerprint(basis)[:12]}"
+    if adapter:
+        return (
+            f"\nThe run rotated its model ({how}). This adapter is in the basis of the original one: it fits `{name}`"
+            " and files made from that, and not the run's own model.\n"
+        )
+    return (
+        f"\nThe model is in another basis ({how}): the rotation left its logits what they were and changed its weights,"
+        f" so adapters trained on the original `{name}` do not fit it.\n"
+    )
 
 
 def refuse_rounding(model: nn.Module, format: str, *, inputs: bool = True) -> None:
@@ -188,7 +206,7 @@ def stock_config(config: PretrainedConfig) -> PretrainedConfig:
     other = AutoConfig.for_model(widths.stand_in)
     facts = {key: value for key, value in vars(config).items() if key in vars(other) and key != "architectures"}
     made = AutoConfig.for_model(widths.stand_in, **{**facts, "sliding_window": None})
-    for key in ("quantization_config", "_name_or_path"):
+    for key in ("quantization_config", "_name_or_path", KEY):
         if key in vars(config):
             setattr(made, key, vars(config)[key])
     return made

@@ -32,13 +32,8 @@ from slimtune.lora.cut import Cut, Update, cut_all, require_rank, updates
 from slimtune.lora.merge import merged_weight
 from slimtune.quant.blackbox import FROZEN
 from slimtune.quant.linear import QuantLinear
-from slimtune.rotate.record import rotation_of
 
 MODEL_FILE, ADAPTER_FILE = "model.gguf", "adapter.gguf"
-ROTATED = (
-    "\nThe run rotated its model. This adapter is in the basis of the original one: use it with a GGUF file of that,"
-    " and not with one of the run's own model.\n"
-)
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "BF16": 32}
 """How GGUF counts the commonest type of a file."""
 
@@ -187,8 +182,7 @@ class GgufLoraExporter:
                 writer.add_tensor(f"{tensor}.lora_a", a.numpy())
                 writer.add_tensor(f"{tensor}.lora_b", b.numpy())
         facts = {"alpha": alpha, "layers": len(factors)} | (lost.to_dict() if lost is not None else {})
-        note = ROTATED if rotation_of(source.model) is not None else ""
-        return Written(facts, source.dtype, note + (lost.note if lost is not None else ""))
+        return Written(facts, source.dtype, lost.note if lost is not None else "")
 
     def read_back(self, source: Source, folder: Path) -> nn.Module:
         """`source`'s model, whose factors (in the original basis, and cut) those in the file must be."""

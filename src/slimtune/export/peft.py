@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import ClassVar, cast
 
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import pad
@@ -19,12 +20,13 @@ from torch.nn.functional import pad
 from slimtune.arch import bind
 from slimtune.errors import FormatError, RecipeError
 from slimtune.export.base import Source, Written
-from slimtune.files import write_json
+from slimtune.files import whole_folder, write_json
 from slimtune.lora.attach import LIVE, adapted, save_adapter
 from slimtune.lora.basis import FACTOR_A, FACTOR_B, PREFIX, converted
 from slimtune.lora.cut import Update, cut_all, require_rank, updates
 from slimtune.quant.blackbox import FROZEN
-from slimtune.rotate.record import JSON, rotation_of
+from slimtune.rotate.basis import Basis
+from slimtune.rotate.record import JSON, read_hash, rotation_of, write_hash
 
 REREAD = "read-back"
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -50,9 +52,9 @@ class PeftExporter:
         if not isinstance(source.model, PeftModel):
             raise RecipeError("there is no adapter to export", remedy="export safetensors instead, or add a lora step")
         rank = write_even(source.model, folder, source.name)
-        if rotation_of(source.model) is not None:
+        if (basis := rotation_of(source.model)) is not None:
             (folder / JSON).unlink()
-            _convert_(folder, source, inverse=True)
+            _convert_(folder, source.model, basis, inverse=True)
         note = QUANTIZED if any(isinstance(module, FROZEN) for module in source.model.modules()) else ""
         if not self.rank:
             return Written(dtype=source.dtype, note=served(rank) + note)
@@ -73,8 +75,8 @@ class PeftExporter:
         model = cast(PeftModel, source.model)
         with TemporaryDirectory() as copy:
             shutil.copytree(folder, copy, dirs_exist_ok=True)
-            if rotation_of(model) is not None:
-                _convert_(Path(copy), source, inverse=False)
+            if (basis := rotation_of(model)) is not None:
+                _convert_(Path(copy), model, basis, inverse=False)
             exact = cut_all(updates(model), self.rank)[0] if self.rank else []
             model.load_adapter(copy, REREAD, low_cpu_mem_usage=False)
         model.set_adapter(REREAD)
@@ -91,11 +93,36 @@ class PeftExporter:
             model.delete_adapter(REREAD)
 
 
-def _convert_(folder: Path, source: Source, *, inverse: bool) -> None:
-    """Bring the adapter in `folder` to the basis of `source`'s rotated model, or with `inverse` to the original one."""
-    basis = rotation_of(source.model)
-    assert basis is not None, "the caller has asked"
-    tensors = converted(load_file(folder / TENSORS), bind(source.model), basis, inverse=inverse)
+def rotate_adapter(model: nn.Module, adapter: Path, output: Path) -> None:
+    """Write the PEFT adapter in the folder `adapter`, trained on the original model, for the rotated `model` to the
+    folder `output` (whole, or not at all).
+
+    Raises `RecipeError` where `model` is not rotated, `FormatError` where the folder has no adapter, one that does not
+    fit, or one of a rotated model.
+    """
+    basis = rotation_of(model)
+    if basis is None:
+        raise RecipeError("the model is not rotated", remedy="load the adapter on it as it is")
+    if not (adapter / CONFIG).is_file() or not (adapter / TENSORS).is_file():
+        raise FormatError("not an adapter folder", where=str(adapter), wanted=f"{CONFIG} and {TENSORS}")
+    if (held := read_hash(adapter)) is not None:
+        what, remedy = "the adapter is in the basis of a rotated model already", "export it from there: format: peft"
+        raise FormatError(what, where=str(adapter), got=f"rotation {held[:12]}", wanted="no rotation", remedy=remedy)
+    with whole_folder(output) as partial:
+        for name in (CONFIG, TENSORS, LIVE):
+            if (adapter / name).is_file():
+                shutil.copyfile(adapter / name, partial / name)
+        _convert_(partial, model, basis, inverse=False)
+        write_hash(basis, partial)
+
+
+def _convert_(folder: Path, model: nn.Module, basis: Basis, *, inverse: bool) -> None:
+    """Bring the adapter in `folder` to the `basis` of the rotated `model`, or with `inverse` to the original one."""
+    try:
+        tensors = load_file(folder / TENSORS)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FormatError("the adapter's file is damaged", where=str(folder), got=str(error)[:200]) from error
+    tensors = converted(tensors, bind(model), basis, inverse=inverse)
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
 
 

@@ -25,7 +25,7 @@ def converted(
     """The tensors of a PEFT adapter (`adapter_model.safetensors`), brought from the original basis to `basis`, or the
     other way with `inverse`, in float64 and rounded once.
 
-    Raises `FormatError` where the adapter has something else than low-rank factors of linears.
+    Raises `FormatError` where the adapter has something else than low-rank factors of linears, or does not fit.
     """
     turned = changes(modelmap, basis)
     result = {}
@@ -34,6 +34,9 @@ def converted(
         port = name.removesuffix(FACTOR_A).removesuffix(FACTOR_B)
         if port == name or port not in turned or modelmap[port].kind != "linear":
             raise FormatError("only LoRA factors of linears can change their basis", where=key)
+        wide = modelmap[port].in_features if name.endswith(FACTOR_A) else modelmap[port].out_features
+        if tensor.dim() != 2 or tensor.shape[1 if name.endswith(FACTOR_A) else 0] != wide:
+            raise FormatError("the adapter does not fit the model", where=key, got=list(tensor.shape), wanted=wide)
         side = turned[port].read if name.endswith(FACTOR_A) else turned[port].write
         result[key] = side(tensor.to(torch.float64), inverse=inverse).to(tensor.dtype).contiguous()
     return result

@@ -17,7 +17,7 @@ from slimtune.arch import ModelMap, Port, Space
 from slimtune.errors import RecipeError, ShapeError
 from slimtune.prune.groups import Axis, Kept, parameters
 from slimtune.prune.state import cut_state_
-from slimtune.prune.weights import Packed, base_layer, factors, held
+from slimtune.prune.weights import Follower, Packed, base_layer, factors, held
 
 COUNTS = {
     "heads": ("num_heads", "n_heads", "num_attention_heads"),
@@ -127,6 +127,7 @@ def prune_(
     for name, keep in _per_port(modelmap, plan.axes, wide).items():
         for reason in _cut_(model, modelmap[name], keep, optimizer):
             requantized.append(Requantized(name, reason))
+    _tell_(model, modelmap, plan.axes, wide)
     layers = [axis for axis in plan.axes if axis.kind == "layers"]
     for axis in layers:
         _drop_blocks_(model, modelmap, axis, wide[axis.name])
@@ -244,6 +245,20 @@ def _silence_(module: nn.Module, name: str, columns: Sequence[int]) -> None:
             tensor[:, list(columns)] = 0
 
 
+def _tell_(model: nn.Module, modelmap: ModelMap, axes: Sequence[Axis], kept: Kept) -> None:
+    """Let the modules that follow what is cut know what stays."""
+    rows = {name: dims[0] for name, dims in _per_port(modelmap, axes, kept).items() if 0 in dims}
+    lost = {
+        axis.blocks[unit]
+        for axis in axes
+        if axis.kind == "layers"
+        for unit in set(range(axis.units)) - set(kept[axis.name])
+    }
+    blocks = {block.index for block in modelmap.blocks} - lost
+    for module in [module for module in model.modules() if isinstance(module, Follower)]:
+        module.follow_(model, modelmap, rows, blocks)
+
+
 def _drop_blocks_(model: nn.Module, modelmap: ModelMap, axis: Axis, kept: Sequence[int]) -> None:
     """Take blocks out of their stack. Position biases that the first block computes for all go to the one that is
     first now."""
@@ -276,7 +291,8 @@ def _resize_(model: nn.Module, modelmap: ModelMap, axes: Sequence[Axis], kept: K
             ffn = round(modelmap.sizes[Space.FFN] * share)
         else:
             heads = round(modelmap.heads * share)
-            kv_heads = kv_heads if axis.buckets > 1 else round(modelmap.kv_heads * share)
+            alone = axis.kind == "heads" and modelmap.heads > modelmap.kv_heads  # queries go, keys and values stay
+            kv_heads = kv_heads if alone else round(modelmap.kv_heads * share)
     if widths.head_width:
         setattr(config, widths.head_width, modelmap.head_dim)
         setattr(config, widths.heads, heads)

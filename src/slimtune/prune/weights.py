@@ -6,12 +6,13 @@ a LoRA layer (children `base_layer`, `lora_A`, `lora_B`, PEFT's names).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from slimtune.arch import ModelMap
 from slimtune.prune.groups import Part
 from slimtune.prune.importance import lora_gradient
 
@@ -28,6 +29,17 @@ class Packed(Protocol):
 
     def select(self, rows: Tensor | None, columns: Tensor | None) -> tuple[nn.Module, str]:
         """The smaller linear, and why its weight had to be quantized again ("" where it did not)."""
+
+
+@runtime_checkable
+class Follower(Protocol):
+    """A module that notes something of the whole model's weights, such as the basis of a rotated one."""
+
+    def follow_(
+        self, model: nn.Module, modelmap: ModelMap, rows: Mapping[str, Collection[int]], blocks: Collection[int]
+    ) -> None:
+        """Learn that no more is left of `model`, whose map was `modelmap`, than these `blocks`, by index, and these
+        `rows` of ports by name (all of a port that is not named)."""
 
 
 class Factors(NamedTuple):

@@ -23,6 +23,7 @@ from slimtune.export import ADAPTERS, Manifest, Source, require_free
 from slimtune.export import export as write_export
 from slimtune.export.load import DTYPES, Loaded
 from slimtune.export.load import load as load_model
+from slimtune.export.peft import rotate_adapter as turn_adapter
 from slimtune.export.stream import rotate_folder as write_rotated
 from slimtune.hub import round_cache_
 from slimtune.lora.attach import base_of, quantized
@@ -42,14 +43,15 @@ from slimtune.recipe.gradients import (
     wants_gradients,
     wants_residual,
 )
-from slimtune.recipe.legality import State, note_, require, state_of
+from slimtune.recipe.legality import State, after, note_, require, state_of
 from slimtune.recipe.merging import merge_low_bit
 from slimtune.recipe.plan import DEFAULT_SAMPLES, Plan
 from slimtune.recipe.plan import plan as make_plan
-from slimtune.recipe.pruning import prune_now
+from slimtune.recipe.pruning import importance_of, prune_now, rehearse
 from slimtune.recipe.run import run as run_recipe
 from slimtune.recipe.schema import Lora, Quantize, Recipe, Step, build, recipe_from, step_from
-from slimtune.recipe.steps import LEARNED_WINDOWS, Session, examples_of, run_step, within_positions
+from slimtune.recipe.steps import LEARNED_WINDOWS, Session, run_step
+from slimtune.recipe.training import examples_of, train_now, within_positions
 from slimtune.recipe.treatments import Treatments, check_patterns
 from slimtune.rotate.fuse import RotateFacts, rotate_
 from slimtune.rotate.online import attach_online_
@@ -57,7 +59,6 @@ from slimtune.rotate.options import Rotation
 from slimtune.rotate.record import JSON as ROTATION
 from slimtune.train.data import Collator, Example, padding_id
 from slimtune.train.loop import TrainFacts
-from slimtune.train.loop import finetune as train_model
 from slimtune.train.options import TrainOptions
 
 Text = DataSource | str | Path | Mapping[str, Any]
@@ -107,6 +108,30 @@ def rotate_folder(
     _require(schema.Rotate(), loaded.model)
     tokens = _windows(loaded.model, calibration, loaded.tokenizer, LEARNED_WINDOWS, rotation.seed)
     return write_rotated(loaded, Path(output), rotation, tokens=tokens)
+
+
+def rotate_adapter(model: nn.Module, adapter: str | Path, output: str | Path, *, overwrite: bool = False) -> None:
+    """The PEFT adapter in the folder `adapter`, trained on the original model, for the rotated `model`: written to the
+    folder `output`, where it does what it did there. The way back is `export(model, tokenizer, "peft", output)`.
+
+    Raises `RecipeError` where `model` is not rotated, or `output` is taken (`overwrite` replaces what this wrote
+    before), `FormatError` where the adapter does not fit or is a rotated model's already.
+
+    Example:
+        >>> import slimtune, tempfile
+        >>> from peft import PeftModel
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> shape = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+        >>> model = slimtune.add_lora(LlamaForCausalLM(LlamaConfig(vocab_size=4, **shape)), r=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(f"{folder}/mine")
+        ...     rotated = slimtune.rotate(model.unload())
+        ...     slimtune.rotate_adapter(rotated, f"{folder}/mine", f"{folder}/turned")
+        ...     PeftModel.from_pretrained(rotated, f"{folder}/turned").peft_config["default"].r
+        2
+    """
+    require_free(Path(output), str(adapter), overwrite, mark=ROTATION)
+    turn_adapter(model, Path(adapter), Path(output))
 
 
 def quantize(
@@ -163,7 +188,7 @@ def prune(
     """
     chosen = build(schema.Prune, options, "prune")
     if chosen.ramped:
-        got, remedy = chosen.schedule, "use a recipe, or one-shot"
+        got, remedy = chosen.schedule, "use slimtune.finetune(..., prune=...), or one-shot"
         raise RecipeError("a ramp acts along training", where="prune.schedule", got=got, remedy=remedy)
     _require(chosen, model)
     facts(prune_now(model, chosen, _windows(model, calibration, tokenizer, DEFAULT_SAMPLES, seed), seed=seed))
@@ -277,17 +302,50 @@ def finetune(
     train: DataSource | str,
     *,
     eval: DataSource | str | None = None,
+    prune: Mapping[str, Any] | None = None,
+    calibration: Calibration = None,
     seed: int = 0,
     facts: Callable[[TrainFacts], None] = lambda _: None,
     **options: Any,
 ) -> nn.Module:
-    """`model` trained in place on `train`; `options` are the fields of the recipe's `train` step."""
+    """`model` trained in place on `train`; `options` are the fields of the recipe's `train` step.
+
+    With `prune`, the fields of a `prune` step whose `schedule` is a ramp, units go while an adapter learns (`distill`
+    then learns from the unpruned model); `facts` are told what was cut, as `prune`. Where the ramp is to `refit`, it
+    does so on `calibration`, as in `quantize`, or on `train`. Raises `RecipeError` where a recipe would.
+
+    Example:
+        >>> import slimtune, tempfile
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"?": 0, "one": 1, "and": 2, "two": 3}, unk_token="?"))
+        >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="?", pad_token="?")
+        >>> shape = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+        >>> model = slimtune.add_lora(LlamaForCausalLM(LlamaConfig(vocab_size=4, **shape)), r=2)
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".txt") as text:
+        ...     written = text.write("one and two and one and two\\n" * 8), text.flush()
+        ...     ramp = {"schedule": "cubic", "ratio": 0.3, "targets": ["ffn"], "importance": "gate", "every": 1}
+        ...     model = slimtune.finetune(model, tokenizer, text.name, prune=ramp, distill=True, max_steps=4)
+        >>> model.config.intermediate_size
+        8
+    """
     chosen = build(schema.Train, options, "train")
-    _require(chosen, model)
+    ramp = None if prune is None else build(schema.Prune, dict(prune), "prune")
+    if ramp is not None and not ramp.ramped:
+        what, remedy = "pruning at once needs no training", "use slimtune.prune before, or schedule: cubic"
+        raise RecipeError(what, where="prune.schedule", got=ramp.schedule, remedy=remedy)
+    steps: list[Step] = [chosen] if ramp is None else [ramp, chosen]
+    _require(steps[0], model, later=steps[1:])
+    if ramp is not None:
+        importance_of(ramp)
+        rehearse(ramp, bind(model), "prune")
     examples = examples_of(model, tokenizer, _source(train), chosen)[0]
     held_out = examples_of(model, tokenizer, _source(eval), chosen)[0] if eval is not None else ()
-    facts(train_model(model, examples, Collator(padding_id(tokenizer)), chosen, held_out=held_out, seed=seed))
-    note_(model, chosen)
+    source: Calibration = train if calibration is None else calibration
+    windows = _windows(model, source, tokenizer, DEFAULT_SAMPLES, seed) if ramp is not None and ramp.refit else None
+    facts(train_now(model, tokenizer, examples, chosen, held_out=held_out, ramp=ramp, windows=windows, seed=seed))
+    note_(model, *steps)
     return model
 
 
@@ -374,11 +432,14 @@ def run(
     return run_recipe(_recipe(recipe), Path(output).expanduser(), resume=resume, overwrite=overwrite, say=say)
 
 
-def _require(step: Step, model: nn.Module) -> State:
-    """The state of `model`, in which `step` can work by the rules of recipes; raises `RecipeError` where it cannot."""
+def _require(step: Step, model: nn.Module, later: Sequence[Step] = ()) -> State:
+    """The state of `model`, in which `step` and `later` ones can work, by the rules of recipes; raises `RecipeError`
+    where they cannot."""
     bind(model)  # refuses what slimtune does not know
     state = state_of(model)
-    require(step, replace(state, residual=True))  # `add_lora` says what to do where that is not known
+    known = replace(state, residual=True)  # `add_lora` says what to do where that is not known
+    for number, each in enumerate((step, *later)):
+        require(each, after((step, *later)[:number], known), first=number == 0, later=later[number:])
     return state
 
 

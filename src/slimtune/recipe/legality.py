@@ -24,6 +24,11 @@ DENSE = ("decilm", "gguf", "gguf-deci", "safetensors")
 """Formats of the whole model that know no rounding of inputs."""
 
 NO_ROWS = "add data: {train: {path: FILE}}, or --train FILE"
+HEADS = "heads", "all heads of an attention"
+MIXED = {"ffn": ("r4", "all channels of a feed-forward layer"), "kv": HEADS, "heads": HEADS}
+"""Units that an online transform mixes. R1 and R2 mix none: a channel is a row and a column in any basis of the stream,
+and R2 stays inside a head. Layers, and all of a sub-layer, go in any basis."""
+
 NOTE = "slimtune_past"
 """The attribute of a model in memory that says what was done to it and cannot be seen."""
 
@@ -108,9 +113,9 @@ def state_of(model: nn.Module, known: State = State()) -> State:
     )
 
 
-def note_(model: nn.Module, step: Step) -> None:
-    """Note on `model` what `step` did to it that cannot be seen: with that it is no longer what it was loaded as."""
-    state, base = after([step], state_of(model)), base_of(model)
+def note_(model: nn.Module, *steps: Step) -> None:
+    """Note on `model` what `steps` did to it that cannot be seen: with that it is no longer what it was loaded as."""
+    state, base = after(steps, state_of(model)), base_of(model)
     base.__dict__[NOTE] = {"pruned": state.pruned, "changed": state.changed}
 
 
@@ -194,8 +199,12 @@ def _pruning(step: Step, state: State, later: Sequence[Step]) -> tuple[str, str]
     if state.ramp and not isinstance(step, Train | Evaluate):
         return "the model is to be pruned by the next train step", "put train right after a prune step with a ramp"
     match step:
-        case Prune() if state.rotated:
-            return "heads and channels of a rotated model are mixtures", "put prune before rotate"
+        case Prune() if mixed := [name for name in step.targets if name in MIXED and MIXED[name][0] in state.online]:
+            transform, units = MIXED[mixed[0]]
+            return (
+                f"the online transform {transform} mixes {units}: none can go alone",
+                f"put prune before rotate, rotate without {transform}, or leave {mixed[0]} out of targets",
+            )
         case Prune() if step.importance.startswith("lora") and not state.adapter:
             return "this importance looks at an adapter's gradients", "put a lora step before prune"
         case Prune() if step.ramped and not state.adapter:

@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from slimtune.arch import bind
@@ -49,11 +48,11 @@ from slimtune.recipe.merging import merge_low_bit
 from slimtune.recipe.plan import CALIBRATION_BATCH, DEFAULT_SAMPLES, calibration_source
 from slimtune.recipe.pruning import cost_of, needs_data, pending, prune_now, record
 from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train
+from slimtune.recipe.training import examples_of, train_now, within_positions
 from slimtune.recipe.treatments import Treatments
 from slimtune.rotate.fuse import RotateFacts, rotate_
 from slimtune.rotate.online import attach_online_
-from slimtune.train.data import Collator, Example, pack, padding_id, tokenize, tokenize_seq2seq
-from slimtune.train.loop import finetune
+from slimtune.train.data import Collator, padding_id
 from slimtune.train.options import TrainOptions
 
 Facts = dict[str, Any]
@@ -66,9 +65,6 @@ OUTLIER_ROWS = 4000
 
 LEARNED_WINDOWS = 16
 """Windows from which a rotation is learned, at most."""
-
-FITTED_WINDOWS = 8
-"""Calibration windows on which a ramp fits what it keeps, at most: it does so many times."""
 
 WHEN = ("before", "after")
 
@@ -352,54 +348,25 @@ def _train(session: Session, step: Train, number: int) -> Facts:
         f"  {facts['examples']:,} examples from {data.train}, {facts['tokens']:,} tokens; the first, «not learnt»:"
     )
     session.say("  | " + str(facts["sample"]).replace("\n", "\n  | "))
-    if not any(p.requires_grad for p in model.parameters()):
-        model.requires_grad_(True)
     ramp = pending(session.recipe.steps, number)
-    windows = _calibration(session)[0][:FITTED_WINDOWS] if ramp is not None and ramp.refit else None
-    before = cost_of(model) if ramp is not None else {}
-    result = finetune(
+    result = train_now(
         model,
+        tokenizer,
         examples,
-        Collator(padding_id(tokenizer)),
         step,
         held_out=held_out,
         seed=session.recipe.seed,
+        ramp=ramp,
+        windows=_calibration(session)[0] if ramp is not None and ramp.refit else None,
         log=session.folder / "train_log.jsonl" if session.folder else None,
         checkpoints=session.place(f"step-{number}-train"),
         resume=session.resume,
         number=number,
         progress=lambda line: session.say("  " + _log_line(line)),
-        prune=ramp,
-        windows=windows,
     )
     if result.prune is not None:
-        result.prune["cost"] = {"before": before, "after": cost_of(model)}
         _record(session, result.prune)
     return {**result.to_dict(), "sample": facts.pop("sample"), "data": {"source": str(data.train), **facts}}
-
-
-def examples_of(
-    model: nn.Module, tokenizer: Any, source: DataSource, options: TrainOptions
-) -> tuple[Sequence[Example], Facts]:
-    """What `model` learns from the first `samples` rows of `source`, and the facts of how it was made."""
-    length, where = within_positions(model, options.max_length), str(source)
-    conversations = normalise(read_rows(source)[: source.samples], where=where)
-    hf = cast(Any, base_of(model))
-    if hf.config.is_encoder_decoder:
-        examples, facts = tokenize_seq2seq(conversations, tokenizer, length, where=where)
-    else:
-        examples, facts = tokenize(
-            conversations, tokenizer, length, completion_only_loss=options.completion_only_loss, where=where
-        )
-    require_vocabulary(hf, torch.tensor([max(example.input_ids + example.labels) for example in examples]), where)
-    return (pack(examples, length) if options.packing and not hf.config.is_encoder_decoder else examples), dict(facts)
-
-
-def within_positions(model: nn.Module, length: int) -> int:
-    """`length`, or the model's positions where it has fewer: longer examples and windows are cut there."""
-    config = cast(Any, base_of(model)).config
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)  # T5 has no limit
-    return min(length, positions or length)
 
 
 def _log_line(line: Facts) -> str:

@@ -10,8 +10,9 @@ side: `W' = write(read(W))`, `A' = read(A)`, `B' = write(B)`, `b' = write(b)`. B
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -29,8 +30,10 @@ RESIDUAL = "residual"
 class Basis:
     """What a rotation made of a model: its construction, what was turned, and the gains that were folded.
 
-    `attentions` counts the values that were turned, `gains` are by the names of their norms, and `learned` has the
+    `attentions` counts the values that are turned, `gains` are by the names of their norms, and `learned` has the
     matrices that no seed gives: float64 `residual` `[width, width]` and `values.N` `[kv_heads, head_dim, head_dim]`.
+    Where the model lost attentions or heads later, `kept` has for each attention that it has the number which that had
+    in the beginning, and those of its then `kv_heads` key-value heads that are left; empty where it lost none.
     """
 
     rotation: Rotation
@@ -42,6 +45,7 @@ class Basis:
     level: bool
     gains: Mapping[str, Tensor] = field(default_factory=dict)
     learned: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     @cached_property
     def residual_turn(self) -> Turn:
@@ -51,7 +55,46 @@ class Basis:
 
     def values_turn(self, number: int) -> Turn:
         """R2 of the attention of this number: another turn for each key-value head."""
-        return self._turn(f"values.{number}", self.head_dim, self.kv_heads, self.rotation.seed + 1 + number)
+        first, heads = self._origin(number)
+        return self._turn(f"values.{first}", self.head_dim, self.kv_heads, self.rotation.seed + 1 + first).of(heads)
+
+    def _origin(self, number: int) -> tuple[int, tuple[int, ...]]:
+        """The number that an attention had in the beginning, and which of its key-value heads are left."""
+        return self.kept[number] if self.kept else (number, tuple(range(self.kv_heads)))
+
+    def cut(self, modelmap: ModelMap, rows: Mapping[str, Collection[int]], blocks: Collection[int]) -> Basis:
+        """The basis of the model when no more is left of it than these `blocks`, by index, and these `rows` of ports by
+        name (all of a port that is not named). `modelmap` is that of the model before."""
+        kept: list[tuple[int, tuple[int, ...]]] = []
+        for number, attention in enumerate(modelmap.attentions[: self.attentions]):
+            port, start, stop = attention.values, attention.rows.start, attention.rows.stop
+            left = set(rows.get(port.name, range(stop))).intersection(range(start, stop, self.head_dim))
+            first, heads = self._origin(number)
+            if port.block in blocks:
+                kept.append((first, tuple(heads[(row - start) // self.head_dim] for row in sorted(left))))
+        whole = [(number, tuple(range(self.kv_heads))) for number in range(len(kept))]
+        names = {f"values.{first}" for first, _ in kept} | {RESIDUAL}
+        return replace(
+            self,
+            attentions=len(kept),
+            gains=dict(self._gains_left(modelmap, blocks)),
+            learned={name: matrix for name, matrix in self.learned.items() if name in names},
+            kept=() if kept == whole else tuple(kept),
+        )
+
+    def _gains_left(self, modelmap: ModelMap, blocks: Collection[int]) -> Iterator[tuple[str, Tensor]]:
+        """The gains under the names that their norms have when `blocks` are left, which are counted anew."""
+        places: Counter[str] = Counter()
+        for norm in modelmap.norms:
+            if norm.name in self.gains and norm.block is None:
+                yield norm.name, self.gains[norm.name]
+        for block in modelmap.blocks:
+            if block.index in blocks:
+                for norm in modelmap.norms:
+                    if norm.name in self.gains and norm.block == block.index:
+                        leaf = norm.name.removeprefix(block.name)
+                        yield f"{block.stack}.{places[block.stack]}{leaf}", self.gains[norm.name]
+                places[block.stack] += 1
 
     def _turn(self, name: str, width: int, heads: int, seed: int) -> Turn:
         if name in self.learned:

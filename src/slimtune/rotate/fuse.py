@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.arch import ModelMap, Norm, Port, Space
-from slimtune.calib.capture import model_inputs
+from slimtune.calib.capture import image_inputs, model_inputs
 from slimtune.errors import CalibrationError, FormatError, RecipeError, ShapeError
 from slimtune.rotate.basis import Basis, Change, changes, online
 from slimtune.rotate.learn import learn
@@ -294,13 +294,16 @@ def _plain_(module: nn.Module, norm: Norm, basis: Basis) -> None:
 
 @torch.no_grad()
 def probe(model: nn.Module, modelmap: ModelMap) -> Tensor:
-    """Logits on random tokens, always the same ones."""
+    """Logits on random tokens, always the same ones, and where the model takes images on one of them behind an image:
+    `[tokens, vocabulary]`."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(modelmap.sizes[Space.VOCAB], PROBE, generator=generator)
     training = model.training
-    logits: Tensor = model.eval()(**model_inputs(model, tokens), use_cache=False).logits
+    model.eval()
+    inputs = (model_inputs(model, tokens), image_inputs(model, tokens[:1]))
+    logits: list[Tensor] = [model(**each, use_cache=False).logits.flatten(0, 1) for each in inputs if each is not None]
     model.train(training)
-    return logits
+    return torch.cat(logits)
 
 
 def _difference(got: Tensor, wanted: Tensor) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from slimtune.arch import ModelMap
 from slimtune.errors import FormatError, SlimtuneError
 from slimtune.files import write_json
 from slimtune.rotate.basis import Basis
@@ -37,6 +39,12 @@ class Mark(nn.Module):
     def __init__(self, basis: Basis) -> None:
         super().__init__()
         self.basis = basis
+
+    def follow_(
+        self, model: nn.Module, modelmap: ModelMap, rows: Mapping[str, Collection[int]], blocks: Collection[int]
+    ) -> None:
+        """Note the basis of `model` when no more than these rows of ports and these blocks are left of it."""
+        mark_(model, self.basis.cut(modelmap, rows, blocks))
 
 
 def mark_(model: nn.Module, basis: Basis) -> None:
@@ -103,7 +111,7 @@ def read_rotation(folder: Path, config: Any) -> Basis | None:
     try:
         basis = _basis(facts, _read_tensors(folder / TENSORS))
         same = all(abs(a - b) < 1e-4 for a, b in zip(facts["check"], _check(basis), strict=True))
-    except (KeyError, TypeError, ValueError, RuntimeError, SlimtuneError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, SlimtuneError) as error:
         raise FormatError("the file of a rotation is damaged", where=str(path), got=str(error)[:200]) from error
     if fingerprint(basis) != facts["sha256"] or facts["sha256"] != noted.get("sha256"):
         raise FormatError(
@@ -124,7 +132,7 @@ def require_basis(model: nn.Module, folder: Path) -> None:
     if got == wanted:
         return
     remedies = {
-        got is None: "rotate the adapter too, or load it on the model before rotation",
+        got is None: "turn it with slimtune.rotate_adapter(model, FOLDER, OUTPUT), or load it on the original model",
         wanted is None: "load it on the rotated model, or export it from there with format: peft",
     }
     raise FormatError(
@@ -145,7 +153,8 @@ def _facts(basis: Basis) -> dict[str, Any]:
     rotation = asdict(basis.rotation)
     if not basis.rotation.block_size:
         del rotation["block_size"]  # as it was before there were blocks
-    return {**rotation, "online": list(basis.rotation.online), **{name: getattr(basis, name) for name in sizes}}
+    kept = {"kept": basis.kept} if basis.kept else {}  # its absence is what hashes of whole models are made of
+    return {**rotation, "online": list(basis.rotation.online), **{name: getattr(basis, name) for name in sizes}, **kept}
 
 
 def _tensors(basis: Basis) -> dict[str, Tensor]:
@@ -183,9 +192,11 @@ def _basis(facts: dict[str, Any], tensors: dict[str, Tensor]) -> Basis:
     own = set(asdict(Rotation()))
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items() if key in own}
     rotation = Rotation(**values)
+    kept = tuple((number, tuple(heads)) for number, heads in fields.pop("kept", ()))
     return Basis(
         rotation,
         **{key: value for key, value in fields.items() if key not in own},
+        kept=kept,
         gains={name.removeprefix(GAIN): t for name, t in tensors.items() if name.startswith(GAIN)},
         learned={name: t for name, t in tensors.items() if not name.startswith(GAIN)},
     )

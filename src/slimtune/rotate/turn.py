@@ -3,6 +3,7 @@ possible."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -81,6 +82,11 @@ class Turn:
         if self.signs.dtype == x.dtype and self.signs.device == x.device:
             return self
         return replace(self, signs=self.signs.to(x))
+
+    def of(self, heads: Sequence[int]) -> Turn:
+        """The turn of these of its parts."""
+        chosen = list(heads)
+        return replace(self, signs=self.signs[chosen], matrix=None if self.matrix is None else self.matrix[chosen])
 
     def repeated(self, times: int) -> Turn:
         """The turn of query heads that share their turn with their key-value head: `times` of them in a row."""
