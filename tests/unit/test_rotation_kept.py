@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ from slimtune.export import Source, export
 from slimtune.export.load import load
 from slimtune.export.native import write_model
 from slimtune.lora.attach import add_lora, load_adapter, save_adapter
-from slimtune.lora.merge import merge
+from slimtune.lora.merge import merge, merge_packed
 from slimtune.recipe.run import run
 from slimtune.recipe.schema import recipe_from
 from slimtune.recipe.shell import open_model
@@ -122,6 +123,8 @@ def test_online_transforms_survive_quantizing_adapters_and_merging(family: str) 
     torch.testing.assert_close(logits(wrapped, inputs), packed)
     wrapped = with_noise(wrapped.unload())
     tuned = logits(wrapped, inputs)
+    kept, _ = merge_packed(copy.deepcopy(wrapped))
+    assert relative(logits(kept, inputs), tuned) < 0.1
     merged = merge(wrapped)
     torch.testing.assert_close(logits(merged, inputs), tuned, rtol=1e-4, atol=1e-4)
     assert rotation_of(merged) is not None

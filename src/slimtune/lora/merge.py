@@ -98,6 +98,7 @@ def merge_packed(
         for parameter in module.parameters(recurse=False):
             if not isinstance(module, QuantLinear) or parameter is module.bias:
                 parameter.data = parameter.data.to(dtype)
+    attach_online_(merged)  # its modules are new
     return merged, facts
 
 
