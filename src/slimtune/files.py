@@ -33,10 +33,17 @@ def require_place(path: str | os.PathLike[str], *, folder: bool = False) -> None
         f"{above} is a file": not above.is_dir(),
         f"{path} is a {'file' if folder else 'folder'}": path.is_file() if folder else path.is_dir(),
         f"{above} may not be written to": not os.access(above, os.W_OK),
-        f"{path} is the folder you are in": folder and path.resolve() == Path.cwd(),
+        f"{path} is the folder you are in, or above it": folder and _around_here(path.resolve()),
     }
     for fault in (fault for fault, found in faults.items() if found):
         raise RecipeError("the output cannot be made", where=str(path), got=fault, remedy="choose another --output")
+
+
+def _around_here(path: Path) -> bool:
+    try:
+        return Path.cwd().is_relative_to(path)
+    except FileNotFoundError:  # it was taken away: nothing more can happen to it
+        return False
 
 
 @contextmanager

@@ -120,5 +120,8 @@ def test_what_a_link_leads_to_is_replaced_and_the_link_stays(tmp_path: Path) -> 
 
 def test_the_folder_one_is_in_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RecipeError, match="the folder you are in"), whole_folder("."):
-        raise AssertionError("not reached")
+    (tmp_path / "inside").mkdir()
+    for here, output in ((tmp_path, "."), (tmp_path / "inside", tmp_path)):
+        monkeypatch.chdir(here)
+        with pytest.raises(RecipeError, match="the folder you are in"), whole_folder(output):
+            raise AssertionError("not reached")

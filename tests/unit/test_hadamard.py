@@ -28,6 +28,14 @@ def test_paleys_core_is_that_of_a_field(q: int) -> None:
         assert [int(x) for x in core[:, 0]] == [0, *(1 if i in squares else -1 for i in range(1, q))]
 
 
+def test_orders_that_primes_give_are_those_that_primes_gave() -> None:
+    """Folders hold what was turned by them: 28 is 2(13 + 1), as before powers of primes were known."""
+    found = {n: hadamard_module._paley(n) for n in range(4, 257, 4)}
+    assert found[28] == 13 and found[4] == 3 and found[8] == 7
+    powers = {n for n, q in found.items() if q and not all(q % d for d in range(2, q))}
+    assert powers == {52, 100, 244}
+
+
 def test_llama_30b_turns_by_signs_alone() -> None:
     assert [len(f) for f in factors(6656)] == [52, 16, 8]
     assert float((factors(6656)[0].abs() - 52**-0.5).abs().max()) < 1e-12

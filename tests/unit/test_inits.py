@@ -656,3 +656,29 @@ def test_a_recipe_keeps_its_sketch_and_with_one_needs_no_data(tmp_path: Path, mo
     with pytest.raises(RecipeError, match="reads from the run it would overwrite"):
         slimtune.run(recipe, tmp_path / "two", overwrite=True)
     assert inside.exists()
+
+
+def test_a_sketch_of_another_basis_is_refused_and_one_that_is_not_needed_ignored() -> None:
+    tokens = torch.randint(6, 260, (4, 16), generator=torch.Generator().manual_seed(0))
+    model = pico_model()
+    found = slimtune.sketch(model, tokens=tokens, init="lora-ga", r=2)
+    with pytest.raises(RecipeError, match="the sketch is of another basis"):
+        slimtune.add_lora(slimtune.rotate(pico_model()), init="lora-ga", r=2, gradients=found)
+    slimtune.add_lora(model, r=2, gradients=found)
+
+
+def test_a_sketch_of_a_pruned_model_serves_the_run_that_took_it(tmp_path: Path) -> None:
+    """Scores may divide the cut among channels and heads otherwise than a plan does that knows none."""
+    model = pico_model()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight *= 50
+    model.save_pretrained(tmp_path / "m")
+    pico_tokenizer().save_pretrained(tmp_path / "m")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "{a}?", "completion": "{a + 1}."}}\n' for a in range(8)))
+    prune = {"ratio": 0.25, "targets": ["ffn", "kv"], "importance": "magnitude"}
+    lora = {"init": "lora-ga", "r": 2, "init_sketch": str(tmp_path / "sketch.safetensors")}
+    recipe = {"model": str(tmp_path / "m"), "data": {"train": str(rows)}, "steps": [{"prune": prune}, {"lora": lora}]}
+    slimtune.run(recipe, tmp_path / "one")
+    slimtune.run(recipe, tmp_path / "two")

@@ -338,6 +338,23 @@ def test_what_is_learnt_from_is_looked_through_before_anything_runs(config_only:
         planned(config_only, *steps, data={"train": {"path": str(tmp_path / "rows.jsonl")}})
 
 
+def test_rows_that_are_not_used_are_not_looked_at(config_only: Path, tmp_path: Path) -> None:
+    good, bad = {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in [good] * 4 + [bad]))
+    source = {"path": str(tmp_path / "rows.jsonl"), "samples": 4}
+    planned(config_only, {"lora": {}}, {"train": {"max_steps": 1}}, data={"train": source})
+    with pytest.raises(CalibrationError, match="a row does not fit"):
+        planned(config_only, {"lora": {}}, {"train": {"max_steps": 1}}, data={"train": {**source, "samples": 5}})
+
+
+def test_what_a_residual_is_weighed_by_is_in_the_estimate(config_only: Path) -> None:
+    steps = [{"quantize": {"method": "rtn", "group_size": 8}}, {"lora": {"init": "residual"}}]
+    data = {"train": PYDOCS}
+    alone = planned(config_only, *steps, data=data).steps[0]
+    weighed = planned(config_only, *steps, data={**data, "calibration": PYDOCS}).steps[0]
+    assert (weighed.flops or 0) > (alone.flops or 0)
+
+
 def test_a_task_that_is_none_is_found_before_anything_runs(config_only: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     steps = [{"lora": {}}, {"train": {"max_steps": 1}}]

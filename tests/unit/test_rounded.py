@@ -137,6 +137,15 @@ def test_the_switch_is_for_training_alone() -> None:
         assert not torch.allclose(layer.eval()(x), plain, atol=1e-3)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_with_adapters_off_the_base_is_what_it_was(training: bool) -> None:
+    """As a teacher without gates and adapters wants it."""
+    model = adapted().train(training)
+    inputs, plain = pico_inputs(model), logits(pico_model("llama"), pico_inputs(model))
+    with rounded_lora(model, FakeQuant(weights=4, activations=4)), model.disable_adapter():
+        torch.testing.assert_close(logits(model, inputs), plain)
+
+
 def test_what_cannot_be_one_weight_is_refused() -> None:
     with pytest.raises(RecipeError, match="adapter trains"), rounded_lora(pico_model(), FakeQuant()):
         pass

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pico import logits, pico_inputs, pico_model, pico_tokenizer
+from pico import logits, pico_inputs, pico_model, pico_tokenizer, save_pico
 from slimtune.arch import Space, bind
 from slimtune.errors import FormatError, RecipeError, ShapeError
 from slimtune.export import Source, export
@@ -20,6 +20,7 @@ from slimtune.lora.attach import add_lora
 from slimtune.quant.apply import all_linear, quantize_
 from slimtune.quant.rtn import Rtn
 from slimtune.recipe.legality import check_order
+from slimtune.recipe.plan import plan
 from slimtune.recipe.schema import recipe_from
 from slimtune.rotate.fuse import rotate_
 from slimtune.rotate.online import attach_online_
@@ -94,6 +95,17 @@ def test_what_vllm_does_not_run_is_refused(options: dict[str, Any], reason: str,
     with pytest.raises(RecipeError, match=reason):
         export(Source(model, pico_tokenizer(), "original"), "vllm", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_family_with_other_names_on_disk_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    save_pico(tmp_path / "m", "llava")
+    rotate, quantize = (
+        {"rotate": {"online": ["r4"], "block_size": 8}},
+        {"quantize": {"method": "rtn", "group_size": -1}},
+    )
+    steps = [rotate, quantize, {"export": {"format": "vllm"}}]
+    with pytest.raises(RecipeError, match="has not been written for this family"):
+        plan(recipe_from({"model": str(tmp_path / "m"), "steps": steps}))
 
 
 def test_an_adapter_is_merged_first(tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ class GradientSketch:
     """The sketched gradients of a model's layers, by their names in the model without an adapter.
 
     `tokens` were learnt, in `batches` batches of each process; `held_bytes` is what was held at the peak beside the
-    model. `stable` says whether estimation ended because more data changed nothing.
+    model; `basis` is the hash of its rotation, where it has one. `stable` says whether estimation ended because more
+    data changed nothing.
     """
 
     layers: dict[str, LayerSketch]
@@ -70,6 +71,7 @@ class GradientSketch:
     stable: bool = False
     unreached: tuple[str, ...] = field(default=())
     of: Kind = "gradient"
+    basis: str = ""
 
     @property
     def directions(self) -> int:

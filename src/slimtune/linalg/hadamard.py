@@ -165,12 +165,9 @@ def _factor(order: int) -> Tensor:
 
 
 def _paley(order: int) -> int:
-    """The prime power that gives a Paley matrix of this order, or 0."""
-    if order % 4 == 0 and _prime_of(order - 1):
-        return order - 1
-    if order % 4 == 0 and (order // 2 - 1) % 4 == 1 and _prime_of(order // 2 - 1):
-        return order // 2 - 1
-    return 0
+    """The prime power that gives a Paley matrix of this order, or 0; a prime where there is one (28 is 2(13 + 1))."""
+    ways = [order - 1] * (order % 4 == 0) + [order // 2 - 1] * (order % 4 == 0 and (order // 2 - 1) % 4 == 1)
+    return next((q for known in (_prime, _prime_of) for q in ways if q > 2 and known(q)), 0)
 
 
 def _jacobsthal(q: int) -> Tensor:

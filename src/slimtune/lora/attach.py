@@ -37,7 +37,7 @@ from slimtune.lora.start import StartFact, live_ranks, parts, split_layer_, star
 from slimtune.quant.blackbox import FROZEN, BlackBox, adopt_
 from slimtune.quant.linear import QuantLinear
 from slimtune.rotate.online import attach_online_
-from slimtune.rotate.record import require_basis, rotation_of, write_hash
+from slimtune.rotate.record import fingerprint, require_basis, rotation_of, write_hash
 
 LIVE = "slimtune_lora.json"
 """Beside an adapter that is frozen in part: the rank that trains, of each layer: first rows of A and columns of B."""
@@ -256,7 +256,13 @@ def sketch_targets(
             if keep_residual and isinstance(layer, QuantLinear) and layer.start is not None:
                 stack.callback(layer.register_forward_hook(_adding(layer.start)).remove)
         found = sketch_gradients(base, layers, batches, directions=directions, of=of, **options)
-    return replace(found, layers={name: found.layers[first[name]] for name in chosen})
+    return replace(found, layers={name: found.layers[first[name]] for name in chosen}, basis=basis_of(model))
+
+
+def basis_of(model: nn.Module) -> str:
+    """The hash of the basis that `model` lives in; empty where it is not rotated."""
+    basis = rotation_of(model)
+    return fingerprint(basis) if basis is not None else ""
 
 
 def _first_readers(modelmap: ModelMap, chosen: Sequence[str]) -> dict[str, str]:

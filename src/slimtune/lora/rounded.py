@@ -75,7 +75,7 @@ class _Ratios:
 
 
 def _forward(layer: LoraLayer, options: FakeQuant, switch: Switch, ratios: _Ratios, x: Tensor, *args: Any) -> Tensor:
-    if layer.training and not switch.on:
+    if layer.disable_adapters or (layer.training and not switch.on):  # a teacher is what it was
         return type(layer).forward(layer, x, *args)
     a, b = (cast(Tensor, factors["default"].weight) for factors in (layer.lora_A, layer.lora_B))
     with torch.autocast(x.device.type, enabled=False):  # a small update would be lost in bfloat16

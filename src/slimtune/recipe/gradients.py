@@ -18,7 +18,7 @@ from slimtune.calib.loss import chunked_loss
 from slimtune.errors import CalibrationError, RecipeError
 from slimtune.evaluate.inference import inference
 from slimtune.files import require_place
-from slimtune.lora.attach import add_lora, base_of, sketch_targets, targets_of
+from slimtune.lora.attach import add_lora, base_of, basis_of, sketch_targets, targets_of
 from slimtune.lora.inits import INITS, WORDS, Knobs
 from slimtune.lora.options import ALL_OR_DEFAULT, DEFAULT_TOKENS, LoraOptions
 from slimtune.lora.ranks import allocate
@@ -55,17 +55,22 @@ def directions_of(options: LoraOptions) -> int:
     return max(1, INITS[options.init].directions) * options.r * (2 if options.ranks == "gradient" else 1)
 
 
-def require_sketch(options: LoraOptions, modelmap: ModelMap, where: str = "") -> None:
-    """Raise what reading or writing the file of the sketch would end with, before anything is done."""
+def require_sketch(options: LoraOptions, modelmap: ModelMap | None, where: str = "") -> None:
+    """Raise what reading or writing the file of the sketch would end with, before anything is done; as far as that is
+    known, where there is no map of the model yet."""
     if (file := sketch_file(options)) is None:
         return
     if file.exists():
-        fitted(GradientSketch.load(file), options, modelmap, f"{where}.init_sketch")
+        found = GradientSketch.load(file)
+        if modelmap is not None:
+            fitted(found, options, modelmap, f"{where}.init_sketch")
     else:
         require_place(file)
 
 
-def fitted(gradients: GradientSketch, options: LoraOptions, modelmap: ModelMap, where: str = "") -> GradientSketch:
+def fitted(
+    gradients: GradientSketch, options: LoraOptions, modelmap: ModelMap, where: str = "", *, basis: str | None = None
+) -> GradientSketch:
     """What `gradients` holds of the layers that an adapter with these options goes to.
 
     Raises `RecipeError` where that is of something else than the init looks at, not there, of another shape, or of
@@ -73,6 +78,9 @@ def fitted(gradients: GradientSketch, options: LoraOptions, modelmap: ModelMap, 
     """
     of, wanted, layers = INITS[options.init].of, directions_of(options), {}
     remedy = "take another sketch: name a file that does not exist yet"
+    if basis is not None and gradients.basis != basis:
+        got, here = (f"rotation {one[:12]}" if one else "no rotation" for one in (gradients.basis, basis))
+        raise RecipeError("the sketch is of another basis", where=where, got=got, wanted=here, remedy=remedy)
     if gradients.of != of:
         what, got = "the sketch is of something else", WORDS[gradients.of]
         raise RecipeError(what, where=where, got=got, wanted=WORDS[of], remedy=remedy)
@@ -112,9 +120,11 @@ def attach_adapter(
     """
     starts: list[StartFact] = []
     ranks: dict[str, int] | None = None
+    if gradients is not None and not wants_gradients(options):
+        gradients = None
     if gradients is not None:
         modelmap = bind(model)
-        gradients = fitted(gradients, options, modelmap, "lora")
+        gradients = fitted(gradients, options, modelmap, "lora", basis=basis_of(model))
         if options.ranks == "gradient":
             ports = {name: modelmap[name] for name in gradients.layers}
             ranks = allocate(gradients, options.r, {n: p.in_features + p.out_features for n, p in ports.items()})

@@ -10,19 +10,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
-from pathlib import Path
 from typing import Any, cast
 
 import psutil
 import torch
 
 from slimtune.arch import ModelMap, Space, bind
-from slimtune.calib.formats import normalise
 from slimtune.calib.loss import CHUNK
-from slimtune.calib.rows import FILES, DataSource, read_rows
+from slimtune.calib.rows import DataSource
 from slimtune.errors import RecipeError, SlimtuneError
 from slimtune.evaluate.inference import require_positions
-from slimtune.evaluate.tasks import require_tasks
 from slimtune.export import compressed_tensors, exporter_of, gptq
 from slimtune.export.config_groups import CompressedTensors
 from slimtune.export.decilm import require_described
@@ -30,6 +27,7 @@ from slimtune.export.foreign import packed_format
 from slimtune.export.gguf_facts import Naming
 from slimtune.export.gguf_widths import Widths
 from slimtune.export.load import DTYPES, empty_model, model_config
+from slimtune.export.vllm import require_plain_names
 from slimtune.hub import METHOD
 from slimtune.kernels.precision import bfloat16_units
 from slimtune.lora.attach import resolve_targets
@@ -38,10 +36,11 @@ from slimtune.prune.collect import BATCH, GRADIENTS
 from slimtune.prune.surgery import prune_
 from slimtune.quant.layouts import layout_from_dict
 from slimtune.recipe.adapters import excess_rank
-from slimtune.recipe.gradients import require_sketch, sketch_file, wants_data
+from slimtune.recipe.gradients import require_sketch, sketch_file, wants_data, wants_residual
 from slimtune.recipe.legality import State, check_order
 from slimtune.recipe.pruning import importance_of, needs_data, pending, rehearse
 from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train, to_dict
+from slimtune.recipe.sources import check_sources
 from slimtune.recipe.treatments import Treatments, check_patterns, whole_rows
 from slimtune.rotate.options import FOLDED, Rotation
 from slimtune.rotate.record import KEY
@@ -49,9 +48,6 @@ from slimtune.train.distill import require_plain_head
 from slimtune.train.optimizers import require_tools
 
 NO_TEXT = "add data: {calibration: {builtin: pydocs}}, or a file (--calibration FILE)"
-READ = 2**27
-"""Bytes of a training file that is looked through before anything is done: a second or two."""
-
 RUNTIME_BYTES = 90_000_000
 """What the matrix libraries set up at the first product, beyond what the imports take (measured)."""
 
@@ -114,7 +110,6 @@ def calibration_source(recipe: Recipe) -> DataSource:
 
 def resolve(recipe: Recipe) -> Recipe:
     """The same recipe with every field of every method written out; its methods, formats and files exist."""
-    _check_data(recipe)
     steps: list[Step] = []
     for number, step in enumerate(recipe.steps):
         if isinstance(step, Quantize):
@@ -150,28 +145,6 @@ def resolve(recipe: Recipe) -> Recipe:
     return replace(recipe, steps=tuple(steps))
 
 
-def _check_data(recipe: Recipe) -> None:
-    """Raise `CalibrationError` for a local file that is not there or whose rows are in no form that is known, and
-    `RecipeError` for a task that is not: now, and not hours into the run."""
-    data = recipe.data
-    evaluations = [step for step in recipe.steps if isinstance(step, Evaluate)]
-    learnt, texts = [data.train, data.eval], [text for step in evaluations for text in step.sources]
-    for source in filter(None, (*learnt, data.calibration, *texts)):
-        path = Path(source.path).expanduser()
-        kind = Path(source.path.removesuffix(".gz").removesuffix(".zst")).suffix.lower()
-        hub = source.path.count("/") == 1 and kind not in FILES
-        if source.path and not hub and not path.exists():
-            read_rows(source)  # its error says what is there instead
-        if source.path and source in learnt and path.is_file() and path.stat().st_size < READ:
-            normalise(read_rows(source), where=str(source))
-    for number, step in enumerate(recipe.steps):
-        if isinstance(step, Evaluate) and step.tasks:
-            try:
-                require_tasks(step.tasks)
-            except SlimtuneError as error:
-                raise error.within(f"steps[{number}].evaluate") from error
-
-
 def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
     """Resolve `recipe`, refuse what cannot work, and estimate each step.
 
@@ -179,6 +152,7 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
     does, and when a step does not fit the model: a perplexity of an encoder-decoder, a group size that divides nothing,
     a LoRA target that names nothing.
     """
+    check_sources(recipe)
     recipe = resolve(recipe)
     config = model_config(recipe.model)
     noted = config.__dict__.get(KEY, {})
@@ -195,14 +169,17 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
     for number, (step, state) in enumerate(zip(recipe.steps, states, strict=True)):
         where = f"steps[{number}].{step.name}"
         if isinstance(step, Quantize):
-            shape = replace(shape, **_check_quantize(step, modelmap, where))
+            facts = _check_quantize(step, modelmap, where)
+            lora = next((s for s in recipe.steps[number + 1 :] if isinstance(s, Lora)), None)
+            weighed = recipe.data.calibration is not None and lora is not None and wants_residual(lora)
+            shape = replace(shape, **facts | {"needs_data": facts["needs_data"] or weighed})
         if isinstance(step, Lora):
             targets = resolve_targets(modelmap, model, step.target_modules)
             ports = [p for p in modelmap.ports if p.kind == "linear" and _named(p.name, targets)]
             rank = step.r * parts(step.init, step.init_residual)
             shape = replace(shape, adapter=sum(rank * (p.in_features + p.out_features) for p in ports))
             warnings += excess_rank(step.r, ports, where)
-            require_sketch(step, modelmap, where)
+            require_sketch(step, None if state.pruned else modelmap, where)  # what is cut, scores will say
         _check_fit(step, number, recipe, model, modelmap, where)
         held, flops = shape.demand(step, state, recipe)
         if isinstance(step, Rotate) and shape.tied:  # the head becomes a weight of its own
@@ -247,6 +224,8 @@ def _check_fit(step: Step, number: int, recipe: Recipe, model: Any, modelmap: Mo
             Naming(model, Widths() if step.format == "gguf-deci" else None).require_computed()
         case Export(format="decilm"):
             require_described(model)
+        case Export(format="vllm"):
+            require_plain_names(model)
         case Quantize():
             _check_packable(step, recipe.steps[number + 1 :], modelmap, where)
 
