@@ -491,7 +491,7 @@ def test_whole_layers_go_after_quantizing_and_the_run_goes_on(
     assert record is not None
     [axis] = record["prunings"][0]["axes"]
     assert (axis["name"], axis["kind"], axis["units"], len(axis["kept"])) == ("model.layers", "layers", 4, 2)
-    from slimtune.recipe import steps as module
+    from slimtune.recipe import training as module
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "finetune", lambda *_, **__: (_ for _ in ()).throw(Killed()))
