@@ -14,7 +14,6 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
 
 from slimtune.arch import Space, bind
 from slimtune.arch.weights import Checkpoint
@@ -85,7 +84,7 @@ class VllmExporter(CompressedTensorsExporter):
 def require_plain_names(model: nn.Module) -> None:
     """Raise `RecipeError` for a family whose layers are called otherwise on disk: which of its names an engine would
     look for in `transform_config` is not known."""
-    if get_model_conversion_mapping(cast(Any, base_of(model))):
+    if "text_config" in vars(cast(Any, base_of(model)).config):
         kind = type(base_of(model)).__name__
         raise RecipeError("vllm has not been written for this family", got=kind, remedy="rotate with online: []")
 
