@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from slimtune.arch import Space, bind
 from slimtune.arch.weights import Checkpoint
-from slimtune.errors import RecipeError
+from slimtune.errors import FormatError, RecipeError
 from slimtune.export.base import Source
 from slimtune.export.compressed_tensors import CompressedTensorsExporter
 from slimtune.export.foreign import ONLINE
+from slimtune.kernels.dispatch import transform
 from slimtune.linalg.hadamard import hadamard
 from slimtune.lora.attach import base_of, has_adapter
 from slimtune.rotate.online import detach_online_
@@ -77,7 +78,7 @@ class VllmExporter(CompressedTensorsExporter):
         blocks = Checkpoint(folder)
         for name in next(side["targets"] for side in scheme["apply"] if side["location"] == "input"):
             block = blocks.read([f"{name}.{LEAF}"])[f"{name}.{LEAF}"]
-            model.get_submodule(name).register_forward_pre_hook(_turned(block / len(block) ** 0.5), prepend=True)
+            model.get_submodule(name).register_forward_pre_hook(_turned(block, name), prepend=True)
         return model
 
 
@@ -89,10 +90,15 @@ def require_plain_names(model: nn.Module) -> None:
         raise RecipeError("vllm has not been written for this family", got=kind, remedy="rotate with online: []")
 
 
-def _turned(block: Tensor) -> Any:
+def _turned(block: Tensor, where: str) -> Any:
+    """The hook that turns an input by `block`: in the arithmetic of the model that was written, where a sum in another
+    order would move some of the inputs that are rounded next to the other side. Raises `FormatError` for a block that
+    is not the one for that."""
+    if not torch.equal(block, hadamard(len(block)).to(block.dtype)):
+        raise FormatError("the block of an online transform is not Sylvester's", where=where)
+
     def turn(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, *rest = args
-        turned = x.to(block.dtype).unflatten(-1, (-1, len(block))) @ block
-        return (turned.flatten(-2).to(x.dtype), *rest)
+        return (transform(x.unflatten(-1, (-1, len(block)))).flatten(-2), *rest)
 
     return turn
