@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
@@ -26,6 +27,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from slimtune.lora.attach import add_lora
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<image>")
 VOCAB_SIZE = len(SPECIAL) + 256
@@ -197,6 +200,16 @@ def logits(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
     with torch.no_grad():
         scores: Tensor = model(**inputs).logits
     return scores
+
+
+def with_noise(model: nn.Module) -> PeftModel:
+    """An adapter on all linears whose update is not zero."""
+    wrapped = add_lora(model, r=3, lora_alpha=6)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return wrapped
 
 
 def two_steps(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[float]:

@@ -12,12 +12,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import slimtune
-from pico import VOCAB_SIZE, logits, pico_inputs, pico_model, pico_tokenizer, save_pico
+from pico import VOCAB_SIZE, logits, pico_inputs, pico_model, pico_tokenizer, save_pico, with_noise
 from slimtune.arch import ModelMap, bind
 from slimtune.export import Source, export
 from slimtune.export.load import load
 from slimtune.export.native import write_model
-from slimtune.lora.attach import add_lora, base_of
+from slimtune.lora.attach import base_of
 from slimtune.prune import IMPORTANCES
 from slimtune.prune.collect import collect
 from slimtune.prune.groups import Axis, Kept, axes, possible
@@ -65,16 +65,6 @@ def cut(model: Any, targets: Any) -> Any:
     found = axes(modelmap, targets)
     prune_(model, modelmap, PrunePlan(found, some(found)))
     return model
-
-
-def with_noise(model: nn.Module) -> PeftModel:
-    """An adapter on all linears whose update is not zero."""
-    wrapped = add_lora(model, r=3, lora_alpha=6)
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_" in name:
-            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-    return wrapped
 
 
 def fits_the_original(model: Any, plain: Any, folder: Path) -> None:

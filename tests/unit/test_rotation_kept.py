@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import slimtune
-from pico import PICO, VOCAB_SIZE, logits, pico_inputs, pico_model, pico_tokenizer, save_pico
+from pico import PICO, VOCAB_SIZE, logits, pico_inputs, pico_model, pico_tokenizer, save_pico, with_noise
 from slimtune.arch import bind
 from slimtune.errors import FormatError, RecipeError
 from slimtune.export import Source, export
@@ -44,16 +44,6 @@ def saved(folder: Path, family: str = "llama-tied", **options: Any) -> Any:
     folder.mkdir()
     write_model(model, pico_tokenizer(), folder)
     return model
-
-
-def with_noise(model: nn.Module) -> PeftModel:
-    """An adapter on all linears whose update is not zero."""
-    wrapped = add_lora(model, r=3, lora_alpha=6)
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_" in name:
-            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-    return wrapped
 
 
 @pytest.mark.parametrize("kind", ["hadamard", "learned"])
