@@ -18,9 +18,15 @@ from torch.nn.functional import silu
 
 from slimtune.kernels import compiled, int8
 from slimtune.kernels.attention import attention
-from slimtune.kernels.dispatch import decode_trellis, dequantize_affine, dequantize_codebook, encode_trellis
+from slimtune.kernels.dispatch import (
+    decode_lattice,
+    decode_tiles,
+    dequantize_affine,
+    dequantize_codebook,
+    encode_trellis,
+)
 from slimtune.kernels.rows import gated_silu, rms_norm, rotary
-from slimtune.linalg import trellis
+from slimtune.linalg import lattice, trellis
 from slimtune.linalg.hadamard import matrix, small_factors
 from slimtune.linalg.packing import pack
 from slimtune.quant import QUANTIZERS, rotated
@@ -147,11 +153,29 @@ def test_walks_are_as_near_as_the_references(bits: int, count: int) -> None:
 
 
 @needed
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_points_are_decoded_to_the_same_bits(bits: int) -> None:
+    count = 1 << 16 if bits == 2 else 5000
+    first = torch.arange(count) if bits == 2 else torch.randint(0, 1 << 16, (count,))
+    codes = torch.stack([first & 255, first >> 8, *torch.randint(0, 256, (bits - 2, count))], 1).to(torch.uint8)
+    wanted = lattice.decode(codes, torch.float32)
+    assert torch.equal(compiled.decode_lattice(codes, bits), wanted)
+    assert torch.equal(decode_lattice(codes.view(8, -1, bits), torch.float32), wanted.view(8, -1, 8))
+
+
+@needed
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_walks_are_decoded_to_the_same_bits(bits: int) -> None:
-    codes = torch.randint(0, 256, (5, 32 * bits), dtype=torch.uint8)
-    assert torch.equal(decode_trellis(codes, bits, torch.float32), trellis.decode(codes, bits, torch.float32))
+    codes = torch.randint(0, 256, (5, 7 * 32 * bits), dtype=torch.uint8)
+    wanted = torch.empty(80, 112)
+    for i, j in product(range(5), range(7)):
+        walk = codes[i, j * 32 * bits : (j + 1) * 32 * bits]
+        tile = trellis.decode(walk[None], bits, torch.float32).view(16, 16)
+        wanted[16 * i : 16 * i + 16, 16 * j : 16 * j + 16] = tile
+    assert torch.equal(compiled.decode_tiles(codes, trellis.numbers(bits, torch.float32, codes.device), bits), wanted)
+    assert torch.equal(decode_tiles(codes, bits, torch.float32), wanted)
+    assert torch.equal(decode_tiles(codes, bits, torch.float64).float(), wanted)
 
 
 @needed

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 from tests.pico import pico_model
 from torch import nn
 
 from slimtune.arch import bind
+from slimtune.kernels import compiled
 from slimtune.kernels.cpu import Int4Weight, int4_weight
 from slimtune.lora.attach import add_lora
 from slimtune.quant import QUANTIZERS
 from slimtune.quant.apply import all_linear, quantize_
+from slimtune.quant.base import QTensor
 from slimtune.quant.decoding import Kept, decoding
+from slimtune.quant.layouts import Affine
 from slimtune.quant.linear import FEW, QuantLinear
+from slimtune.quant.products import multiplier
 from slimtune.quant.rtn import Rtn
 
 
@@ -74,8 +80,70 @@ def test_every_quantizer_can_be_prepared(name: str) -> None:
         assert float((layer(x) - wanted).norm() / wanted.norm()) < 2**-6
 
 
-def test_nothing_is_prepared_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("name", sorted(set(QUANTIZERS) - {"signs"}))
+@pytest.mark.parametrize(("out", "features"), [(48, 64), (37, 100), (8, 8), (130, 264)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_products_by_loops_are_those_of_the_decoded_weight(
+    name: str, bits: int, out: int, features: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = QUANTIZERS[name]
+    known = {f.name for f in fields(method)}
+    wanted = {"bits": bits} if "bits" in known and bits in getattr(method, "widths", (bits,)) else {}
+    made = method(**wanted)
+    layer = packed(out, features, lambda w, _: made(w, {"hessian": torch.eye(features)} if made.needs else {}))
+    product = multiplier(layer.qtensor)
+    if compiled.library() is None:
+        assert product is None
+        return
+    assert product is not None
+    monkeypatch.setattr(compiled, "FEW", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for shape in [(1, features), (2, 3, features), (0, features)]:
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        exact = x.double() @ layer.dequantize(torch.float64).T
+        torch.testing.assert_close(product(x).double(), exact, rtol=1e-5, atol=1e-5)
+        half = product(x.to(torch.bfloat16))
+        assert half.dtype == torch.bfloat16
+        rounded = x.to(torch.bfloat16).double() @ layer.dequantize(torch.float64).T
+        torch.testing.assert_close(half.double(), rounded, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.skipif(compiled.library() is None, reason="no C compiler")
+@pytest.mark.parametrize("scales", ["float16", "float32"])
+@pytest.mark.parametrize("zeros", ["whole", "any"])
+def test_loops_take_what_others_store(scales: str, zeros: str) -> None:
+    torch.manual_seed(0)
+    layout = Affine(9, 70, 3, 32, float_zero=zeros == "any", scale_dtype=scales, zero_dtype="float16")
+    stored = {
+        name: torch.randint(0, 8, shape, dtype=kind) if kind == torch.uint8 else torch.rand(shape).to(kind)
+        for name, (shape, kind) in layout.tensors().items()
+    }
+    weight, x = QTensor(stored, layout), torch.randn(2, 70)
+    product = multiplier(weight)
+    assert product is not None
+    torch.testing.assert_close(
+        product(x).double(), x.double() @ weight.dequantize(torch.float64).T, rtol=1e-5, atol=1e-4
+    )
+
+
+@pytest.mark.skipif(compiled.library() is None, reason="no C compiler")
+@pytest.mark.parametrize("name", ["nf4", "quip", "trellis", "hqq"])
+def test_weights_stay_packed_without_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slimtune.quant.decoding.SPARE", 0.0)
+    method = QUANTIZERS[name]()
+    layer = packed(40, 100, lambda w, _: method(w, {"hessian": torch.eye(100)} if method.needs else {}), bias=True)
+    x = torch.randn(3, 100)
+    wanted = layer(x)
+    with decoding(layer), torch.no_grad():
+        assert layer.small is not None and not isinstance(layer.small, Kept | Int4Weight)
+        monkeypatch.setattr(QTensor, "dequantize", lambda *_: pytest.fail("decoded"))
+        torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_prepared_without_memory_and_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slimtune.quant.decoding.SPARE", 0.0)
+    monkeypatch.setattr(compiled, "library", lambda: None)
     layer = packed(40, 128, Rtn(bits=4, group_size=64))
     with decoding(layer):
         assert layer.small is None

@@ -14,7 +14,9 @@ from slimtune.quant.linear import QuantLinear
 from slimtune.quant.nf4 import Nf4
 from slimtune.quant.products import times, times_transposed
 from slimtune.quant.quip import Quip
+from slimtune.quant.rotated import Lattice
 from slimtune.quant.rtn import Rtn
+from slimtune.quant.trellis import Trellis
 
 METHODS = {
     "2 bits": Rtn(bits=2, group_size=-1),
@@ -23,12 +25,14 @@ METHODS = {
     "hqq": Hqq(bits=4, group_size=20),
     "nf4": Nf4(block_size=20),
     "quip": Quip(bits=2),
+    "trellis": Trellis(bits=3),
 }
+ROTATED = ("quip", "trellis")
 
 
-def weight(method: str) -> QTensor:
-    w = torch.randn(13, 40)
-    stats: Mapping[str, Tensor] = {"hessian": torch.eye(40)} if method == "quip" else {}
+def weight(method: str, rows: int = 13, columns: int = 40) -> QTensor:
+    w = torch.randn(rows, columns)
+    stats: Mapping[str, Tensor] = {"hessian": torch.eye(columns)} if method in ROTATED else {}
     return METHODS[method](w, stats)
 
 
@@ -60,7 +64,43 @@ def test_only_rows_that_stand_alone_are_taken_apart(monkeypatch: pytest.MonkeyPa
         times_transposed(torch.randn(2, 40), q.layout, q.tensors)
         monkeypatch.setattr(type(q.layout), "dequantize", real)
         counts[method] = len(seen)
-    assert counts == {method: 1 if method == "quip" else 7 for method in METHODS}
+    assert counts == {method: 0 if method in ROTATED else 7 for method in METHODS}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(13, 40), (48, 100), (130, 72)])
+@pytest.mark.parametrize("method", ROTATED)
+def test_turning_vectors_is_turning_the_weight(
+    method: str, size: tuple[int, int], dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q = weight(method, *size)
+    x, grad, other = torch.randn(3, size[1]).to(dtype), torch.randn(3, size[0]).to(dtype), torch.randn(3, size[1])
+    w, room = q.dequantize(torch.float64), 2e-2 if dtype == torch.bfloat16 else 1e-5
+    ways = []
+    for pays in (True, False):
+        monkeypatch.setattr(products, "_turning_pays", lambda *_, pays=pays: pays)
+        onto = other.to(dtype, copy=True)
+        found = [times_transposed(x, q.layout, q.tensors), times(grad, q.layout, q.tensors)]
+        ways.append([*found, times(grad, q.layout, q.tensors, onto=onto)])
+        assert ways[-1][-1] is onto and {y.dtype for y in ways[-1]} == {dtype}
+        for y, exact in zip(
+            ways[-1], [x.double() @ w.T, grad.double() @ w, grad.double() @ w + other.to(dtype).double()], strict=True
+        ):
+            assert float((y.double() - exact).norm() / exact.norm()) < room
+    assert not all(torch.equal(one, two) for one, two in zip(*ways, strict=True)) or dtype == torch.bfloat16
+
+
+def test_vectors_are_turned_where_they_are_few() -> None:
+    layout = weight("quip", 64, 64).layout
+    assert isinstance(layout, Lattice)
+    assert [products._turning_pays(torch.empty(n, 64), layout) for n in (1, 15, 16, 100)] == [True, True, False, False]
+
+
+def test_autocast_does_not_reach_the_turning() -> None:
+    q, x = weight("trellis", 64, 64), torch.randn(2, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        turned = products._into_basis(x, q.layout, q.tensors)  # type: ignore[arg-type]
+    assert torch.equal(turned, products._into_basis(x, q.layout, q.tensors))  # type: ignore[arg-type]
 
 
 def test_pieces_are_added_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:

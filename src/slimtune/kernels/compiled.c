@@ -106,6 +106,8 @@ static inline float unordered(int32_t order) {
 
 #define LANES 16
 
+typedef float lanes_t __attribute__((vector_size(4 * LANES), aligned(4)));
+
 /* --- packed weights ------------------------------------------------------------------------------------------- */
 
 /* Eight codes of `bits` bits each, the lowest in the lowest byte: halves are moved apart, and theirs, and theirs. */
@@ -117,7 +119,7 @@ static inline uint64_t eight_codes(uint64_t word, int64_t bits) {
 }
 
 /* Codes of a row of `bytes` bytes to one a byte, of which there is room for a multiple of 32. */
-static inline void unpack_row(const uint8_t *packed, int64_t bytes, int64_t bits, int64_t n, uint8_t *to) {
+static inline void unpack_known(const uint8_t *packed, int64_t bytes, int64_t n, uint8_t *to, int64_t bits) {
     if (bits == 8) {
         memcpy(to, packed, n);
     } else if (bits == 4) {
@@ -146,63 +148,210 @@ static inline void unpack_row(const uint8_t *packed, int64_t bytes, int64_t bits
     }
 }
 
-/* W = (code - zero) * scale. `zero` may be NULL: 2^(bits - 1); its kind may be 2: uint8. */
-void decode_affine(const uint8_t *codes, int64_t bytes, const void *scale, int64_t scale_kind, const void *zero,
-                   int64_t zero_kind, int64_t rows, int64_t n, int64_t bits, int64_t group, void *out, int64_t kind, int64_t threads) {
+static inline void unpack_row(const uint8_t *packed, int64_t bytes, int64_t bits, int64_t n, uint8_t *to) {
+    if (bits == 3)
+        unpack_known(packed, bytes, n, to, 3); /* a constant, so that all shifts are */
+    else
+        unpack_known(packed, bytes, n, to, bits);
+}
+
+/* Groups of a row of codes that were unpacked, (code - zero) * scale. `zero` may be NULL: 2^(bits - 1); its kind may be
+   2: uint8. */
+static inline void affine_row(const uint8_t *unpacked, const void *scale, int scale_kind, const void *zero,
+                              int zero_kind, int64_t row, int64_t n, int64_t bits, int64_t group, void *out, int64_t at,
+                              int kind) {
     int64_t groups = (n + group - 1) / group;
-    ROWS(rows) {
-        uint8_t *unpacked = (uint8_t *)scratch(n / 4 + 8);
-        const uint8_t *packed = codes + row * bytes;
-        if (bits == 3)
-            unpack_row(packed, bytes, 3, n, unpacked); /* a constant, so that all shifts are */
-        else
-            unpack_row(packed, bytes, bits, n, unpacked);
-        for (int64_t g = 0; g < groups; g++) {
-            int64_t start = g * group, size = n - start < group ? n - start : group, at = row * n + start;
-            float s = get(scale, scale_kind, row * groups + g);
-            float z = zero ? get(zero, zero_kind, row * groups + g) : (float)(1 << (bits - 1));
-            if (kind) {
-                SIMD for (int64_t j = 0; j < size; j++) put(out, 1, at + j, ((float)unpacked[start + j] - z) * s);
-            } else {
-                SIMD for (int64_t j = 0; j < size; j++) put(out, 0, at + j, ((float)unpacked[start + j] - z) * s);
-            }
-        }
+    for (int64_t g = 0; g < groups; g++) {
+        int64_t start = g * group, size = n - start < group ? n - start : group;
+        float s = get(scale, scale_kind, row * groups + g);
+        float z = zero ? get(zero, zero_kind, row * groups + g) : (float)(1 << (bits - 1));
+        SIMD for (int64_t j = start; j < start + size; j++) put(out, kind, at + j, ((float)unpacked[j] - z) * s);
     }
 }
 
-/* W = levels[code] * scale: float32 levels and scales. */
+/* The same of levels[code] * scale. */
+static inline void codebook_row(const uint8_t *unpacked, const float *scale, const float *levels, int64_t row, int64_t n,
+                                int64_t group, void *out, int64_t at, int kind) {
+    int64_t groups = (n + group - 1) / group;
+    for (int64_t g = 0; g < groups; g++) {
+        int64_t start = g * group, size = n - start < group ? n - start : group;
+        float s = scale[row * groups + g];
+        SIMD for (int64_t j = start; j < start + size; j++) put(out, kind, at + j, levels[unpacked[j]] * s);
+    }
+}
+
+/* A weight of codes on a grid. */
+void decode_affine(const uint8_t *codes, int64_t bytes, const void *scale, int64_t scale_kind, const void *zero,
+                   int64_t zero_kind, int64_t rows, int64_t n, int64_t bits, int64_t group, void *out, int64_t kind,
+                   int64_t threads) {
+    ROWS(rows) {
+        uint8_t *unpacked = (uint8_t *)scratch(n / 4 + 8);
+        unpack_row(codes + row * bytes, bytes, bits, n, unpacked);
+        EACH_KIND(affine_row, unpacked, scale, (int)scale_kind, zero, (int)zero_kind, row, n, bits, group, out, row * n);
+    }
+}
+
+/* A weight of codes of levels: float32 levels and scales. */
 void decode_codebook(const uint8_t *codes, int64_t bytes, const float *scale, const float *levels, int64_t rows,
                      int64_t n, int64_t bits, int64_t group, void *out, int64_t kind, int64_t threads) {
-    int64_t groups = (n + group - 1) / group;
     ROWS(rows) {
         uint8_t *unpacked = (uint8_t *)scratch(n / 4 + 8);
-        unpack_row(codes + row * bytes, bytes, (int)bits, n, unpacked);
-        for (int64_t g = 0; g < groups; g++) {
-            int64_t start = g * group, size = n - start < group ? n - start : group, at = row * n + start;
-            float s = scale[row * groups + g];
-            if (kind) {
-                SIMD for (int64_t j = 0; j < size; j++) put(out, 1, at + j, levels[unpacked[start + j]] * s);
-            } else {
-                SIMD for (int64_t j = 0; j < size; j++) put(out, 0, at + j, levels[unpacked[start + j]] * s);
-            }
-        }
+        unpack_row(codes + row * bytes, bytes, bits, n, unpacked);
+        EACH_KIND(codebook_row, unpacked, scale, levels, row, n, group, out, row * n);
     }
 }
 
-/* Closed walks of 256 symbols through 4,096 states: number `t` is that of the 12 bits from symbol `t` on, around. */
-void decode_trellis(const uint8_t *codes, const float *numbers, int64_t rows, int64_t bits, float *out,
+/* Eight numbers that follow each other of a closed walk of 256 symbols through 4,096 states: number `t` is that of the
+   12 bits from symbol `t` on. */
+static inline void eight_states(const uint8_t *from, const float *numbers, float *out, int bits) {
+    uint64_t word;
+    memcpy(&word, from, 8);
+    _Pragma("GCC unroll 8") for (int i = 0; i < 8; i++) out[i] = numbers[word >> i * bits & 4095];
+}
+
+/* One such walk, in `lines` lines that are `apart`. */
+static inline void trellis_walk(const uint8_t *codes, const float *numbers, int64_t lines, int64_t apart, float *out,
+                                int bits) {
+    uint8_t ring[4 * 32 + 8];
+    memcpy(ring, codes, 32 * bits);
+    memcpy(ring + 32 * bits, ring, 8);
+    for (int64_t line = 0; line < lines; line++)
+        for (int64_t eight = 0; eight < 32 / lines; eight++)
+            eight_states(ring + (line * (32 / lines) + eight) * bits, numbers, out + line * apart + 8 * eight, bits);
+}
+
+#define EACH_WALK(...) \
+    if (bits == 2) \
+        trellis_walk(__VA_ARGS__, 2); \
+    else if (bits == 3) \
+        trellis_walk(__VA_ARGS__, 3); \
+    else \
+        trellis_walk(__VA_ARGS__, 4)
+
+/* Walks that are 16 x 16 tiles, in rows of `across` tiles. */
+void decode_trellis(const uint8_t *codes, const float *numbers, int64_t down, int64_t across, int64_t bits, float *out,
                     int64_t threads) {
-    ROWS(rows) {
-        uint8_t ring[4 * 32 + 4];
-        memcpy(ring, codes + row * 32 * bits, 32 * bits);
-        memcpy(ring + 32 * bits, ring, 4);
-        for (int64_t t = 0; t < 256; t++) {
-            uint32_t word;
-            memcpy(&word, ring + t * bits / 8, 4);
-            out[row * 256 + t] = numbers[word >> t * bits % 8 & 4095];
-        }
+    ROWS(down) {
+        for (int64_t tile = 0; tile < across; tile++)
+            EACH_WALK(codes + (row * across + tile) * 32 * bits, numbers, 16, across * 16,
+                      out + (row * across * 16 + tile) * 16);
     }
 }
+
+typedef float point_t __attribute__((vector_size(32), aligned(4)));
+typedef int32_t signs_t __attribute__((vector_size(32)));
+
+/* A point of E8P. `tables`: what coordinates are with a shift of 1/4, those of positive sign, then less the negative
+   ones; the other way round for -1/4. The last sign makes their sum even. */
+static inline point_t e8p(const uint8_t *code, const float *tables, const uint8_t *odd) {
+    uint32_t row = code[0], signs = code[1] & 127, other = code[1] >> 7;
+    signs |= (uint32_t)((__builtin_popcount(signs) + odd[row]) & 1) << 7;
+    const signs_t bit = {1, 2, 4, 8, 16, 32, 64, 128}, high = {INT32_MIN, INT32_MIN, INT32_MIN, INT32_MIN, INT32_MIN, INT32_MIN, INT32_MIN, INT32_MIN};
+    signs_t negative = (bit & (int32_t)signs) != 0;
+    signs_t plus = (signs_t)*(const point_t *)(tables + other * 2048 + row * 8);
+    signs_t minus = (signs_t)*(const point_t *)(tables + (1 - other) * 2048 + row * 8) ^ high;
+    return (point_t)((plus & ~negative) | (minus & negative));
+}
+
+/* The points of a row of codes, of `bits` bytes each; `second` is what the rest stands for, as for the first at 4 bits,
+   and at 3 bits each of its 256 points. */
+static inline void lattice_row(const uint8_t *codes, const float *first, const float *second, const uint8_t *odd,
+                               int64_t points, float *out, int bits) {
+    for (int64_t point = 0; point < points; point++, codes += bits) {
+        point_t sum = e8p(codes, first, odd);
+        if (bits == 3) sum += *(const point_t *)(second + codes[2] * 8);
+        if (bits == 4) sum += e8p(codes + 2, second, odd);
+        ((point_t *)out)[point] = sum;
+    }
+}
+
+#define EACH_LATTICE(...) \
+    if (bits == 2) \
+        lattice_row(__VA_ARGS__, 2); \
+    else if (bits == 3) \
+        lattice_row(__VA_ARGS__, 3); \
+    else \
+        lattice_row(__VA_ARGS__, 4)
+
+void decode_lattice(const uint8_t *codes, const float *first, const float *second, const uint8_t *odd, int64_t rows,
+                    int64_t points, int64_t bits, float *out, int64_t threads) {
+    ROWS(rows) { EACH_LATTICE(codes + row * points * bits, first, second, odd, points, out + row * points * 8); }
+}
+
+/* --- products of a few vectors with packed weights: a row is decoded into a cache, and multiplied there ---------- */
+
+/* The products of `w` with `some` vectors, which follow each other, to numbers that are `apart`: each is summed in as
+   many parts as keep all units busy. */
+static inline void some_dots(const float *w, const float *x, int64_t n, float *y, int64_t apart, int some) {
+    lanes_t sum[4] = {{0}, {0}, {0}, {0}};
+    int64_t parts = 4 / some, j = 0;
+    for (; j + parts * LANES <= n; j += parts * LANES)
+        for (int i = 0; i < 4; i++) {
+            int64_t at = j + i / some * LANES;
+            sum[i] += *(const lanes_t *)(w + at) * *(const lanes_t *)(x + i % some * n + at);
+        }
+    for (int t = 0; t < some; t++) {
+        float total = 0;
+        for (int i = t; i < 4; i += some)
+            for (int l = 0; l < LANES; l++) total += sum[i][l];
+        for (int64_t k = j; k < n; k++) total += w[k] * x[t * n + k];
+        y[t * apart] = total;
+    }
+}
+
+static inline void dots(const float *w, const float *x, int64_t count, int64_t n, float *y, int64_t apart) {
+    int64_t t = 0;
+    for (; t + 4 <= count; t += 4) some_dots(w, x + t * n, n, y + t * apart, apart, 4);
+    for (; t < count; t++) some_dots(w, x + t * n, n, y + t * apart, apart, 1);
+}
+
+void multiply_affine(const float *x, int64_t count, const uint8_t *codes, int64_t bytes, const void *scale,
+                     int64_t scale_kind, const void *zero, int64_t zero_kind, int64_t rows, int64_t n, int64_t bits,
+                     int64_t group, float *y, int64_t threads) {
+    ROWS(rows) {
+        float *w = scratch(n + n / 4 + 8);
+        uint8_t *unpacked = (uint8_t *)(w + n);
+        unpack_row(codes + row * bytes, bytes, bits, n, unpacked);
+        affine_row(unpacked, scale, (int)scale_kind, zero, (int)zero_kind, row, n, bits, group, w, 0, 0);
+        dots(w, x, count, n, y + row, rows);
+    }
+}
+
+void multiply_codebook(const float *x, int64_t count, const uint8_t *codes, int64_t bytes, const float *scale,
+                       const float *levels, int64_t rows, int64_t n, int64_t bits, int64_t group, float *y,
+                       int64_t threads) {
+    ROWS(rows) {
+        float *w = scratch(n + n / 4 + 8);
+        uint8_t *unpacked = (uint8_t *)(w + n);
+        unpack_row(codes + row * bytes, bytes, bits, n, unpacked);
+        codebook_row(unpacked, scale, levels, row, n, group, w, 0, 0);
+        dots(w, x, count, n, y + row, rows);
+    }
+}
+
+/* Of 16 x 16 tiles, each a walk, in rows of `across` tiles. */
+void multiply_trellis(const float *x, int64_t count, const uint8_t *codes, const float *numbers, int64_t down,
+                      int64_t across, int64_t bits, float *y, int64_t threads) {
+    ROWS(down) {
+        int64_t n = across * 16;
+        float *band = scratch(16 * n);
+        for (int64_t tile = 0; tile < across; tile++)
+            EACH_WALK(codes + (row * across + tile) * 32 * bits, numbers, 16, n, band + tile * 16);
+        for (int64_t line = 0; line < 16; line++)
+            dots(band + line * n, x, count, n, y + row * 16 + line, down * 16);
+    }
+}
+
+void multiply_lattice(const float *x, int64_t count, const uint8_t *codes, const float *first, const float *second,
+                      const uint8_t *odd, int64_t rows, int64_t points, int64_t bits, float *y, int64_t threads) {
+    ROWS(rows) {
+        float *w = scratch(points * 8);
+        EACH_LATTICE(codes + row * points * bits, first, second, odd, points, w);
+        dots(w, x, count, points * 8, y + row, rows);
+    }
+}
+
+/* --- trellis codes of numbers ----------------------------------------------------------------------------------- */
 
 /* One step of 16 walks at once: `after[r]` is the least cost of a walk whose next symbols are `r` (all of a state but
    one), from `before`, likewise, and the cost of the state between; `from` has the symbols that were dropped, those of
@@ -289,15 +438,36 @@ void encode_trellis(const float *x, const float *numbers, int64_t rows, int64_t 
 
 /* --- orthogonal transforms ------------------------------------------------------------------------------------ */
 
-typedef float lanes_t __attribute__((vector_size(4 * LANES), aligned(4)));
+/* A matrix times columns of vectors that are `apart`, in place; compilers keep a column of a constant order in registers. */
+static inline void columns(const float *matrix, lanes_t *x, int64_t apart, int64_t count, int order) {
+    for (lanes_t *at = x; at < x + count; at++) {
+        lanes_t column[32];
+        for (int j = 0; j < order; j++) column[j] = at[j * apart];
+        for (int i = 0; i < order; i++) {
+            lanes_t even = matrix[i * order] * column[0], odd = {0};
+            for (int j = 1; j + 1 < order; j += 2) {
+                odd += matrix[i * order + j] * column[j];
+                even += matrix[i * order + j + 1] * column[j + 1];
+            }
+            if (order % 2 == 0) odd += matrix[i * order + order - 1] * column[order - 1];
+            at[i * apart] = even + odd;
+        }
+    }
+}
 
-/* `some` rows of a matrix times a column of vectors, each row into a vector of its own, `apart` of these apart. */
-static inline void some_rows(const float *matrix, const lanes_t *column, int64_t order, lanes_t *to, int64_t apart,
-                             int some) {
-    lanes_t sum[4] = {{0}, {0}, {0}, {0}};
-    for (int64_t j = 0; j < order; j++)
-        for (int i = 0; i < some; i++) sum[i] += matrix[i * order + j] * column[j];
-    for (int i = 0; i < some; i++) to[i * apart] = sum[i];
+/* The same of any order. */
+static void any_columns(const float *matrix, lanes_t *x, lanes_t *column, int64_t apart, int64_t count, int64_t order) {
+    for (lanes_t *at = x; at < x + count; at++) {
+        for (int64_t j = 0; j < order; j++) column[j] = at[j * apart];
+        for (int64_t i = 0; i < order; i++) {
+            lanes_t even = {0}, odd = {0};
+            for (int64_t j = 0; j < order; j += 2) {
+                even += matrix[i * order + j] * column[j];
+                if (j + 1 < order) odd += matrix[i * order + j + 1] * column[j + 1];
+            }
+            at[i * apart] = even + odd;
+        }
+    }
 }
 
 /* Multiply `LANES` vectors of `n` numbers, side by side in `x`, by a Kronecker product of `count` matrices. */
@@ -307,14 +477,17 @@ static void kronecker(lanes_t *x, lanes_t *column, int64_t n, int64_t count, con
     for (int64_t factor = 0; factor < count; factor++) {
         int64_t order = orders[factor];
         right /= order;
-        for (int64_t left = 0; left < n; left += order * right)
-            for (lanes_t *at = x + left; at < x + left + right; at++) {
-                int64_t i = 0;
-                for (int64_t j = 0; j < order; j++) column[j] = at[j * right];
-                for (; i + 4 <= order; i += 4) some_rows(matrices + i * order, column, order, at + i * right, right, 4);
-                for (; i + 2 <= order; i += 2) some_rows(matrices + i * order, column, order, at + i * right, right, 2);
-                if (i < order) some_rows(matrices + i * order, column, order, at + i * right, right, 1);
-            }
+        for (lanes_t *at = x; at < x + n; at += order * right)
+            if (order == 2)
+                columns(matrices, at, right, right, 2);
+            else if (order == 4)
+                columns(matrices, at, right, right, 4);
+            else if (order == 8)
+                columns(matrices, at, right, right, 8);
+            else if (order == 12)
+                columns(matrices, at, right, right, 12);
+            else
+                any_columns(matrices, at, column, right, right, order);
         matrices += order * order;
     }
 }

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from slimtune.files import cache_folder
+from slimtune.linalg import lattice
 
 SOURCE = Path(__file__).with_suffix(".c")
 WANTED = "SLIMTUNE_COMPILED"
@@ -129,6 +130,15 @@ def _run(name: str, work: int, *arguments: Tensor | float | None) -> None:
     function(*given, torch.get_num_threads() if work > FEW else 1)
 
 
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _width(levels: Sequence[float]) -> int:
+    """Bits of the index of a level."""
+    return (len(levels) - 1).bit_length()
+
+
 def decode_affine(
     codes: Tensor,
     scale: Tensor,
@@ -143,7 +153,7 @@ def decode_affine(
 
     Packed `codes` uint8 `[out, bytes]`; `scale` and `zero` `[out, groups]`, `None` meaning `2**(bits - 1)`.
     """
-    codes, scale, zero = codes.contiguous(), scale.contiguous(), None if zero is None else zero.contiguous()
+    codes, scale, zero = codes.contiguous(), scale.contiguous(), _contiguous(zero)
     weight = torch.empty(len(codes), in_features, dtype=dtype, device="cpu")
     zeros = zero, 0 if zero is None else KINDS[zero.dtype]
     sizes = len(codes), in_features, bits, group_size
@@ -159,17 +169,27 @@ def decode_codebook(
 
     Packed `codes` uint8 `[out, bytes]`, as wide as the index of a level; `scale` `[out, groups]`.
     """
-    codes, scale, bits = codes.contiguous(), scale.float().contiguous(), (len(levels) - 1).bit_length()
+    codes, scale, bits = codes.contiguous(), scale.float().contiguous(), _width(levels)
     weight = torch.empty(len(codes), in_features, dtype=dtype, device="cpu")
     table, sizes = torch.tensor(levels, dtype=torch.float32, device="cpu"), (len(codes), in_features, bits, group_size)
     _run("decode_codebook", weight.numel(), codes, codes.shape[1], scale, table, *sizes, weight, KINDS[dtype])
     return weight
 
 
-def decode_trellis(codes: Tensor, numbers: Tensor, bits: int) -> Tensor:
-    """Closed walks, uint8 `[n, 32 * bits]`, to float32 `[n, 256]`; `numbers`, float32 `[4096]`, are those of states."""
-    codes, out = codes.contiguous(), torch.empty(len(codes), 256, dtype=torch.float32, device="cpu")
-    _run("decode_trellis", out.numel(), codes, numbers.contiguous(), len(codes), bits, out)
+def decode_tiles(codes: Tensor, numbers: Tensor, bits: int) -> Tensor:
+    """Closed walks that are 16 x 16 tiles, uint8 `[down, across * 32 * bits]`, to float32 `[16 down, 16 across]`;
+    `numbers`, float32 `[4096]`, are those of states."""
+    codes, down, across = codes.contiguous(), len(codes), codes.shape[1] // (32 * bits)
+    out = torch.empty(16 * down, 16 * across, dtype=torch.float32, device="cpu")
+    _run("decode_trellis", out.numel(), codes, numbers.contiguous(), down, across, bits, out)
+    return out
+
+
+def decode_lattice(codes: Tensor, bits: int) -> Tensor:
+    """Points of E8P, and of what is added to them: uint8 `[..., bits]` to float32 `[..., 8]`."""
+    codes, points = codes.contiguous(), codes.numel() // bits
+    out = torch.empty(*codes.shape[:-1], lattice.WIDTH, dtype=torch.float32, device="cpu")
+    _run("decode_lattice", out.numel(), codes, *lattice.compact(bits), points, 1, bits, out)
     return out
 
 
@@ -179,6 +199,44 @@ def encode_trellis(x: Tensor, numbers: Tensor, bits: int) -> Tensor:
     x, symbols = x.contiguous(), torch.empty(x.shape, dtype=torch.uint8, device="cpu")
     _run("encode_trellis", x.numel() * len(numbers), x, numbers.contiguous(), len(x), bits, symbols)
     return symbols
+
+
+def multiply_affine(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int, group_size: int
+) -> Tensor:
+    """`x Wᵀ` of the weight of `decode_affine`, a row of which is decoded at a time: float32 `[tokens, in]` to
+    `[tokens, out]`."""
+    x, codes, scale, zero = x.contiguous(), codes.contiguous(), scale.contiguous(), _contiguous(zero)
+    y, sizes = x.new_empty(len(x), len(codes)), (len(codes), x.shape[1], bits, group_size)
+    grid = scale, KINDS[scale.dtype], zero, 0 if zero is None else KINDS[zero.dtype]
+    _run("multiply_affine", len(codes) * x.shape[1], x, len(x), codes, codes.shape[1], *grid, *sizes, y)
+    return y
+
+
+def multiply_codebook(x: Tensor, codes: Tensor, scale: Tensor, *, levels: Sequence[float], group_size: int) -> Tensor:
+    """The same with the weight of `decode_codebook`."""
+    x, codes, scale, bits = x.contiguous(), codes.contiguous(), scale.float().contiguous(), _width(levels)
+    y, sizes = x.new_empty(len(x), len(codes)), (len(codes), x.shape[1], bits, group_size)
+    table = torch.tensor(levels, dtype=torch.float32, device="cpu")
+    _run("multiply_codebook", len(codes) * x.shape[1], x, len(x), codes, codes.shape[1], scale, table, *sizes, y)
+    return y
+
+
+def multiply_trellis(x: Tensor, codes: Tensor, numbers: Tensor, bits: int) -> Tensor:
+    """The same with a weight of 16 x 16 walks, `codes` `[out / 16, in / 16 * 32 * bits]`."""
+    x, codes, (down, across) = x.contiguous(), codes.contiguous(), (len(codes), x.shape[1] // 16)
+    y = x.new_empty(len(x), 16 * down)
+    _run("multiply_trellis", y.shape[1] * x.shape[1], x, len(x), codes, numbers.contiguous(), down, across, bits, y)
+    return y
+
+
+def multiply_lattice(x: Tensor, codes: Tensor, bits: int) -> Tensor:
+    """The same with a weight of lattice points, `codes` `[out, in / 8 * bits]`."""
+    x, codes, points = x.contiguous(), codes.contiguous(), x.shape[1] // lattice.WIDTH
+    y = x.new_empty(len(x), len(codes))
+    tables = lattice.compact(bits)
+    _run("multiply_lattice", len(codes) * x.shape[1], x, len(x), codes, *tables, len(codes), points, bits, y)
+    return y
 
 
 def turn_rows_(x: Tensor, matrices: Sequence[Tensor]) -> None:

@@ -167,6 +167,8 @@ def decode_lattice(codes: Tensor, dtype: torch.dtype) -> Tensor:
         bits = codes.shape[-1]
         found = triton.decode_lattice(codes.reshape(-1, bits), *lattice.tables(bits, dtype, codes.device))
         return found.view(*codes.shape[:-1], lattice.WIDTH)
+    if dtype == torch.float32 and compiled.fits(codes):
+        return compiled.decode_lattice(codes, codes.shape[-1])
     return lattice.decode(codes, dtype)
 
 
@@ -176,9 +178,15 @@ def decode_trellis(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
         from slimtune.kernels import triton
 
         return triton.decode_trellis(codes, trellis.numbers(bits, dtype, codes.device), bits)
-    if dtype == torch.float32 and compiled.fits(codes):
-        return compiled.decode_trellis(codes, trellis.numbers(bits, dtype, codes.device), bits)
     return trellis.decode(codes, bits, dtype)
+
+
+def decode_tiles(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Walks that are tiles, row by row: uint8 `[down, across * 32 * bits]` to `dtype [16 down, 16 across]`."""
+    if dtype == torch.float32 and not triton_runs(codes.device) and compiled.fits(codes):
+        return compiled.decode_tiles(codes, trellis.numbers(bits, dtype, codes.device), bits)
+    tiles = decode_trellis(codes.reshape(-1, 32 * bits), bits, dtype).view(len(codes), -1, 16, 16)
+    return tiles.transpose(1, 2).reshape(16 * len(codes), -1)
 
 
 def encode_trellis(x: Tensor, encoder: trellis.Encoder) -> Tensor:

@@ -129,6 +129,18 @@ def tables(bits: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor,
         return first.to(device=device, dtype=dtype), second.to(device=device, dtype=dtype)
 
 
+@lru_cache(maxsize=4)
+def compact(bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in few kilobytes, float32 on a CPU: coordinates of all rows with a shift of 1/4, then of -1/4 (`[2, 256,
+    8]`), of positive sign (a negative one turns round that of the other shift); what is added, at 4 bits likewise; and
+    whether the sum of a row is odd, uint8 `[256]`."""
+    with torch.inference_mode(False):
+        t = magnitudes()
+        first = torch.stack([t + 0.25, t - 0.25]) / SPREAD[bits]
+        second = first / RESIDUAL[4] if bits == 4 else tables(bits, torch.float32, torch.device("cpu"))[1]
+        return first.float(), second.float(), (t.sum(1).long() & 1).to(torch.uint8)
+
+
 def _chunked(find: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat([find(part) for part in x.split(CHUNK)]) if len(x) else x.new_empty(0, dtype=torch.int64)
 

@@ -2,7 +2,9 @@
 
 Decoding a whole weight for one token costs far more than the token's product. Affine weights of up to 4 bits are laid
 out for PyTorch's int4 product, which takes them as they are; any other weight is decoded once and kept in bfloat16,
-where memory allows. Both are copies beside the stored tensors, made at the start and dropped at the end.
+where memory allows. Both are copies beside the stored tensors, made at the start and dropped at the end. Where there is
+no memory for them, loops in C multiply what is stored. Measured on one core, 8192 x 2048, nanoseconds a weight: int4
+0.05, bfloat16 0.11, loops 0.12 (2, 4, 8 bits), 0.26 (3 bits, nf4), 0.23 to 0.36 (lattice), 0.30 (trellis).
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from slimtune.kernels.dispatch import affine_product, triton_runs
 from slimtune.linalg.packing import unpack
 from slimtune.quant.base import QTensor
 from slimtune.quant.layouts import Affine
-from slimtune.quant.linear import QuantLinear, SmallProduct
+from slimtune.quant.linear import QuantLinear
+from slimtune.quant.products import Product, multiplier
 
 SPARE = 0.5
 """Of the memory that is available, how much kept weights may take."""
@@ -33,7 +36,8 @@ def decoding(model: nn.Module) -> Iterator[None]:
     That is on a CPU. On a GPU nothing is copied: affine weights are multiplied packed, by Triton where it is wanted.
 
     Without gradients only, and for up to `slimtune.quant.linear.FEW` rows; all else runs as ever. Layers for which
-    there is no fast product and no memory stay as they are.
+    there is no memory run by the loops of `slimtune.quant.products.multiplier`, and those without loops stay as they
+    are.
     """
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
     budget = SPARE * psutil.virtual_memory().available
@@ -44,6 +48,7 @@ def decoding(model: nn.Module) -> Iterator[None]:
                 size = 2 * layer.in_features * layer.out_features
                 if layer.small is None and layer.weight.device.type == "cpu" and size < budget:
                     layer.small, budget = Kept(layer.dequantize(torch.bfloat16)), budget - size
+                layer.small = layer.small or multiplier(layer.qtensor)
         yield
     finally:
         for layer in layers:
@@ -85,7 +90,7 @@ class Kept:
         return (x.to(torch.bfloat16) @ self.weight.T).to(x.dtype)
 
 
-def _packed(weight: QTensor) -> SmallProduct | None:
+def _packed(weight: QTensor) -> Product | None:
     """A product with the packed weight, where its device has one for it."""
     layout, codes = weight.layout, weight.tensors["codes"]
     if not isinstance(layout, Affine):

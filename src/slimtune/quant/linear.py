@@ -16,13 +16,11 @@ from slimtune.quant.base import QTensor
 from slimtune.quant.float8 import float8_product, in_float8
 from slimtune.quant.integer import in_integers, integer_product
 from slimtune.quant.layouts import Affine, Layout
+from slimtune.quant.products import Product
 from slimtune.quant.select import select
 
-SmallProduct = Callable[[Tensor], Tensor]
-"""`x Wᵀ` from a copy of the weight that is made for a few rows."""
-
 FEW = 32
-"""Rows up to which a `SmallProduct` is used."""
+"""Rows up to which a product made for a few (`slimtune.quant.decoding`) is used."""
 
 
 class QuantLinear(nn.Module):
@@ -62,7 +60,7 @@ class QuantLinear(nn.Module):
         self.bias = _frozen(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
         self.start: Factors | None = None  # what an adapter on this layer may start from; not saved with it
         self.tuning: nn.Module | None = None  # see slimtune.quant.tuning; not saved with the layer
-        self.small: SmallProduct | None = None  # see slimtune.quant.decoding
+        self.small: Product | None = None  # see slimtune.quant.decoding
         self.keep = False  # whether a gradient finds the weight as forward decoded it; see slimtune.quant.decoding
 
     @classmethod

@@ -8,7 +8,7 @@ weight (`rowwise` is false). Sides that the codes do not divide are padded with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 
 from slimtune.kernels import compiled
-from slimtune.kernels.dispatch import decode_lattice, decode_trellis
+from slimtune.kernels.dispatch import decode_lattice, decode_tiles
 from slimtune.linalg import lattice
 from slimtune.linalg.hadamard import small_factors, transform
 
 PIECE = 1 << 21
 """Numbers of a weight that are turned at once."""
+
+CACHED = 1 << 18
+"""The same by the loops: decoded and turned without leaving a core's cache."""
 
 TILE = 16
 """Rows and columns of a tile of trellis codes, which is one sequence."""
@@ -48,14 +51,18 @@ class Lattice:
         blocks = -(-self.in_features // lattice.WIDTH)
         return {"codes": ((self.out_features, blocks * self.bits), torch.uint8), **_signs(self)}
 
+    @property
+    def turned_shape(self) -> tuple[int, int]:
+        """Rows and columns of `C`."""
+        return self.out_features, _times(self.in_features, lattice.WIDTH)
+
+    def turned(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """`C`, or the part of it that some rows of the codes stand for, a row each: `dtype [rows, columns]`."""
+        return decode_lattice(codes.view(len(codes), -1, self.bits), dtype).flatten(1)
+
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The weight, `dtype [out_features, in_features]`; computed in float32 at least, rounded once."""
-        codes = tensors["codes"].view(self.out_features, -1, self.bits)
-
-        def rows(part: slice) -> Tensor:
-            return decode_lattice(codes[part], _wide(dtype)).flatten(1)
-
-        return _turned_back(rows, 1, codes.shape[0], codes.shape[1] * lattice.WIDTH, tensors, dtype)
+        return _turned_back(self, tensors, dtype)
 
 
 @dataclass(frozen=True)
@@ -81,17 +88,35 @@ class Trellis:
         down, across = -(-self.out_features // TILE), -(-self.in_features // TILE)
         return {"codes": ((down, across * 32 * self.bits), torch.uint8), **_signs(self)}
 
+    @property
+    def turned_shape(self) -> tuple[int, int]:
+        """Rows and columns of `C`."""
+        return _times(self.out_features, TILE), _times(self.in_features, TILE)
+
+    def turned(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """`C`, or the part of it that some rows of the codes stand for, 16 each: `dtype [rows, columns]`."""
+        return decode_tiles(codes, self.bits, dtype)
+
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The weight, `dtype [out_features, in_features]`; computed in float32 at least, rounded once."""
-        codes = tensors["codes"]
-        across = codes.shape[1] // (32 * self.bits)
+        return _turned_back(self, tensors, dtype)
 
-        def rows(part: slice) -> Tensor:
-            some = codes[part.start // TILE : part.stop // TILE]
-            tiles = decode_trellis(some.reshape(-1, 32 * self.bits), self.bits, _wide(dtype))
-            return tiles.view(len(some), across, TILE, TILE).transpose(1, 2).reshape(len(some) * TILE, -1)
 
-        return _turned_back(rows, TILE, len(codes) * TILE, across * TILE, tensors, dtype)
+def turned_pieces(
+    layout: Lattice | Trellis, codes: Tensor, dtype: torch.dtype, size: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """`C`, some rows at a time, about `size` numbers: which, and they, decoded in `_wide(dtype)` and rounded."""
+    rows, columns = layout.turned_shape
+    step = rows // len(codes)
+    height = max(1, size // (columns * step))
+    for start in range(0, len(codes), height):
+        piece = layout.turned(codes[start : start + height], wide(dtype)).to(dtype)
+        yield slice(start * step, start * step + len(piece)), piece
+
+
+def _times(size: int, step: int) -> int:
+    """The multiple of `step` that holds `size`."""
+    return -(-size // step) * step
 
 
 def _signs(layout: Lattice | Trellis) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -101,42 +126,30 @@ def _signs(layout: Lattice | Trellis) -> dict[str, tuple[tuple[int, ...], torch.
     }
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What a weight that is wanted in `dtype` is turned in."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def _turned_back(
-    decode: Callable[[slice], Tensor],
-    step: int,
-    rows: int,
-    columns: int,
-    tensors: Mapping[str, Tensor],
-    dtype: torch.dtype,
-) -> Tensor:
-    """The weight of a rotated one, `[rows, columns]`, of which `decode` makes some rows, whole multiples of `step`.
-
-    Rows, then columns are turned in pieces: beside the result there is one copy in `_wide(dtype)`, and not four.
-    Autocast would round the products to half precision.
-    """
-    wide = _wide(dtype)
-    out, into = tensors["sign_out"].to(wide), tensors["sign_in"].to(wide)
-    parts = _parts(rows, max(PIECE // columns // step, 1) * step)
+def _turned_back(layout: Lattice | Trellis, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """The weight. Rows, then columns are turned in pieces: beside the result there is one copy in `wide(dtype)`, and
+    not four. Autocast would round the products to half precision."""
+    codes, work, (rows, columns) = tensors["codes"], wide(dtype), layout.turned_shape
+    out, into = tensors["sign_out"].to(work), tensors["sign_in"].to(work)
+    turned = torch.empty(rows, columns, dtype=work, device=out.device)
     if dtype in (torch.float32, torch.bfloat16) and compiled.fits(out, into):
-        turned = decode(parts[0]) if len(parts) == 1 else torch.empty(rows, columns, dtype=wide, device="cpu")
-        for part in parts[len(parts) == 1 :]:
-            turned[part] = decode(part)
-        compiled.turn_rows_(turned, [factor.T for factor in small_factors(columns)])
+        factors = [factor.T for factor in small_factors(columns)]
+        for part, piece in turned_pieces(layout, codes, work, CACHED):
+            compiled.turn_rows_(piece, factors)
+            turned[part] = piece
         return compiled.turn_columns(turned, [factor.T for factor in small_factors(rows)], out, into, dtype)
-    turned = torch.empty(rows, columns, dtype=wide, device=out.device)
     weight = torch.empty(len(out), len(into), dtype=dtype, device=out.device)
     with torch.autocast(out.device.type, enabled=False):
-        for part in parts:
-            turned[part] = transform(decode(part), inverse=True)
-        for part in _parts(len(into), max(PIECE // rows, 1)):
+        for part, piece in turned_pieces(layout, codes, work, PIECE):
+            turned[part] = transform(piece, inverse=True)
+        step = max(PIECE // rows, 1)
+        for start in range(0, len(into), step):
+            part = slice(start, min(start + step, len(into)))
             plain = transform(turned[:, part], 0, inverse=True)[: len(out)]
             weight[:, part] = plain.mul_(out[:, None]).mul_(into[part])
     return weight
-
-
-def _parts(length: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
