@@ -24,6 +24,7 @@ METHOD = "slimtune"
 FORMAT_VERSION = 1
 CACHE = "slimtune_cache_"
 TURNED = "_turned"
+ROUNDED = "_slimtune_rounded"
 
 
 class SlimtuneConfig(QuantizationConfigMixin):
@@ -98,11 +99,11 @@ def round_cache_(model: PreTrainedModel, bits: int) -> None:
     lets it read them as they are.
 
     Each head of a token has an asymmetric grid of its own, after rotary embeddings, where caches lie. In floats, for
-    every token, in prefill and decoding alike: what a cache in so few bits would cost is seen, its bytes are not saved.
-    Of a model with images the language model alone is rounded. Where the model is rotated with `r3`, queries and keys
-    are turned first, alike, by a Hadamard transform of each head (R3 of SpinQuant, arXiv 2405.16406): their products
-    stay, and the keys have no outliers when they are rounded. Raises `RecipeError` where a model does not call its
-    attention by name.
+    every token, in prefill and decoding alike: what a cache in so few bits costs is seen;
+    `slimtune.evaluate.packed_cache` saves its bytes. Of a model with images the language model alone is rounded. Where
+    the model is rotated with `r3`, queries and keys are turned first, alike, by a Hadamard transform of each head (R3
+    of SpinQuant, arXiv 2405.16406): their products stay, and the keys have no outliers when they are rounded. Raises
+    `RecipeError` where a model does not call its attention by name.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -127,6 +128,18 @@ def cache_bits(model: nn.Module) -> int:
     return int(name.removeprefix(CACHE).partition(":")[0].removesuffix(TURNED)) if name.startswith(CACHE) else 16
 
 
+def cache_is_turned(model: nn.Module) -> bool:
+    """Whether keys are turned before `round_cache_` rounds them."""
+    name = str(cast(Any, model).config.get_text_config()._attn_implementation)
+    return name.startswith(CACHE) and name.partition(":")[0].endswith(TURNED)
+
+
+def mark_rounded(keys: Tensor) -> Tensor:
+    """`keys`, which attention then takes as they are, and their values: rounded, and turned where they are to be."""
+    setattr(keys, ROUNDED, True)
+    return keys
+
+
 def _attend(
     bits: int,
     turned: bool,
@@ -144,10 +157,11 @@ def _attend(
     from slimtune.quant.activation import Activations
     from slimtune.rotate.turn import keys_turn
 
+    done = getattr(key, ROUNDED, False)
     if turned:
         turn = keys_turn(key.shape[-1]).like(key)
-        query, key = turn(query), turn(key)
-    rounding = Activations(bits, sym=False)
+        query, key = turn(query), key if done else turn(key)
+    rounding = Activations(16 if done else bits, sym=False)
     # Eager attention has no name: each architecture has its own.
     own: Any = sys.modules[type(module).__module__]
     attend = own.eager_attention_forward if plain == "eager" else ALL_ATTENTION_FUNCTIONS[plain]

@@ -10,10 +10,13 @@ from transformers import AutoModelForCausalLM
 import slimtune
 from pico import PICO, logits, pico_inputs, pico_model, pico_tokenizer, save_pico
 from slimtune.errors import FormatError, RecipeError, SlimtuneError
+from slimtune.evaluate.generate import stream
 from slimtune.evaluate.inference import cache_of
+from slimtune.evaluate.packed_cache import PackedLayer, packed_cache
 from slimtune.export import Source, export
 from slimtune.export.native import write_model
 from slimtune.hub import cache_bits, round_cache_
+from slimtune.linalg.packing import row_bytes
 from slimtune.quant.activation import Activations
 from slimtune.recipe.plan import plan
 from slimtune.recipe.schema import recipe_from
@@ -159,3 +162,70 @@ def test_what_is_wrong_is_named(facts: dict[str, Any]) -> None:
     with pytest.raises(RecipeError) as caught:
         slimtune.quantize(pico_model(), **RTN, kv_cache=facts)
     assert "kv_cache" in str(caught.value)
+
+
+DECODERS = sorted(family for family in PICO if not family.startswith("t5"))
+
+
+def replies(model: Any, tokens: torch.Tensor, cache: dict[str, Any]) -> list[torch.Tensor]:
+    """Logits of a prompt, then of two and of single tokens, read after it."""
+    found = []
+    with torch.no_grad():
+        for some in tokens.split([tokens.shape[1] - 4, 2, 1, 1], 1):
+            output = model(input_ids=some, **cache, use_cache=True)
+            cache = cache_of(output)
+            found.append(output.logits)
+    return found
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_packed_cache_is_read_as_rounding_reads(family: str, bits: int, turned: bool) -> None:
+    model = pico_model(family)
+    if turned:
+        model.config.slimtune_rotation = {"online": ["r3"]}
+    round_cache_(model, bits)
+    tokens = pico_inputs(model, batch=2, length=9)["input_ids"]
+    cache = packed_cache(model)
+    (layers,) = (each.layers for each in cache.values())
+    for got, wanted in zip(replies(model, tokens, cache), replies(model, tokens, {}), strict=True):
+        if family in ("mistral", "gemma2", "gemma3"):  # transformers drops what is behind a window
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(got, wanted)
+    text = model.config.get_text_config()
+    assert len(layers) == text.num_hidden_layers and {layer.get_seq_length() for layer in layers} == {9}
+    width = layers[0].widths[0]
+    assert layers[0].keys.dtype == torch.uint8 and layers[0].keys.shape[-1] == 5 + row_bytes(width, bits)
+
+
+def test_a_reply_is_written_from_a_packed_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = pico_model(), pico_tokenizer()
+    inputs = {"input_ids": pico_inputs(model, batch=1)["input_ids"]}
+    round_cache_(model, 4)
+    packed: list[int] = []
+    real = PackedLayer.update
+    monkeypatch.setattr(PackedLayer, "update", lambda self, *a, **k: (packed.append(1), real(self, *a, **k))[1])
+    with_it = list(stream(model, tokenizer, inputs, 6))
+    assert len(packed) >= 2 * len(with_it) > 0
+    monkeypatch.setattr("slimtune.evaluate.generate.packed_cache", lambda _: {})
+    assert list(stream(model, tokenizer, inputs, 6)) == with_it
+
+
+def test_transformers_generates_with_a_packed_cache() -> None:
+    model = pico_model()
+    inputs = {"input_ids": pico_inputs(model, batch=2)["input_ids"]}
+    round_cache_(model, 4)
+    for beams in (1, 3):
+        options = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
+        wanted = model.generate(**inputs, **options)
+        assert torch.equal(model.generate(**inputs, **options, **packed_cache(model)), wanted)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_what_is_not_rounded_is_not_packed(family: str) -> None:
+    model = pico_model(family)
+    if family == "t5":
+        round_cache_(model, 4)
+    assert packed_cache(model) == {}

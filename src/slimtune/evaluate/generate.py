@@ -15,6 +15,7 @@ from slimtune.arch.weights import require_logits
 from slimtune.calib.cpu import cpu_kernels
 from slimtune.errors import RecipeError
 from slimtune.evaluate.inference import cache_of, inference, require_positions
+from slimtune.evaluate.packed_cache import packed_cache
 from slimtune.lora.attach import base_of
 from slimtune.quant.decoding import decoding
 
@@ -107,7 +108,7 @@ def stream(
     room = max_new_tokens if positions is None else min(max_new_tokens, positions - ids.shape[1])
     ends = model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    cache: dict[str, Any] = {}
+    cache: dict[str, Any] = packed_cache(model)
     new, shown = [], ""
     for _ in range(room):
         with inference(model):  # for each token: what is done with a piece is not the model's to decide
