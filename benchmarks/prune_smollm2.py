@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from slimtune.export.load import load
 from slimtune.kernels.precision import fast_forward
 from slimtune.lora.attach import add_lora, base_of
 from slimtune.prune import IMPORTANCES
+from slimtune.prune.biases import give_biases_
 from slimtune.prune.collect import collect
 from slimtune.prune.groups import axes, parameters
 from slimtune.prune.probe import Scores
@@ -71,6 +73,7 @@ def main() -> None:
         "--criteria", nargs="+", default=[name for name in IMPORTANCES if not IMPORTANCES[name].needs & MEASURED]
     )
     parser.add_argument("--refit", nargs="+", default=["wanda", "flap", "gate-fisher"], help="criteria to refit, too")
+    parser.add_argument("--bias", nargs="*", default=["flap"], help="criteria to give biases, too, fitted or not")
     parser.add_argument("--targets", default="kv+ffn", help="kinds of units, joined by +")
     parser.add_argument("--resume", action="store_true", help="keep the rows that the result has")
     parser.add_argument("--output", type=Path, default=RESULT)
@@ -99,19 +102,20 @@ def main() -> None:
         print("dense", facts["dense"], flush=True)
     for name in arguments.criteria:
         fits = (False, True) if name in arguments.refit else (False,)
-        wanted = [(ratio, fit) for fit in fits for ratio in arguments.ratios]
-        held = [(r["importance"], r["targets"], r["ratio"], r["refit"]) for r in facts["rows"]]
-        wanted = [(ratio, fit) for ratio, fit in wanted if (name, arguments.targets, ratio, fit) not in held]
+        biases = (False, True) if name in arguments.bias else (False,)
+        wanted = list(product(arguments.ratios, fits, biases))
+        held = [(r["importance"], r["targets"], r["ratio"], r["refit"], r.get("bias", False)) for r in facts["rows"]]
+        wanted = [one for one in wanted if (name, arguments.targets, *one) not in held]
         if not wanted:
             continue
         start = time.process_time()
         targets = arguments.targets.split("+")
         scores = scores_of(load(arguments.model).model, targets, name, windows)
         seconds = time.process_time() - start
-        for ratio, fit in wanted:
-            row = {"importance": name, "targets": arguments.targets, "refit": fit, "ratio": ratio}
+        for ratio, fit, bias in wanted:
+            row = {"importance": name, "targets": arguments.targets, "refit": fit, "bias": bias, "ratio": ratio}
             model = load(arguments.model).model
-            row |= arm(model, targets, name, scores, ratio, windows if fit else None)
+            row |= arm(model, targets, name, scores, ratio, windows, fit=fit, bias=bias)
             found = measured(model, texts, arguments.lengths)
             row |= {"perplexity": next(iter(found.values())), "measured": found}
             facts["rows"].append({**row, "score_cpu_seconds": round(seconds, 1)})
@@ -120,15 +124,18 @@ def main() -> None:
 
 
 def arm(
-    model: Any, targets: Any, name: str, scores: Scores, ratio: float, windows: torch.Tensor | None
+    model: Any, targets: Any, name: str, scores: Scores, ratio: float, windows: torch.Tensor, *, fit: bool, bias: bool
 ) -> dict[str, Any]:
-    """Prune `model` by `scores`, with a refit where there are windows for it."""
+    """Prune `model` by `scores`, with what is kept fitted, or biases for what goes, or both."""
     modelmap = bind(model)
+    if bias:
+        give_biases_(model, modelmap, axes(modelmap, targets))
+        modelmap = bind(model)
     found = axes(modelmap, targets)
     kept = select(modelmap, found, scores, ratio * parameters(modelmap, "blocks"), additive=IMPORTANCES[name].additive)
     plan = PrunePlan(found, kept, ratio)
-    if windows is not None:
-        refit_(model, modelmap, plan, windows)
+    if fit or bias:
+        refit_(model, modelmap, plan, windows, fit=fit)
     pruned = prune_(model, modelmap, plan)
     return {
         "removed_ratio": pruned.removed_ratio,

@@ -42,6 +42,11 @@ class PruneOptions:
         metadata={"help": "fit what is kept to the outputs of what was there; on a ramp, at every choice"},
     )
 
+    bias: bool = field(
+        default=False,
+        metadata={"help": "a bias for the mean of what goes (FLAP), where the model's configuration has a place"},
+    )
+
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
             raise RecipeError("ratio out of range", where="ratio", got=self.ratio, wanted="between 0 and 1")
@@ -70,13 +75,17 @@ class PruneOptions:
             )
         if "layers" in self.targets and self.per == "microsecond":
             raise RecipeError("all layers take as long", where="per", got=self.per, remedy="leave it out")
-        if self.refit and depth:
+        if (self.refit or self.bias) and depth:
+            name = "refit" if self.refit else "bias"
             raise RecipeError(
-                "refit fits what is kept of a sub-layer",
-                where="refit",
+                f"{name} fits what is kept of a sub-layer",
+                where=name,
                 got=f"targets: {', '.join(self.targets)}",
                 remedy="use targets kv, heads or ffn",
             )
+        if self.bias and self.ramped:
+            got, remedy = f"schedule: {self.schedule}", "use schedule: one-shot, or leave bias out"
+            raise RecipeError("biases are given at once", where="bias", got=got, remedy=remedy)
         if "layers" in self.targets and self.schedule != "one-shot":
             raise RecipeError("whole layers go at once", where="schedule", got=self.schedule, wanted="one-shot")
 

@@ -56,12 +56,15 @@ def refit_(
     batch_size: int = 4,
     gates: Probe | None = None,
     whole: Mapping[str, list[Tensor]] | None = None,
+    fit: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """Fit the readers of every axis to the units that `plan` keeps, in place, and zero what they read of the others.
 
     Where a reader has a bias, the mean of what went is added to it (FLAP, arXiv 2312.11983), and what varies is fitted.
     To be followed by `prune_`. Returns the share of the outputs' squares that is lost, by the reader's name.
+
+    Without `fit` the weights stay, and biases alone make up for what goes: FLAP's compensation.
 
     Where `gates` hold units back, their columns stay as they are, since a unit may come back, and a layer may have an
     adapter, which stays as it is: the weight under it is fitted. `whole` are the parameters that readers had in the
@@ -100,7 +103,9 @@ def refit_(
                         kept = torch.tensor(part.indices(plan.kept[axis]))
                         linear = cast(nn.Linear, own[port.name])  # as found above
                         first = [tensor.clone() for tensor in (data if whole is None else whole)[port.name]]
-                        lost[port.name] = _fit_(linear, data[port.name], first, stats, kept, held=gates is not None)
+                        lost[port.name] = _fit_(
+                            linear, data[port.name], first, stats, kept, held=gates is not None, fit=fit
+                        )
                 stream.settle(block, index)
             stream.advance(block, last=number == len(modelmap.blocks))
             if progress is not None:
@@ -109,7 +114,14 @@ def refit_(
 
 
 def _fit_(
-    linear: nn.Linear, data: list[Tensor], whole: list[Tensor], stats: dict[str, Tensor], kept: Tensor, *, held: bool
+    linear: nn.Linear,
+    data: list[Tensor],
+    whole: list[Tensor],
+    stats: dict[str, Tensor],
+    kept: Tensor,
+    *,
+    held: bool,
+    fit: bool,
 ) -> float:
     """Fit one reader, whose parameters are `data` and which may compute with rounded copies of them, to what it did
     with those in `whole`; returns the share of its outputs' squares that is lost."""
@@ -118,7 +130,7 @@ def _fit_(
     if linear.bias is not None:
         h = h - torch.outer(mean, mean)
     new = torch.zeros_like(weight)
-    new[:, kept] = fitted(weight, h, kept)
+    new[:, kept] = fitted(weight, h, kept) if fit else weight[:, kept]
     off = new - weight
     energy = float(((weight @ h) * weight).sum())
     if linear.bias is not None:

@@ -211,9 +211,9 @@ def _pruning(step: Step, state: State, later: Sequence[Step]) -> tuple[str, str]
             return "a model is pruned along the training of an adapter", "put a lora step before prune"
         case Prune() if step.ramped and not any(isinstance(s, Train) for s in later):
             return "there is no training to prune along", "put a train step after it, or use schedule: one-shot"
-        case Prune() if step.refit and (state.quantized or (state.adapter and not step.ramped)):
+        case Prune() if (step.refit or step.bias) and (state.quantized or (state.adapter and not step.ramped)):
             held = "packed weights" if state.quantized else "weights under an adapter"
-            return f"{held} cannot be fitted", "put prune before quantize and lora, or set refit: false"
+            return f"{held} cannot be fitted", "put prune before quantize and lora, or leave out refit and bias"
         case Prune() if step.widths == "allocated" and state.quantized:
             return "packed weights cannot be padded with zeros", "use widths: uniform, or put prune before quantize"
         case Train(scales=True) if state.ramp:

@@ -38,7 +38,7 @@ from slimtune.quant.layouts import layout_from_dict
 from slimtune.recipe.adapters import excess_rank
 from slimtune.recipe.gradients import require_sketch, sketch_file, wants_data, wants_residual
 from slimtune.recipe.legality import State, check_order
-from slimtune.recipe.pruning import importance_of, needs_data, pending, rehearse
+from slimtune.recipe.pruning import biased, importance_of, needs_data, pending, rehearse
 from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train, to_dict
 from slimtune.recipe.sources import check_sources
 from slimtune.recipe.treatments import Treatments, check_patterns, whole_rows
@@ -187,6 +187,7 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
         steps.append(StepPlan(step.name, baseline + held, flops))
         cut = step if isinstance(step, Prune) else pending(recipe.steps, number) if isinstance(step, Train) else None
         if cut is not None:
+            modelmap, _ = biased(model, cut, where)
             rehearsed = rehearse(cut, modelmap, where)
             if step is not cut or not cut.ramped:
                 prune_(model, modelmap, rehearsed)
@@ -422,11 +423,13 @@ class _Shape:
         batch = BATCH * source.length
         work = self._block(batch, self.dense_bytes) * (self.blocks if backward else 1)
         work += (3 if backward else 1) * batch * self.vocabulary * 4
-        if step.refit:
+        if step.refit or step.bias:
             work = max(work, 2 * tokens * self.hidden * self.dense_bytes + self.widest**2 * 8 * 4)
         whole = {"layers", "sublayers"} & set(step.targets)
         passes = self.blocks * (2 if whole else self.ffn) if "loss_change" in needs else 1
-        return held + work, passes * tokens * self.parameters * (4 if backward else 2) * (2 if step.refit else 1)
+        return held + work, passes * tokens * self.parameters * (4 if backward else 2) * (
+            2 if step.refit or step.bias else 1
+        )
 
     def _train(self, step: Train, state: State, recipe: Recipe) -> tuple[int, int]:
         tokens = step.per_device_train_batch_size * step.max_length

@@ -16,6 +16,7 @@ from slimtune.errors import FormatError, RecipeError, nearest
 from slimtune.evaluate.speed import speed
 from slimtune.lora.attach import base_of, plain
 from slimtune.prune import IMPORTANCES, Importance
+from slimtune.prune.biases import give_biases_
 from slimtune.prune.collect import collect
 from slimtune.prune.groups import axes, parameters
 from slimtune.prune.latency import latency
@@ -60,7 +61,7 @@ def importance_of(options: PruneOptions, where: str = "prune") -> Importance:
 
 def needs_data(options: PruneOptions) -> bool:
     """Whether calibration text is looked at (a ramp scores on what it trains on, and fits on this)."""
-    return options.refit or (not options.ramped and bool(importance_of(options).needs - {"noise"}))
+    return options.refit or options.bias or (not options.ramped and bool(importance_of(options).needs - {"noise"}))
 
 
 def pending(steps: Sequence[Step], number: int) -> Prune | None:
@@ -88,14 +89,27 @@ def rehearse(options: PruneOptions, modelmap: ModelMap, where: str) -> PrunePlan
         raise error.within(where) from error
 
 
+def biased(model: nn.Module, options: PruneOptions, where: str = "prune") -> tuple[ModelMap, int]:
+    """The map of `model`, whose sub-layers are given the biases that `options` ask for, and how many these are."""
+    modelmap = bind(model)
+    if not options.bias:
+        return modelmap, 0
+    try:
+        count = give_biases_(base_of(model), modelmap, axes(modelmap, cast(Any, options.targets)))
+    except RecipeError as error:
+        raise error.within(where) from error
+    return bind(model), count
+
+
 def prune_now(
     model: nn.Module, options: PruneOptions, tokens: Tensor | None, *, seed: int = 0, progress: Progress | None = None
 ) -> Facts:
     """Prune `model` (a Hugging Face model, with or without an adapter) in place, at once; returns the facts, with the
     units `kept` of each axis."""
-    base, modelmap, importance = base_of(model), bind(model), importance_of(options)
+    base, importance = base_of(model), importance_of(options)
+    require_cuttable(base, axes(bind(model), cast(Any, options.targets)))
+    modelmap, biases = biased(base, options)
     found = axes(modelmap, cast(Any, options.targets))
-    require_cuttable(base, found)
     normalise: Any = options.normalise
     times = latency(base, modelmap, found, seed) if options.per == "microsecond" else None
     scores = collect(base, modelmap, found, importance, tokens, normalise=normalise, seed=seed, progress=progress)
@@ -110,11 +124,14 @@ def prune_now(
         latency=times,
     )
     plan = PrunePlan(found, kept, options.ratio, options.of)
-    lost = refit_(base, modelmap, plan, cast(Tensor, tokens)) if options.refit else {}
-    facts: PruneFacts = prune_(base, modelmap, plan)
+    lost = {}
+    if options.refit or options.bias:
+        lost = refit_(base, modelmap, plan, cast(Tensor, tokens), fit=options.refit)
+    cut: PruneFacts = prune_(base, modelmap, plan)
+    facts = {**cut.to_dict(), "parameters_before": cut.parameters_before - biases}
     fitted = {"lost": [{"name": name, "share": share} for name, share in lost.items()]} if lost else {}
     timed = {"latency": times} if times else {}
-    return {**facts.to_dict(), **fitted, **timed, "kept": {name: list(units) for name, units in kept.items()}}
+    return {**facts, **fitted, **timed, "kept": {name: list(units) for name, units in kept.items()}}
 
 
 def cost_of(model: nn.Module) -> Facts:
