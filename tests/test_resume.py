@@ -57,6 +57,13 @@ steps:
   - quantize: {{bits: 4, group_size: 16}}
   - export: {{format: safetensors}}
 """
+SKETCHING = """\
+model: {model}
+data: {{train: {data}}}
+steps:
+  - quantize: {{method: rtn, group_size: 16}}
+  - lora: {{r: 2, init: lora-ga, init_sketch: g.safetensors}}
+"""
 
 RUN, STEPS = slimtune.recipe.run, slimtune.recipe.steps
 
@@ -385,3 +392,17 @@ def test_what_is_done_may_not_change(what: str, written: Callable[[str], Path], 
     assert where in str(error.value) and "--overwrite" in str(error.value)
     assert (tmp_path / "run" / "recipe.yaml").read_text() == before
     run(read_recipe(path), tmp_path / "run", resume=True)
+
+
+def test_a_sketch_that_is_not_there_yet_is_no_other_in_another_folder(
+    written: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lies beside the recipe, wherever the run begins and goes on."""
+    path, other = tmp_path / "r.yaml", tmp_path / "other"
+    path.write_text(written(SKETCHING).read_text())
+    other.mkdir()
+    monkeypatch.chdir(tmp_path)
+    ended(read_recipe(Path("r.yaml")), tmp_path / "run", (RUN, "_publish", {"call": 1}))
+    monkeypatch.chdir(other)
+    run(read_recipe(Path("../r.yaml")), tmp_path / "run", resume=True)
+    assert (tmp_path / "g.safetensors").is_file() and not list(other.iterdir())
