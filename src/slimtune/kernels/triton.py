@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache, reduce
-from typing import Any
 
 import torch
 import triton
@@ -48,7 +47,15 @@ CHUNK = 2**14
 
 
 @triton.jit
-def _codes(codes: Any, r: Any, c: Any, rows: Any, columns: Any, row_bytes: Any, BITS: tl.constexpr) -> Any:
+def _codes(
+    codes: tl.tensor,
+    r: tl.tensor,
+    c: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    row_bytes: tl.tensor,
+    BITS: tl.constexpr,
+) -> tl.tensor:
     """The codes at rows `r` and columns `c`, int32; anything outside the weight."""
     inside = (r < rows)[:, None] & (c < columns)[None, :]
     bit = c * BITS
@@ -62,19 +69,19 @@ def _codes(codes: Any, r: Any, c: Any, rows: Any, columns: Any, row_bytes: Any, 
 
 @triton.jit
 def _weights(
-    codes: Any,
-    scale: Any,
-    zero: Any,
-    r: Any,
-    c: Any,
-    rows: Any,
-    columns: Any,
-    row_bytes: Any,
-    groups: Any,
-    group_size: Any,
+    codes: tl.tensor,
+    scale: tl.tensor,
+    zero: tl.tensor,
+    r: tl.tensor,
+    c: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    row_bytes: tl.tensor,
+    groups: tl.tensor,
+    group_size: tl.tensor,
     BITS: tl.constexpr,
     HAS_ZERO: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """`(q - zero) * scale` at rows `r` and columns `c`, float32; anything outside the weight."""
     inside = (r < rows)[:, None] & (c < columns)[None, :]
     q = _codes(codes, r, c, rows, columns, row_bytes, BITS).to(tl.float32)
@@ -86,15 +93,15 @@ def _weights(
 
 @triton.jit
 def _dequantize(
-    codes: Any,
-    scale: Any,
-    zero: Any,
-    out: Any,
-    rows: Any,
-    columns: Any,
-    row_bytes: Any,
-    groups: Any,
-    group_size: Any,
+    codes: tl.tensor,
+    scale: tl.tensor,
+    zero: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    row_bytes: tl.tensor,
+    groups: tl.tensor,
+    group_size: tl.tensor,
     BITS: tl.constexpr,
     HAS_ZERO: tl.constexpr,
     ROWS: tl.constexpr,
@@ -109,17 +116,17 @@ def _dequantize(
 
 @triton.jit
 def _product(
-    x: Any,
-    codes: Any,
-    scale: Any,
-    zero: Any,
-    y: Any,
-    tokens: Any,
-    rows: Any,
-    columns: Any,
-    row_bytes: Any,
-    groups: Any,
-    group_size: Any,
+    x: tl.tensor,
+    codes: tl.tensor,
+    scale: tl.tensor,
+    zero: tl.tensor,
+    y: tl.tensor,
+    tokens: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    row_bytes: tl.tensor,
+    groups: tl.tensor,
+    group_size: tl.tensor,
     BITS: tl.constexpr,
     HAS_ZERO: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -140,7 +147,7 @@ def _product(
 
 
 @triton.jit
-def _ends(x: Any, low: Any, high: Any, columns: Any, VALUES: tl.constexpr) -> None:
+def _ends(x: tl.tensor, low: tl.tensor, high: tl.tensor, columns: tl.tensor, VALUES: tl.constexpr) -> None:
     token = tl.program_id(0)
     least, most = tl.zeros((VALUES,), tl.float32), tl.zeros((VALUES,), tl.float32)
     for start in range(0, columns, VALUES):
@@ -152,7 +159,15 @@ def _ends(x: Any, low: Any, high: Any, columns: Any, VALUES: tl.constexpr) -> No
 
 
 @triton.jit
-def _round(x: Any, scale: Any, zero: Any, out: Any, columns: Any, MIDDLE: tl.constexpr, VALUES: tl.constexpr) -> None:
+def _round(
+    x: tl.tensor,
+    scale: tl.tensor,
+    zero: tl.tensor,
+    out: tl.tensor,
+    columns: tl.tensor,
+    MIDDLE: tl.constexpr,
+    VALUES: tl.constexpr,
+) -> None:
     token, c = tl.program_id(0), tl.program_id(1) * VALUES + tl.arange(0, VALUES)
     some = tl.load(x + token * columns + c, mask=c < columns, other=0).to(tl.float32)
     q = tl.div_rn(some, tl.load(scale + token))
@@ -165,17 +180,17 @@ def _round(x: Any, scale: Any, zero: Any, out: Any, columns: Any, MIDDLE: tl.con
 
 @triton.jit
 def _integers(
-    tokens: Any,
-    token_scale: Any,
-    token_zero: Any,
-    codes: Any,
-    scale: Any,
-    zero: Any,
-    y: Any,
-    count: Any,
-    rows: Any,
-    columns: Any,
-    row_bytes: Any,
+    tokens: tl.tensor,
+    token_scale: tl.tensor,
+    token_zero: tl.tensor,
+    codes: tl.tensor,
+    scale: tl.tensor,
+    zero: tl.tensor,
+    y: tl.tensor,
+    count: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    row_bytes: tl.tensor,
     BITS: tl.constexpr,
     HAS_ZERO: tl.constexpr,
     SHIFTED: tl.constexpr,
@@ -208,15 +223,15 @@ def _integers(
 
 @triton.jit
 def _turn(
-    x: Any,
-    left: Any,
-    right: Any,
-    y: Any,
-    count: Any,
-    a: Any,
-    b: Any,
-    left_scale: Any,
-    right_scale: Any,
+    x: tl.tensor,
+    left: tl.tensor,
+    right: tl.tensor,
+    y: tl.tensor,
+    count: tl.tensor,
+    a: tl.tensor,
+    b: tl.tensor,
+    left_scale: tl.tensor,
+    right_scale: tl.tensor,
     A: tl.constexpr,
     B: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -238,7 +253,13 @@ def _turn(
 
 @triton.jit
 def _lattice(
-    codes: Any, first: Any, second: Any, out: Any, count: Any, BITS: tl.constexpr, POINTS: tl.constexpr
+    codes: tl.tensor,
+    first: tl.tensor,
+    second: tl.tensor,
+    out: tl.tensor,
+    count: tl.tensor,
+    BITS: tl.constexpr,
+    POINTS: tl.constexpr,
 ) -> None:
     n = tl.program_id(0) * POINTS + tl.arange(0, POINTS)
     inside, eight = n < count, tl.arange(0, 8)
@@ -255,7 +276,13 @@ def _lattice(
 
 @triton.jit
 def _trellis(
-    codes: Any, table: Any, out: Any, count: Any, BITS: tl.constexpr, STEPS: tl.constexpr, WALKS: tl.constexpr
+    codes: tl.tensor,
+    table: tl.tensor,
+    out: tl.tensor,
+    count: tl.tensor,
+    BITS: tl.constexpr,
+    STEPS: tl.constexpr,
+    WALKS: tl.constexpr,
 ) -> None:
     n = tl.program_id(0) * WALKS + tl.arange(0, WALKS)
     t = tl.arange(0, STEPS)
