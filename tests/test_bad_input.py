@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ import slimtune.recipe.shell
 from pico import save_pico
 from slimtune.cli import _guarded, app
 from slimtune.errors import RecipeError, SlimtuneError
+from slimtune.recipe.options import options_of
 
 Command = Callable[..., str]
 
@@ -194,6 +196,67 @@ def test_a_damaged_or_unknown_model(
     assert fingerprint(tmp_path) == before  # not even with --overwrite is anything removed for a run that cannot begin
 
 
+@pytest.mark.parametrize(
+    ("arguments", "where", "parts"),
+    [
+        ("quantize --bits 7", "--bits", ["bits out of range", "got:    7"]),
+        ("quantize --bits x", "--bits", ["got:    'x'"]),
+        ("quantize --damp-percent 2", "--damp-percent", ["damp_percent out of range"]),
+        ("quantize --method optk", "--method", ["did you mean 'optq'"]),
+        ("quantize", "--calibration", ["remedy: add --calibration FILE, or use --method rtn\n"]),
+        ("quantize --calibration {pth:x}", "--calibration", ["did you mean 'path'"]),
+        ("quantize --calibration {builtin:\u00a0x}", "--calibration", []),
+        ("quantize --method rtn --activations {bits:\u00a099}", "--activations", []),
+        ("quantize --method rtn --seed -3", "--seed", ["0 to 4294967295"]),
+        ("quantize --method rtn --dtype int8", "--dtype", []),
+        ("rotate --block-size 128", "--block-size", ["wanted: at least 2, with --online [r4]"]),
+        ("rotate --online r9", "--online", []),
+        ("prune --ratio 0.5 --importance nothing", "--importance", ["remedy: use one of: flap"]),
+        ("prune --ratio 0.5", "--calibration", ["got:    --importance wanda, --refit false"]),
+        (
+            "prune --ratio 0.99 --importance magnitude",
+            "--ratio",
+            ["lower --ratio, add --targets, or lower --multiple-of"],
+        ),
+        ("prune --ratio 0.5 --importance magnitude --schedule cubic", "slimtune prune", ["is a recipe (slimtune run)"]),
+        ("finetune --r 0 --train {data}", "--r", ["r out of range"]),
+        ("finetune --r 4", "--train", ["remedy: add --train FILE\n"]),
+        ("finetune --train {data} --init pissa --init-sketch x", "--init-sketch", []),
+        ("finetune --train {data} --scales", "--scales", ["leave out --scales; more than one step is a recipe"]),
+        ("finetune --train {data} --fake-quant 4", "--fake-quant", []),
+        ("finetune --train {data} --target-modules nothing", "--target-modules", []),
+        ("evaluate --length 1", "--length", ["at least 2"]),
+        ("evaluate --perplexity {data} --length 100000", "--length", []),
+        ("evaluate --tasks nothing", "--tasks", []),
+        ("evaluate --dtype int3", "--dtype", []),
+        ("export --format pefd", "--format", ["did you mean 'peft'"]),
+        ("export --format safetensors --rank 3", "--rank", []),
+        ("export --format gguf --quantization q9", "--quantization", []),
+        ("generate --prompt x --max-new-tokens 0", "--max-new-tokens", []),
+        ("generate --prompt x --top-p 2", "--top-p", []),
+    ],
+)
+def test_messages_of_verbs_name_the_option_that_was_typed(
+    arguments: str, where: str, parts: list[str], refused: Command, model: Path, data: Path, tmp_path: Path
+) -> None:
+    verb, *rest = arguments.split(" ")
+    output = ["--output", tmp_path / "out"] if verb not in ("evaluate", "generate") else []
+    rest = [word.replace("{data}", str(data)).replace("\u00a0", " ") for word in rest]
+    message = refused(verb, model, *rest, *output)
+    assert re.search(rf"\n  where:  {re.escape(where)}(, .*|: .*)?\n", message), message
+    for part in parts:
+        assert part in message
+    assert "steps[" not in message and "data:" not in message and "{calibration" not in message
+
+
+def test_a_warning_of_a_verb_and_keys_inside_an_option_stay_what_they_are() -> None:
+    options = options_of("finetune", ("lora", "train"), ["--r", "64"])
+    assert options.line("warning: steps[0].lora: rank 64 is") == "warning: slimtune finetune: rank 64 is"
+    assert options.line("  | r: 3, steps[0].lora") == "  | r: 3, steps[0].lora"
+    inside = RecipeError("unknown key", where="steps[1].train.fake_quant", remedy="did you mean 'max_steps'?")
+    assert "did you mean 'max_steps'?" in str(options.renamed(inside))
+
+
 def test_an_output_folder_that_holds_something_else(refused: Command, recipe: Path, tmp_path: Path) -> None:
     full = tmp_path / "full"
     full.mkdir()
@@ -296,7 +359,7 @@ def test_a_diverging_training_exits_1_and_keeps_what_there_was(refused: Command,
         (("quantize", "{model}", "4", "--output", "{folder}/out"), ["an option begins with --", "got:    4"]),
         (("quantize", "{model}", "--output", "{folder}/out"), ["needs calibration text"]),
         (("finetune", "{model}", "--max-stepz", "1", "--output", "{folder}/out"), ["--max-stepz", "'--max-steps'"]),
-        (("finetune", "{model}", "--r", "--train", "x.jsonl", "--output", "{folder}/out"), ["lora.r", "integer"]),
+        (("finetune", "{model}", "--r", "--train", "x.jsonl", "--output", "{folder}/out"), ["--r", "integer"]),
         (("finetune", "{model}", "--output", "{folder}/out"), ["nothing to train on"]),
         (("evaluate", "{model}", "--speed", "--dtype", "int4"), ["unknown dtype", "int4"]),
         (("evaluate", "{model}", "--perplexity", "nowhere.txt"), ["no such data file", "nowhere.txt"]),

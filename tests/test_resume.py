@@ -26,8 +26,10 @@ import slimtune.recipe.run
 import slimtune.recipe.steps
 import slimtune.train.checkpoint
 from pico import save_pico
+from slimtune.errors import RecipeError
 from slimtune.recipe.document import read_recipe
 from slimtune.recipe.run import run
+from slimtune.recipe.schema import Recipe
 from slimtune.train.loop import _CountingTrainer
 
 RECIPE = """\
@@ -54,6 +56,13 @@ steps:
   - evaluate: {{perplexity: {{train: {data}}}, length: 32, max_tokens: 128}}
   - quantize: {{bits: 4, group_size: 16}}
   - export: {{format: safetensors}}
+"""
+SKETCHING = """\
+model: {model}
+data: {{train: {data}}}
+steps:
+  - quantize: {{method: rtn, group_size: 16}}
+  - lora: {{r: 2, init: lora-ga, init_sketch: g.safetensors}}
 """
 
 RUN, STEPS = slimtune.recipe.run, slimtune.recipe.steps
@@ -309,3 +318,91 @@ def test_gradients_are_not_taken_again(
     monkeypatch.setattr(slimtune.recipe.gradients, "sketch_targets", lambda *_, **__: pytest.fail("taken again"))
     run(recipe, tmp_path / "run", resume=True)
     assert_same(outcome(tmp_path / "run"), uninterrupted)
+
+
+def ended(recipe: Recipe, folder: Path, moment: tuple[Any, str, dict[str, Any]]) -> None:
+    """A run of `recipe` that ended at `moment`."""
+    module, name, how = moment
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, name, ending(module, name, **how))
+        with pytest.raises(Killed):
+            run(recipe, folder)
+
+
+def changed(path: Path, *pairs: tuple[str, str]) -> Recipe:
+    """The recipe in a file with some of its text replaced."""
+    text = path.read_text()
+    for old, new in pairs:
+        assert old in text
+        text = text.replace(old, new)
+    other = path.with_name("changed") / path.name
+    other.parent.mkdir(exist_ok=True)
+    other.write_text(text)
+    return read_recipe(other)
+
+
+LATER: dict[str, tuple[str, list[tuple[str, str]]]] = {
+    "the step that failed, and one after it": (
+        "in the middle of evaluating", [("max_tokens: 128", "max_tokens: 64"), ("format: peft", "format: safetensors")]
+    ),
+    "more of them": ("in the middle of evaluating", [("  - export", "  - export: {format: safetensors}\n  - export")]),
+    "fewer of them": ("in the middle of evaluating", [("  - export: {format: peft}\n", "")]),
+    "a training without checkpoint": ("before the first checkpoint", [("max_steps: 6", "max_steps: 4")]),
+    "half a block alone": ("writing the first block", [("bits: 3", "bits: 4")]),
+    "another kind of step": ("before the first checkpoint", [("  - train", "  - export: {format: peft}\n  - train")]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LATER)
+def test_steps_that_are_not_begun_may_change(what: str, written: Callable[[str], Path], tmp_path: Path) -> None:
+    """What follows is what an uninterrupted run of the changed recipe makes."""
+    moment, pairs = LATER[what]
+    path, said = written(RECIPE), []
+    ended(read_recipe(path), tmp_path / "run", MOMENTS[moment])
+    recipe = changed(path, *pairs)
+    with pytest.raises(RecipeError, match="--resume takes over"):
+        run(recipe, tmp_path / "run")
+    run(recipe, tmp_path / "run", resume=True, say=said.append)
+    assert len([line for line in said if "which is taken over" in line]) == 1
+    run(recipe, tmp_path / "whole")
+    assert_same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
+    run(recipe, tmp_path / "run", resume=True)  # it is the run's own now
+
+
+DONE: dict[str, tuple[str, tuple[str, str], str]] = {
+    "a step that is done": ("in the middle of evaluating", ("bits: 3", "bits: 4"), "steps[0].quantize"),
+    "a step with a checkpoint": ("in the middle of step 4", ("max_steps: 6", "max_steps: 7"), "steps[2].train"),
+    "a step with a block": ("after the first block", ("bits: 3", "bits: 4"), "steps[0].quantize"),
+    "the data": ("in the middle of evaluating", ("samples: 3", "samples: 4"), "run\n"),
+    "all of a finished run": ("tidying up", ("{format: peft}", "{format: safetensors}"), "run\n"),
+    "the training that gradients were taken for": (
+        "before the first checkpoint", ("max_length: 48", "max_length: 32"), "steps[1].lora"),
+    "the adapter that a residual was found for": ("gradients taken, the adapter not made", ("r: 4,", "r: 3,"), "lora"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DONE)
+def test_what_is_done_may_not_change(what: str, written: Callable[[str], Path], tmp_path: Path) -> None:
+    moment, pair, where = DONE[what]
+    path = written(RECIPE)
+    ended(read_recipe(path), tmp_path / "run", MOMENTS[moment])
+    before = (tmp_path / "run" / "recipe.yaml").read_text()
+    with pytest.raises(RecipeError, match=r"another recipe's run|made use of a later one") as error:
+        run(changed(path, pair), tmp_path / "run", resume=True)
+    assert where in str(error.value) and "--overwrite" in str(error.value)
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == before
+    run(read_recipe(path), tmp_path / "run", resume=True)
+
+
+def test_a_sketch_that_is_not_there_yet_is_no_other_in_another_folder(
+    written: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lies beside the recipe, wherever the run begins and goes on."""
+    path, other = tmp_path / "r.yaml", tmp_path / "other"
+    path.write_text(written(SKETCHING).read_text())
+    other.mkdir()
+    monkeypatch.chdir(tmp_path)
+    ended(read_recipe(Path("r.yaml")), tmp_path / "run", (RUN, "_publish", {"call": 1}))
+    monkeypatch.chdir(other)
+    run(read_recipe(Path("../r.yaml")), tmp_path / "run", resume=True)
+    assert (tmp_path / "g.safetensors").is_file() and not list(other.iterdir())

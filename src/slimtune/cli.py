@@ -95,10 +95,14 @@ def _one_step(verb: str, steps: tuple[str, ...], help: str) -> None:
         resume: Annotated[bool, typer.Option("--resume")] = False,
         overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
     ) -> None:
+        from slimtune.recipe.options import options_of, speaking
         from slimtune.recipe.run import run
         from slimtune.recipe.shell import recipe_of
 
-        run(recipe_of(model, steps, context.args, verb), output, resume=resume, overwrite=overwrite, say=say)
+        options = options_of(verb, steps, context.args)
+        with speaking(options):
+            recipe = recipe_of(model, steps, context.args, verb)
+            run(recipe, output, resume=resume, overwrite=overwrite, say=lambda line: say(options.line(line)))
 
 
 _one_step(
@@ -130,6 +134,7 @@ _one_step(
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A hub id, a folder, a run, a .gguf file, or a bundled name.")],
     perplexity: Annotated[list[str] | None, typer.Option("--perplexity", help="A text file, or name=file.")] = None,
     tasks: Annotated[list[str] | None, typer.Option("--tasks", help="lm-eval tasks, or files of questions.")] = None,
@@ -144,22 +149,24 @@ def evaluate(
 ) -> None:
     """Measure perplexity, tasks, speed and size of a model."""
     from slimtune.files import require_place, write_json
+    from slimtune.recipe.options import speaking, typed
     from slimtune.recipe.shell import evaluate_model
 
     if output is not None:
         require_place(output)
-    facts = evaluate_model(
-        model,
-        perplexity=perplexity or [],
-        tasks=tasks or [],
-        length=length,
-        max_tokens=max_tokens,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        speed=speed,
-        dtype=dtype,
-        say=(lambda _: None) if as_json else say,
-    )
+    with speaking(typed("evaluate", context.params)):
+        facts = evaluate_model(
+            model,
+            perplexity=perplexity or [],
+            tasks=tasks or [],
+            length=length,
+            max_tokens=max_tokens,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            speed=speed,
+            dtype=dtype,
+            say=(lambda _: None) if as_json else say,
+        )
     if output is not None:
         write_json(output, facts)
     if as_json:
@@ -168,6 +175,7 @@ def evaluate(
 
 @app.command()
 def generate(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A hub id, a folder, a run, a .gguf file, or a bundled name.")],
     prompt: Annotated[str, typer.Option("--prompt", help="What to answer.")],
     adapter: Annotated[Path | None, typer.Option("--adapter", help="A PEFT adapter folder.")] = None,
@@ -182,18 +190,20 @@ def generate(
 ) -> None:
     """Answer a prompt, through the model's chat template where it has one."""
     from slimtune.evaluate.generate import Sampling
+    from slimtune.recipe.options import speaking, typed
     from slimtune.recipe.shell import generate_text
 
-    pace = generate_text(
-        model,
-        prompt,
-        adapter=adapter,
-        max_new_tokens=max_new_tokens,
-        raw=raw,
-        sampling=Sampling(temperature, top_p, seed),
-        dtype=dtype,
-        write=lambda t: print(t, end="", flush=True),
-    )
+    with speaking(typed("generate", context.params)):
+        pace = generate_text(
+            model,
+            prompt,
+            adapter=adapter,
+            max_new_tokens=max_new_tokens,
+            raw=raw,
+            sampling=Sampling(temperature, top_p, seed),
+            dtype=dtype,
+            write=lambda t: print(t, end="", flush=True),
+        )
     print()
     say(f"read {pace.prompt_tokens} tokens, {pace.prefill_tokens_per_second:.1f} tokens/s")
     say(f"wrote {pace.new_tokens} tokens, {pace.decode_tokens_per_second:.1f} tokens/s")
@@ -201,6 +211,7 @@ def generate(
 
 @app.command()
 def export(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, or a model.")],
     format: Annotated[str, typer.Option("--format", help="See `slimtune list exporters`.")],
     output: Output,
@@ -210,11 +221,13 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
 ) -> None:
     """Write a model in a format other engines load."""
+    from slimtune.recipe.options import speaking, typed
     from slimtune.recipe.shell import export_model
 
-    manifest = export_model(
-        source, format, output, dtype=dtype, quantization=quantization, rank=rank, overwrite=overwrite
-    )
+    with speaking(typed("export", context.params)):
+        manifest = export_model(
+            source, format, output, dtype=dtype, quantization=quantization, rank=rank, overwrite=overwrite
+        )
     if "error" in manifest.facts:
         say(f"cut to rank {rank}: {manifest.facts['error']:.2g} of the update is lost")
     say(f"{manifest.path}: {manifest.bytes / 1e6:,.1f} MB, read back and compared")

@@ -246,6 +246,32 @@ def test_overrides_reach_a_step_that_is_its_name_alone(tmp_path: Path) -> None:
     assert isinstance(step, Train) and step.max_steps == 3
 
 
+def test_a_sketch_is_written_beside_the_recipe_and_read_from_where_data_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, other = tmp_path / "home", tmp_path / "other"
+    home.mkdir()
+    other.mkdir()
+    text = "model: m\ndata: {train: d.jsonl}\nsteps:\n  - lora: {init: lora-ga, init_sketch: kept/g.safetensors}\n"
+    path = written(home, text)
+    (home / "d.jsonl").touch()
+
+    def found(path: Path) -> Path:
+        recipe = read_recipe(path)
+        assert isinstance(recipe.steps[0], Lora) and recipe.data.train is not None
+        assert Path(str(recipe.data.train.path)).parent.resolve() == home
+        return Path(recipe.steps[0].init_sketch)
+
+    monkeypatch.chdir(other)
+    assert found(path) == home / "kept" / "g.safetensors"
+    assert found(Path("../home/r.yaml")).resolve() == home / "kept" / "g.safetensors"
+    (other / "kept").mkdir()
+    (other / "kept" / "g.safetensors").touch()  # one that lies in the current folder comes first, as of data
+    assert found(path) == Path("kept/g.safetensors")
+    absolute = str(tmp_path / "g.safetensors")
+    assert found(written(home, text.replace("kept/g.safetensors", absolute))) == Path(absolute)
+
+
 @pytest.mark.parametrize("tasks", ["q.jsonl", "[q.jsonl]"])
 def test_tasks_beside_the_recipe_are_found(tasks: str, tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text("{}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from pico import PICO, logits, pico_inputs, pico_model
@@ -18,6 +19,7 @@ from slimtune.prune.groups import Axis, Kept, axes, block_parameters, parameters
 from slimtune.prune.importance import Magnitude
 from slimtune.prune.probe import Probe
 from slimtune.prune.surgery import PrunePlan, prune_
+from slimtune.prune.weights import shares
 from slimtune.quant.apply import all_linear, quantize_
 from slimtune.quant.quip import Quip
 from slimtune.quant.rtn import Rtn
@@ -193,6 +195,55 @@ def test_adapters_and_the_state_of_their_optimizer_go_along() -> None:
     optimizer.step()
     down = next(m for n, m in model.named_modules() if n.endswith("down_proj"))
     assert (down.in_features, down.lora_A["default"].weight.shape) == (20, (3, 20))
+
+
+def dora(model: Any) -> Any:
+    """`model` with an adapter of PEFT's DoRA on all linears, as training leaves one."""
+    linears = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    wrapped = get_peft_model(model, LoraConfig(r=3, target_modules=sorted(linears - {"lm_head"}), use_dora=True))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_magnitude_vector" in name:
+            nn.init.uniform_(parameter, 0.2, 2)
+        elif parameter.requires_grad:
+            nn.init.normal_(parameter)
+    return wrapped
+
+
+@pytest.mark.parametrize("name", ["llama-biased", "phi3", "t5"])
+@pytest.mark.parametrize("even", [True, False])
+def test_magnitudes_of_dora_go_along_and_keep_their_share_of_what_is_left(name: str, even: bool) -> None:
+    """Of rows that go, their magnitudes; of rows that lose columns, as much as they lose of their length."""
+    base = pico_model(name, dtype=torch.float64)
+    modelmap = bind(base)
+    model = dora(base)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model(**pico_inputs(base)).logits.square().mean().backward()
+    optimizer.step()
+    found = axes(modelmap, targets_of(modelmap))
+    kept = some(found)
+    if not even:  # zeros stand for what one block loses more
+        kept[found[-1].name] = tuple(range(found[-1].units))
+    wanted = masked_logits(model, modelmap, found, kept)
+    facts = prune_(base, modelmap, PrunePlan(found, kept), optimizer=optimizer)
+    assert facts.padded is not even
+    torch.testing.assert_close(logits(model, pico_inputs(base)), wanted, rtol=1e-9, atol=1e-9)
+    for parameter, state in optimizer.state.items():
+        assert state["exp_avg"].shape == parameter.shape
+    model(**pico_inputs(base)).logits.square().mean().backward()
+    optimizer.step()
+
+
+def test_scores_see_the_weights_that_dora_computes_with() -> None:
+    model = dora(base := pico_model("llama", dtype=torch.float64))
+    axis = axes(bind(base), ("ffn",))[0]
+    for part in axis.parts:
+        module: Any = base.get_submodule(part.port)
+        eye = torch.eye(module.in_features, dtype=torch.float64)
+        weight = module(eye).T.detach()
+        wanted = (weight if part.dim == 0 else weight.T)[list(part.indices(range(axis.units)))]
+        found = torch.cat([share.flatten(0, 1) for _, share, _ in shares(module, part, axis.units)])
+        torch.testing.assert_close(found, wanted)
+    assert model.peft_config
 
 
 @pytest.mark.parametrize("group", [8, 20, -1])

@@ -147,7 +147,7 @@ def test_a_layer_with_rounded_inputs_runs_in_integers(
     assert len(asked) == 2
 
 
-@pytest.mark.parametrize("width", [74, 130, 576, 14336])
+@pytest.mark.parametrize("width", [74, 130, 576, 14336, 28672])
 @pytest.mark.parametrize("inverse", [False, True])
 def test_transforms(width: int, inverse: bool) -> None:
     """Two factors and three, of Hadamard and of Hartley, padded and not; and their gradient, which is the inverse."""
@@ -160,6 +160,24 @@ def test_transforms(width: int, inverse: bool) -> None:
         (back,) = torch.autograd.grad(found, x, found)
         assert float((back - x.detach()).norm() / x.detach().norm()) < 2 * error
     assert triton.transform(torch.randn(0, width, device=DEVICE), inverse=inverse).shape == (0, width)
+
+
+def test_tiles_of_transforms_stay_below_what_small_gpus_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound counts both operands of both products; a smaller one takes smaller tiles, or none: plain torch."""
+    for a in (16, 32, 64, 128):
+        for b in (16, 32, 64, 128, 256, 512):
+            height, depth, inner = tile = triton.turning_tile(a, b)
+            assert max(height, depth) <= a and inner <= b and min(tile) >= 16
+            held = height * depth + depth * inner + height * inner + inner * b
+            assert tile.shared_bytes(b) == 4 * held < 2**16
+    assert triton.turning_tile(128, 1024) is None
+    x = torch.randn(3, 448 * 64, device=DEVICE)
+    monkeypatch.setattr(triton, "SHARED", 2**15)
+    triton._sides.cache_clear()  # what was chosen by the other bound
+    assert triton.transform(x, inverse=False) is None
+    assert torch.equal(dispatch.transform(x), hadamard.transform(x))
+    assert triton.transform(x[:, :576], inverse=False) is not None
+    triton._sides.cache_clear()
 
 
 @pytest.mark.parametrize("width", [48, 64, 2 * 1031])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from pico import logits, pico_inputs, pico_model, pico_tokenizer, save_pico
 from slimtune.arch import Space, bind
@@ -29,8 +29,8 @@ from slimtune.rotate.options import Rotation
 pytest.importorskip("compressed_tensors")
 
 
-def packed(block_size: int = 8, online: tuple[str, ...] = ("r4",)) -> Any:
-    model = pico_model()
+def packed(block_size: int = 8, online: tuple[str, ...] = ("r4",), family: str = "llama") -> Any:
+    model = pico_model(family)
     rotate_(model, bind(model), Rotation(online=online, block_size=block_size))
     quantize_(model, bind(model), all_linear(Rtn(bits=4, group_size=-1, sym=True)))
     attach_online_(model)
@@ -97,7 +97,39 @@ def test_what_vllm_does_not_run_is_refused(options: dict[str, Any], reason: str,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_family_with_other_names_on_disk_is_refused_before_anything_runs(tmp_path: Path) -> None:
+def test_the_language_model_of_a_multimodal_one_is_named_as_transformers_and_as_vllm_do(tmp_path: Path) -> None:
+    """The names of vLLM's LLaVA are those of the file; its vision tower has linears that nothing turns."""
+    from compressed_tensors.transform import TransformConfig, TransformFactory
+    from compressed_tensors.utils import is_match
+
+    model = packed(family="llava")
+    wanted = logits(model, pico_inputs(model))
+    manifest = export(Source(model, pico_tokenizer(), "original"), "vllm", tmp_path / "out")
+    assert manifest.max_logit_difference < 1e-4
+    torch.testing.assert_close(logits(load(str(tmp_path / "out")).model, pico_inputs(model)), wanted)
+
+    facts = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    scheme = TransformConfig(**facts["transform_config"]).config_groups["R4"]
+    factory = TransformFactory.from_scheme(scheme, name="R4")
+    there = next(args for args in scheme.apply if args.location == "input")
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    turned = [name for name, module in stock.named_modules() if is_match(name, module, there.targets)]
+    assert turned == [port.name for port in bind(model).ports if port.reads is Space.FFN]
+    files = load_file(tmp_path / "out" / "model.safetensors")
+    for name in turned:
+        file = name.replace("model.language_model.", "language_model.model.")
+        layer = stock.get_submodule(name)
+        assert is_match(file, layer, there.targets)
+        transform = factory.create_transform(layer, there)
+        assert torch.equal(transform.weight.data, files[f"{file}.R4_input.weight"])
+        layer.register_forward_pre_hook(lambda _, args, transform=transform: (transform(args[0]), *args[1:]))
+    torch.testing.assert_close(logits(stock, pico_inputs(stock)), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_family_whose_names_on_disk_are_not_known_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slimtune.export.vllm.NESTED", "another.")
     save_pico(tmp_path / "m", "llava")
     rotate, quantize = (
         {"rotate": {"online": ["r4"], "block_size": 8}},

@@ -9,6 +9,7 @@ without a word and leaves the transform out, so it is read back here by what the
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -29,6 +30,8 @@ from slimtune.rotate.record import rotation_of
 
 NAME = "R4"
 LEAF = ONLINE.removeprefix(".")
+NESTED = "model.language_model."
+"""What the names of a language model begin with inside a multimodal one, in transformers."""
 
 
 class VllmExporter(CompressedTensorsExporter):
@@ -55,8 +58,9 @@ class VllmExporter(CompressedTensorsExporter):
             )
         if has_adapter(model):
             raise RecipeError("vllm gives an adapter other inputs than it was trained on", remedy="merge it first")
-        require_plain_names(model)
+        require_names(model)
         names = [port.name for port in bind(base_of(model)).ports if port.reads is Space.FFN]
+        targets = [_target(name) for name in names]
         block = hadamard(basis.rotation.block_size).to(torch.float32)
         sides = (("input", False), ("weight_input", True))
         scheme = {
@@ -65,7 +69,7 @@ class VllmExporter(CompressedTensorsExporter):
             "precision": "torch.float32",
             "randomize": False,
             "requires_grad": False,
-            "apply": [{"targets": names, "location": side, "inverse": back, "ignore": []} for side, back in sides],
+            "apply": [{"targets": targets, "location": side, "inverse": back, "ignore": []} for side, back in sides],
         }
         return {"transform_config": {"config_groups": {NAME: scheme}}}, {f"{n}.{LEAF}": block.clone() for n in names}
 
@@ -76,18 +80,36 @@ class VllmExporter(CompressedTensorsExporter):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         scheme = config["quantization_config"]["transform_config"]["config_groups"][NAME]
         blocks = Checkpoint(folder)
-        for name in next(side["targets"] for side in scheme["apply"] if side["location"] == "input"):
-            block = blocks.read([f"{name}.{LEAF}"])[f"{name}.{LEAF}"]
-            model.get_submodule(name).register_forward_pre_hook(_turned(block, name), prepend=True)
+        stored = {key.removesuffix(ONLINE): key for key in blocks.files if key.endswith(ONLINE)}
+        for target in next(side["targets"] for side in scheme["apply"] if side["location"] == "input"):
+            key = next((stored[name] for name in stored if _names(target, name)), f"{target}.{LEAF}")
+            for name, module in [pair for pair in model.named_modules() if _names(target, pair[0])]:
+                block = blocks.read([key])[key]
+                module.register_forward_pre_hook(_turned(block, name), prepend=True)
         return model
 
 
-def require_plain_names(model: nn.Module) -> None:
-    """Raise `RecipeError` for a family whose layers are called otherwise on disk: which of its names an engine would
-    look for in `transform_config` is not known."""
-    if "text_config" in vars(cast(Any, base_of(model)).config):
-        kind = type(base_of(model)).__name__
+def require_names(model: nn.Module) -> None:
+    """Raise `RecipeError` for a family whose layers have other names in a file than in memory, unless its language
+    model's are known: those that vLLM asks `transform_config` for are its own."""
+    base = base_of(model)
+    names = [port.name for port in bind(base).ports if port.reads is Space.FFN]
+    if "text_config" in vars(cast(Any, base).config) and not all(name.startswith(NESTED) for name in names):
+        kind = type(base).__name__
         raise RecipeError("vllm has not been written for this family", got=kind, remedy="rotate with online: []")
+
+
+def _target(name: str) -> str:
+    """What `transform_config` calls a layer: its name, and in the language model of a multimodal one a pattern, since
+    `model.language_model.layers` of transformers is `language_model.model.layers` to vLLM and in files."""
+    if not name.startswith(NESTED):
+        return name
+    return rf"re:(model\.)?language_model\.(model\.)?{re.escape(name.removeprefix(NESTED))}$"
+
+
+def _names(target: str, name: str) -> bool:
+    """Whether a layer is meant by a target, as compressed-tensors reads one."""
+    return bool(re.match(target[3:], name)) if target.startswith("re:") else target == name
 
 
 def _turned(block: Tensor, where: str) -> Any:

@@ -3,9 +3,9 @@ inputs turned by a Hadamard transform in one pass, rounded to at most 8 bits, an
 integers.
 
 Each equals the plain torch it stands for, for odd shapes too: codes less zero points are whole and products with the
-scale are rounded once, so weights are equal to the last bit; transforms add up in another order. They have been run by
-Triton's interpreter only (`TRITON_INTERPRET=1`), not timed on a GPU; `SLIMTUNE_TRITON=1` turns them on
-(`slimtune.kernels.dispatch`).
+scale are rounded once, so weights are equal to the last bit; transforms add up in another order. They are compiled for
+GPUs in a test, but have been run by Triton's interpreter only (`TRITON_INTERPRET=1`), not timed on a GPU;
+`SLIMTUNE_TRITON=1` turns them on (`slimtune.kernels.dispatch`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache, reduce
-from typing import Any
+from itertools import product
+from typing import NamedTuple
 
 import torch
 import triton
@@ -38,17 +39,29 @@ MANY = 64
 """Tokens that one program multiplies in integers, where there are more than `TOKENS`."""
 
 TURNED = 4
-"""Vectors that one program turns, one after the other, with the matrices it has loaded."""
+"""Vectors that one program turns, one after the other."""
 
-WIDEST = 128, 512
-"""The orders of a transform's two matrices at most, rounded up to powers of two; a program holds all of the first."""
+TALLEST = 128
+"""The order of the first of a transform's two matrices at most, rounded up to a power of two: vectors are read once for
+every `HEIGHT` of its rows."""
 
-CHUNK = 2**14
-"""Values of the second matrix that are held at once."""
+SUMS = 2**13
+"""Values of a turned vector that one program adds up, in registers."""
+
+SHARED = 2**16
+"""Bytes of shared memory below which one program stays: the smallest of GPUs give it no more."""
 
 
 @triton.jit
-def _codes(codes: Any, r: Any, c: Any, rows: Any, columns: Any, row_bytes: Any, BITS: tl.constexpr) -> Any:
+def _codes(
+    codes: tl.tensor,
+    r: tl.tensor,
+    c: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    row_bytes: tl.tensor,
+    BITS: tl.constexpr,
+) -> tl.tensor:
     """The codes at rows `r` and columns `c`, int32; anything outside the weight."""
     inside = (r < rows)[:, None] & (c < columns)[None, :]
     bit = c * BITS
@@ -62,19 +75,19 @@ def _codes(codes: Any, r: Any, c: Any, rows: Any, columns: Any, row_bytes: Any, 
 
 @triton.jit
 def _weights(
-    codes: Any,
-    scale: Any,
-    zero: Any,
-    r: Any,
-    c: Any,
-    rows: Any,
-    columns: Any,
-    row_bytes: Any,
-    groups: Any,
-    group_size: Any,
+    codes: tl.tensor,
+    scale: tl.tensor,
+    zero: tl.tensor,
+    r: tl.tensor,
+    c: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    row_bytes: tl.tensor,
+    groups: tl.tensor,
+    group_size: tl.tensor,
     BITS: tl.constexpr,
     HAS_ZERO: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """`(q - zero) * scale` at rows `r` and columns `c`, float32; anything outside the weight."""
     inside = (r < rows)[:, None] & (c < columns)[None, :]
     q = _codes(codes, r, c, rows, columns, row_bytes, BITS).to(tl.float32)
@@ -86,15 +99,15 @@ def _weights(
 
 @triton.jit
 def _dequantize(
-    codes: Any,
-    scale: Any,
-    zero: Any,
-    out: Any,
-    rows: Any,
-    columns: Any,
-    row_bytes: Any,
-    groups: Any,
-    group_size: Any,
+    codes: tl.tensor,
+    scale: tl.tensor,
+    zero: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    row_bytes: tl.tensor,
+    groups: tl.tensor,
+    group_size: tl.tensor,
     BITS: tl.constexpr,
     HAS_ZERO: tl.constexpr,
     ROWS: tl.constexpr,
@@ -109,17 +122,17 @@ def _dequantize(
 
 @triton.jit
 def _product(
-    x: Any,
-    codes: Any,
-    scale: Any,
-    zero: Any,
-    y: Any,
-    tokens: Any,
-    rows: Any,
-    columns: Any,
-    row_bytes: Any,
-    groups: Any,
-    group_size: Any,
+    x: tl.tensor,
+    codes: tl.tensor,
+    scale: tl.tensor,
+    zero: tl.tensor,
+    y: tl.tensor,
+    tokens: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    row_bytes: tl.tensor,
+    groups: tl.tensor,
+    group_size: tl.tensor,
     BITS: tl.constexpr,
     HAS_ZERO: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -140,7 +153,7 @@ def _product(
 
 
 @triton.jit
-def _ends(x: Any, low: Any, high: Any, columns: Any, VALUES: tl.constexpr) -> None:
+def _ends(x: tl.tensor, low: tl.tensor, high: tl.tensor, columns: tl.tensor, VALUES: tl.constexpr) -> None:
     token = tl.program_id(0)
     least, most = tl.zeros((VALUES,), tl.float32), tl.zeros((VALUES,), tl.float32)
     for start in range(0, columns, VALUES):
@@ -152,7 +165,15 @@ def _ends(x: Any, low: Any, high: Any, columns: Any, VALUES: tl.constexpr) -> No
 
 
 @triton.jit
-def _round(x: Any, scale: Any, zero: Any, out: Any, columns: Any, MIDDLE: tl.constexpr, VALUES: tl.constexpr) -> None:
+def _round(
+    x: tl.tensor,
+    scale: tl.tensor,
+    zero: tl.tensor,
+    out: tl.tensor,
+    columns: tl.tensor,
+    MIDDLE: tl.constexpr,
+    VALUES: tl.constexpr,
+) -> None:
     token, c = tl.program_id(0), tl.program_id(1) * VALUES + tl.arange(0, VALUES)
     some = tl.load(x + token * columns + c, mask=c < columns, other=0).to(tl.float32)
     q = tl.div_rn(some, tl.load(scale + token))
@@ -165,17 +186,17 @@ def _round(x: Any, scale: Any, zero: Any, out: Any, columns: Any, MIDDLE: tl.con
 
 @triton.jit
 def _integers(
-    tokens: Any,
-    token_scale: Any,
-    token_zero: Any,
-    codes: Any,
-    scale: Any,
-    zero: Any,
-    y: Any,
-    count: Any,
-    rows: Any,
-    columns: Any,
-    row_bytes: Any,
+    tokens: tl.tensor,
+    token_scale: tl.tensor,
+    token_zero: tl.tensor,
+    codes: tl.tensor,
+    scale: tl.tensor,
+    zero: tl.tensor,
+    y: tl.tensor,
+    count: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    row_bytes: tl.tensor,
     BITS: tl.constexpr,
     HAS_ZERO: tl.constexpr,
     SHIFTED: tl.constexpr,
@@ -208,37 +229,49 @@ def _integers(
 
 @triton.jit
 def _turn(
-    x: Any,
-    left: Any,
-    right: Any,
-    y: Any,
-    count: Any,
-    a: Any,
-    b: Any,
-    left_scale: Any,
-    right_scale: Any,
-    A: tl.constexpr,
+    x: tl.tensor,
+    left: tl.tensor,
+    right: tl.tensor,
+    y: tl.tensor,
+    count: tl.tensor,
+    a: tl.tensor,
+    b: tl.tensor,
+    left_scale: tl.tensor,
+    right_scale: tl.tensor,
     B: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    DEPTH: tl.constexpr,
+    INNER: tl.constexpr,
     TURNED: tl.constexpr,
 ) -> None:
-    i, j, k = tl.arange(0, A), tl.arange(0, B), tl.arange(0, A)
-    first = tl.load(left + i[:, None] * a + k[None, :], mask=(i < a)[:, None] & (k < a)[None, :], other=0)
+    i, c = tl.program_id(1) * HEIGHT + tl.arange(0, HEIGHT), tl.arange(0, B)
     for turn in range(TURNED):
         n = (tl.program_id(0) * TURNED + turn).to(tl.int64)
-        at, rows = n * a * b, ((i < a) & (n + 0 * i < count))[:, None]
-        some = tl.load(x + at + i[:, None] * b + j[None, :], mask=rows & (j < b)[None, :], other=0)
-        half = (tl.dot(first, some, input_precision="ieee") * left_scale).to(some.dtype)
-        for start in range(0, b, COLUMNS):
-            c = start + tl.arange(0, COLUMNS)
+        at = n * a * b
+        found = tl.zeros((HEIGHT, B), tl.float32)
+        for begin in range(0, b, INNER):
+            j = begin + tl.arange(0, INNER)
+            half = tl.zeros((HEIGHT, INNER), tl.float32)
+            for start in range(0, a, DEPTH):
+                k = start + tl.arange(0, DEPTH)
+                first = tl.load(left + i[:, None] * a + k[None, :], mask=(i < a)[:, None] & (k < a)[None, :], other=0)
+                inside = ((k < a) & (n + 0 * k < count))[:, None] & (j < b)[None, :]
+                half = tl.dot(first, tl.load(x + at + k[:, None] * b + j[None, :], mask=inside, other=0), half, "ieee")
             second = tl.load(right + j[:, None] * b + c[None, :], mask=(j < b)[:, None] & (c < b)[None, :], other=0)
-            found = tl.dot(half, second, input_precision="ieee") * right_scale
-            tl.store(y + at + i[:, None] * b + c[None, :], found.to(y.dtype.element_ty), mask=rows & (c < b)[None, :])
+            found = tl.dot((half * left_scale).to(second.dtype), second, found, "ieee")
+        inside = ((i < a) & (n + 0 * i < count))[:, None] & (c < b)[None, :]
+        tl.store(y + at + i[:, None] * b + c[None, :], (found * right_scale).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _lattice(
-    codes: Any, first: Any, second: Any, out: Any, count: Any, BITS: tl.constexpr, POINTS: tl.constexpr
+    codes: tl.tensor,
+    first: tl.tensor,
+    second: tl.tensor,
+    out: tl.tensor,
+    count: tl.tensor,
+    BITS: tl.constexpr,
+    POINTS: tl.constexpr,
 ) -> None:
     n = tl.program_id(0) * POINTS + tl.arange(0, POINTS)
     inside, eight = n < count, tl.arange(0, 8)
@@ -255,7 +288,13 @@ def _lattice(
 
 @triton.jit
 def _trellis(
-    codes: Any, table: Any, out: Any, count: Any, BITS: tl.constexpr, STEPS: tl.constexpr, WALKS: tl.constexpr
+    codes: tl.tensor,
+    table: tl.tensor,
+    out: tl.tensor,
+    count: tl.tensor,
+    BITS: tl.constexpr,
+    STEPS: tl.constexpr,
+    WALKS: tl.constexpr,
 ) -> None:
     n = tl.program_id(0) * WALKS + tl.arange(0, WALKS)
     t = tl.arange(0, STEPS)
@@ -355,19 +394,51 @@ def transform(x: Tensor, *, inverse: bool) -> Tensor | None:
     sides = _sides(x.shape[1], inverse, x.dtype, x.device)
     if sides is None:
         return None
-    (a, b), (wide_a, wide_b) = map(len, sides), map(_padded, sides)
+    a, b = map(len, sides)
+    tile = turning_tile(_padded(a), _padded(b))
+    assert tile is not None, "`_sides` has asked"
     x = x.contiguous()
     y = torch.empty_like(x)
     if len(x):
-        columns = min(wide_b, max(16, CHUNK // wide_b))
         scales = a**-0.5, b**-0.5
-        cells = (triton.cdiv(len(x), TURNED),)
-        _turn[cells](x, *sides, y, len(x), a, b, *scales, wide_a, wide_b, columns, TURNED)
+        cells = triton.cdiv(len(x), TURNED), triton.cdiv(a, tile.height)
+        _turn[cells](x, *sides, y, len(x), a, b, *scales, _padded(b), *tile, TURNED, num_stages=1)
     return y
 
 
-def _padded(side: Tensor) -> int:
-    return max(16, triton.next_power_of_2(len(side)))
+class Tile(NamedTuple):
+    """What one program looks at together when it turns a vector, written as `[a, b]`: `height` rows of the result, and
+    of the vector `depth` rows and `inner` columns."""
+
+    height: int
+    depth: int
+    inner: int
+
+    def shared_bytes(self, b: int) -> int:
+        """Shared memory that a program takes at most: both operands of both products (`b`: the width of the result),
+        four bytes a value, since GPUs without units for a shorter dtype widen it, and one stage of each."""
+        first = self.height * self.depth + self.depth * self.inner
+        return 4 * (first + self.height * self.inner + self.inner * b)
+
+
+def turning_tile(a: int, b: int) -> Tile | None:
+    """The largest tile for a transform with matrices of (padded) orders `a` and `b` that takes less than `SHARED`;
+    None where none does.
+
+    >>> turning_tile(64, 512), turning_tile(64, 512).shared_bytes(512)
+    (Tile(height=16, depth=64, inner=16), 41984)
+    >>> turning_tile(64, 1024)
+    """
+    height = min(a, max(16, SUMS // b))
+    for inner, depth in product((64, 32, 16), repeat=2):
+        tile = Tile(height, min(depth, a), min(inner, b))
+        if tile.shared_bytes(b) < SHARED:
+            return tile
+    return None
+
+
+def _padded(order: int) -> int:
+    return max(16, triton.next_power_of_2(order))
 
 
 @lru_cache(maxsize=64)
@@ -379,11 +450,12 @@ def _sides(n: int, inverse: bool, dtype: torch.dtype, device: torch.device) -> t
         ways = []
         for cut in range(1, len(made)):
             left, right = reduce(torch.kron, made[:cut]), reduce(torch.kron, made[cut:])
-            if _padded(left) <= WIDEST[0] and _padded(right) <= WIDEST[1]:
+            a, b = (_padded(len(side)) for side in (left, right))
+            if a <= TALLEST and turning_tile(a, b) is not None:
                 ways.append((left, right))
         if not ways:
             return None
-        left, right = min(ways, key=lambda pair: max(map(_padded, pair)))
+        left, right = min(ways, key=lambda pair: max(_padded(len(side)) for side in pair))
         left, right = (left.T, right) if inverse else (left, right.T)
         return left.to(device, dtype).contiguous(), right.to(device, dtype).contiguous()
 

@@ -54,7 +54,10 @@ class LoraOptions:
         metadata={"help": "stop before that when the overlap of two halves moves by less as they double; 0: do not"},
     )
     init_sketch: str = field(
-        default="", metadata={"help": "file of the sketched gradients: read where it exists, else taken and written"}
+        default="",
+        metadata={
+            "help": "file of the sketched gradients: read where it exists, else taken and written (beside the recipe)"
+        },
     )
     pooled: bool = field(
         default=False, metadata={"help": "A sees the mean of each quantization group: merges exactly into zero points"}

@@ -17,7 +17,7 @@ from slimtune.arch import ModelMap, Port, Space
 from slimtune.errors import RecipeError, ShapeError
 from slimtune.prune.groups import Axis, Kept, parameters
 from slimtune.prune.state import cut_state_
-from slimtune.prune.weights import Follower, Packed, base_layer, factors, held
+from slimtune.prune.weights import Follower, Packed, base_layer, factors, held, lengths
 
 COUNTS = {
     "heads": ("num_heads", "n_heads", "num_attention_heads"),
@@ -176,7 +176,7 @@ def _cut_(model: nn.Module, port: Port, keep: Indices, optimizer: torch.optim.Op
     """Cut one port; returns why its weight was quantized again, if it was."""
     module = model.get_submodule(port.name)
     rows, columns = (None if dim not in keep else torch.tensor(keep[dim]) for dim in (0, 1))
-    reasons = []
+    reasons, before = [], lengths(module)
     layer = base_layer(module)
     if isinstance(layer, nn.Embedding):
         assert rows is not None, "an embedding's tokens are not pruned"
@@ -189,9 +189,12 @@ def _cut_(model: nn.Module, port: Port, keep: Indices, optimizer: torch.optim.Op
     else:
         assert isinstance(layer, nn.Linear)  # as prune_ has found
         _cut_linear_(layer, rows, columns, optimizer)
-    for a, b, _ in factors(module):
+    for a, b, _, magnitude in factors(module):
         _cut_linear_(a, None, columns, optimizer)
         _cut_linear_(b, rows, None, optimizer)
+        if magnitude is not None and rows is not None:
+            _shrink_(magnitude, 0, rows, optimizer)
+    _stretch_(module, [length if length is None or rows is None else length[rows] for length in before])
     if layer is not module:
         sizes = base_layer(model.get_submodule(port.name))
         cast(Any, module).in_features, cast(Any, module).out_features = sizes.in_features, sizes.out_features
@@ -210,6 +213,13 @@ def _cut_linear_(
     for name, kept in (("out_features", rows), ("in_features", columns)):
         if kept is not None and name in vars(linear):
             setattr(linear, name, len(kept))
+
+
+def _stretch_(module: nn.Module, before: Sequence[Tensor | None]) -> None:
+    """Leave rows of DoRA adapters the share of their length `before` that is left: it divides by what is left."""
+    for (*_, magnitude), was, now in zip(factors(module), before, lengths(module), strict=True):
+        if magnitude is not None and was is not None and now is not None:
+            magnitude.mul_(torch.where(was > 0, now / was, 1).to(magnitude.dtype))
 
 
 def _shrink_(tensor: Tensor, dim: int, indices: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
@@ -239,10 +249,12 @@ def _silence_(module: nn.Module, name: str, columns: Sequence[int]) -> None:
         raise RecipeError(
             "packed weights cannot be padded with zeros", where=name, remedy="use widths: uniform, or prune first"
         )
+    before = lengths(module)
     layer.weight[:, list(columns)] = 0
-    for a, _, _ in factors(module):
+    for a, *_ in factors(module):
         for tensor in held(a):
             tensor[:, list(columns)] = 0
+    _stretch_(module, before)
 
 
 def _tell_(model: nn.Module, modelmap: ModelMap, axes: Sequence[Axis], kept: Kept) -> None:

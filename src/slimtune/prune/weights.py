@@ -1,7 +1,8 @@
 """The weights of a model as pruning sees them: whatever wraps or packs them, and one part of them at a time.
 
 A linear may be dense, packed (a module with `dequantize` and `select`, such as slimtune's `QuantLinear`) or wrapped by
-a LoRA layer (children `base_layer`, `lora_A`, `lora_B`, PEFT's names).
+a LoRA layer (children `base_layer`, `lora_A`, `lora_B`, PEFT's names), one of DoRA too (`lora_magnitude_vector`), which
+gives rows a length that was learnt.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Factors(NamedTuple):
     a: nn.Module
     b: nn.Module
     scaling: float
+    magnitude: Tensor | None = None  # DoRA's: the length of every row of the sum
 
 
 def base_layer(module: nn.Module) -> nn.Module:
@@ -62,11 +64,28 @@ def base_layer(module: nn.Module) -> nn.Module:
 def factors(module: nn.Module) -> Iterator[Factors]:
     """The adapters of a LoRA layer; none of any other module."""
     children = dict(module.named_children())
+    magnitudes = dict(children.get("lora_magnitude_vector", nn.Module()).named_children())
     if "base_layer" in children and "lora_A" in children:
         scaling = cast(Any, module).scaling
         pairs = ((name, children["lora_A"].get_submodule(name)) for name, _ in children["lora_A"].named_children())
         for name, a in pairs:
-            yield Factors(a, children["lora_B"].get_submodule(name), scaling[name])
+            magnitude = cast(Tensor, magnitudes[name].weight) if name in magnitudes else None
+            yield Factors(a, children["lora_B"].get_submodule(name), scaling[name], magnitude)
+
+
+def lengths(module: nn.Module) -> list[Tensor | None]:
+    """Of every adapter of a layer, the lengths of the rows of base and update together, by which DoRA divides them;
+    None of an adapter without magnitudes."""
+    weight = None
+    found: list[Tensor | None] = []
+    for a, b, scaling, magnitude in factors(module):
+        if magnitude is None:
+            found.append(None)
+            continue
+        weight = whole_weight(base_layer(module)) if weight is None else weight
+        update = cast(Tensor, b.weight).detach() @ cast(Tensor, a.weight).detach()
+        found.append((weight + scaling * update.to(weight.dtype)).norm(dim=1))
+    return found
 
 
 def held(linear: nn.Module) -> list[Tensor]:
@@ -78,6 +97,12 @@ def held(linear: nn.Module) -> list[Tensor]:
 def trained(factor: nn.Module) -> Tensor:
     """The rows of A or columns of B that train: all of them, or a part."""
     return next(parameter for parameter in factor.parameters(recurse=False) if parameter.ndim == 2)
+
+
+def whole_weight(layer: nn.Module) -> Tensor:
+    """The weight of a layer that nothing wraps, `[out, in]`, decoded where it is packed; dim 0 is what it writes."""
+    whole = layer.dequantize() if isinstance(layer, Packed) else cast(Tensor, layer.weight).detach()
+    return whole.T if isinstance(layer, nn.Embedding) else whole
 
 
 def part_of(features: Tensor, part: Part, units: range) -> Tensor:
@@ -97,20 +122,23 @@ def shares(module: nn.Module, part: Part, units: int) -> Iterator[tuple[range, T
     """Some units of a part at a time: their share in what the layer computes with, adapters included (`[units, size,
     n]`, float32, or wider where the weight is), and in the weight's gradient, by what those of its factors say of it.
     """
-    layer = base_layer(module)
-    whole = layer.dequantize() if isinstance(layer, Packed) else cast(Tensor, layer.weight).detach()
-    whole = whole.T if isinstance(layer, nn.Embedding) else whole  # so that dim 0 is what it writes
+    whole = whole_weight(base_layer(module))
     wide = torch.promote_types(whole.dtype, torch.float32)
+    divisors = lengths(module)
 
     def shaped(share: Tensor, some: range) -> Tensor:
         return (share if part.dim == 0 else share.T).reshape(len(some), part.size, -1)
 
     for some in runs(part, units, whole.shape[1 - part.dim]):
         rows, columns = (_of_units(part, some) if part.dim == dim else slice(None) for dim in (0, 1))
-        weight, said = whole[rows, columns].to(wide), None
-        for a, b, scaling in factors(module):
+        own, said = whole[rows, columns].to(wide), None
+        weight = own
+        for (a, b, scaling, magnitude), length in zip(factors(module), divisors, strict=True):
             left, right = (cast(Tensor, factor.weight) for factor in (b, a))
-            weight = weight + scaling * (left[rows].to(wide) @ right[:, columns].to(wide))
+            more = scaling * (left[rows].to(wide) @ right[:, columns].to(wide))
+            if magnitude is not None and length is not None:
+                more = (magnitude / length).to(wide)[rows, None] * (own + more) - own
+            weight = weight + more
             left, right = trained(b), trained(a)
             to_a, to_b = (torch.zeros_like(f) if f.grad is None else f.grad for f in (right, left))
             parts = (right[:, columns], left[rows], to_a[:, columns], to_b[rows])

@@ -95,7 +95,8 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, with `key=value` overrides: `seed=1`, `data.train.path=x.jsonl`, `quantize.bits=3`
     (every step of that name) or `steps.0.quantize.bits=3`.
 
-    Paths in it are relative to the current folder, or else to the recipe's own.
+    Paths in it are relative to the current folder, or else to the recipe's own; a sketch that is in neither is to be
+    written beside the recipe, where runs from any folder find it.
     """
     if not path.is_file():
         raise RecipeError("there is no such recipe", where=str(path))
@@ -161,19 +162,19 @@ def _mapping(value: object) -> dict[str, Any]:
 
 def settle(facts: object, folder: Path, *, whole: bool = False) -> None:
     """Make names of a model, data, sketches and tasks say where they are if they lie in `folder` and not in the current
-    one, or where `whole`, by whole paths, if they lie in `folder`."""
+    one, or where `whole`, by whole paths, if they lie in `folder`. A sketch that is in neither is to be in `folder`."""
 
-    def place(owner: Any, key: Any) -> None:
+    def place(owner: Any, key: Any, *, made: bool = False) -> None:
         source = owner[key] if isinstance(owner, list) else owner.get(key)
         if isinstance(source, dict) and "path" in source:
             place(source, "path")
         elif isinstance(source, str) and source and (whole or not Path(source).expanduser().exists()):
             path = folder / Path(source).expanduser()
-            owner[key] = str(path.resolve() if whole else path) if path.exists() else source
+            owner[key] = str(path.resolve() if whole else path) if made or path.exists() else source
 
     place(_mapping(facts), "model")
     for step in _steps(facts):
-        place(_mapping(step.get("lora")), "init_sketch")
+        place(_mapping(step.get("lora")), "init_sketch", made=True)
     evaluations = [_mapping(step.get("evaluate")) for step in _steps(facts)]
     texts = [_mapping(step.get(key)) for step in evaluations for key in ("perplexity", "accuracy", "rouge")]
     for owner in (_mapping(_mapping(facts).get("data")), *texts):

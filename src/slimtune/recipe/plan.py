@@ -27,7 +27,7 @@ from slimtune.export.foreign import packed_format
 from slimtune.export.gguf_facts import Naming
 from slimtune.export.gguf_widths import Widths
 from slimtune.export.load import DTYPES, empty_model, model_config
-from slimtune.export.vllm import require_plain_names
+from slimtune.export.vllm import require_names
 from slimtune.hub import METHOD
 from slimtune.kernels.precision import bfloat16_units
 from slimtune.lora.attach import resolve_targets
@@ -226,7 +226,7 @@ def _check_fit(step: Step, number: int, recipe: Recipe, model: Any, modelmap: Mo
         case Export(format="decilm"):
             require_described(model)
         case Export(format="vllm"):
-            require_plain_names(model)
+            require_names(model)
         case Quantize():
             _check_packable(step, recipe.steps[number + 1 :], modelmap, where)
 

@@ -6,14 +6,12 @@ the step is done, then the part moves to its public place. Whatever is half done
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,38 +22,23 @@ from peft import PeftModel
 
 from slimtune import __version__
 from slimtune.arch.weights import Checkpoint
-from slimtune.errors import FormatError, RecipeError, SlimtuneError
+from slimtune.errors import RecipeError
 from slimtune.export.load import load, locate
 from slimtune.export.native import write_model
-from slimtune.files import whole_folder, write_json, write_text
+from slimtune.files import whole_folder, write_json
 from slimtune.kernels import compiled
 from slimtune.kernels.memory import PeakMemory
 from slimtune.lora.attach import base_of, has_adapter, load_adapter, save_adapter
 from slimtune.recipe.adapters import base_name, belongs
-from slimtune.recipe.document import parse, settle, write_recipe
-from slimtune.recipe.gradients import sketch_file
+from slimtune.recipe.folder import open_folder
 from slimtune.recipe.legality import after, dtype_after
-from slimtune.recipe.plan import Plan, plan, resolve
+from slimtune.recipe.plan import Plan, plan
 from slimtune.recipe.pruning import RECORD, pending, read_record
 from slimtune.recipe.report import read_report, write_html
-from slimtune.recipe.schema import (
-    Evaluate,
-    Lora,
-    Merge,
-    Prune,
-    Quantize,
-    Recipe,
-    Rotate,
-    Step,
-    Train,
-    recipe_from,
-    to_dict,
-)
+from slimtune.recipe.schema import Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train, to_dict
 from slimtune.recipe.steps import Session, run_step, size_of
 
 Say = Callable[[str], None]
-RECIPE = "recipe.yaml"
-PLACE = "began-in.json"  # under checkpoints/: the folder that the recipe's paths are relative to
 
 
 def run(
@@ -63,6 +46,7 @@ def run(
 ) -> dict[str, Any]:
     """Run `recipe` into the folder `output`; returns the report (`report.json`).
 
+    With `resume`, the run in the folder goes on, also with a recipe that has changed in steps that are not begun.
     Raises `RecipeError` when the folder holds another recipe's run, or this one's and neither `resume` nor `overwrite`
     is given; nothing in it is touched then.
     """
@@ -72,7 +56,9 @@ def run(
     recipe = planned.recipe
     if not resume:
         Checkpoint(locate(recipe.model)[0])  # damaged weights are found before anything in `output` is replaced
-    state = _open_folder(recipe, output, resume=resume, overwrite=overwrite)
+    state, changed = open_folder(recipe, output, resume=resume, overwrite=overwrite)
+    if changed:
+        say(f"the recipe has changed from {changed} on, which is taken over")
     for warning in planned.warnings:
         say(f"warning: {warning}")
     if state.get("finished"):
@@ -113,90 +99,6 @@ def run(
     _tidy(output)
     say(f"report: {output / 'report.html'}")
     return report
-
-
-def _open_folder(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> dict[str, Any]:
-    """The state of the run in `output`, which is made, emptied or left as it is; refuses what is not to be replaced."""
-    text, path, place = write_recipe(recipe), output / "checkpoints" / "state.json", output / "checkpoints" / PLACE
-    held, ours = _held(output), _rewritten(text, Path())
-    if held is not None:
-        theirs = _rewritten(held, Path(json.loads(place.read_bytes()) if place.is_file() else ""))
-        theirs = theirs if theirs == ours else _rewritten(held, Path())  # the folder may have moved with all it reads
-        if not (resume and theirs == ours):
-            if not overwrite:
-                raise _occupied(output, theirs, ours)
-            _empty(recipe, output)
-        elif path.is_file():
-            try:
-                return dict(json.loads(path.read_text(encoding="utf-8")))
-            except ValueError as error:
-                raise FormatError("the run's state is damaged", where=str(path), remedy="--overwrite it") from error
-    write_text(output / RECIPE, text)
-    write_json(place, str(Path.cwd()))
-    return {"steps": [], "metrics": []}
-
-
-def _held(output: Path) -> str | None:
-    """The recipe of the run that `output` holds, `None` where nothing would be lost."""
-    if not output.is_dir():
-        return None
-    names = {path.name for path in output.iterdir()} - {f".{RECIPE}.partial"}
-    if RECIPE in names:
-        begun = names - {RECIPE, "checkpoints"} or {p.name for p in (output / "checkpoints").glob("*")} - {PLACE}
-        return (output / RECIPE).read_text(encoding="utf-8", errors="replace") if begun else None
-    if names:
-        raise RecipeError(
-            "the output folder is not empty and not a run", where=str(output), remedy="choose another --output"
-        )
-    return None
-
-
-def _rewritten(text: str, folder: Path) -> str:
-    """The recipe of a run, perhaps of an older version, as this one writes it: with fields that have come since at
-    their defaults, and whole paths to what lies in `folder`. What is no recipe of this version stays as it is."""
-    try:
-        settle(facts := parse(text), folder, whole=True)
-        return write_recipe(resolve(recipe_from(facts)))
-    except SlimtuneError:
-        return text
-
-
-def _occupied(output: Path, held: str, text: str) -> RecipeError:
-    if held == text:
-        return RecipeError(
-            "the output folder holds a run of this recipe",
-            where=str(output),
-            remedy="--resume continues it, --overwrite starts again",
-        )
-    theirs, ours = next((a, b) for a, b in zip_longest(held.split("\n"), text.split("\n"), fillvalue="") if a != b)
-    return RecipeError(
-        "the output folder holds another recipe's run",
-        where=str(output),
-        got=f"{theirs.strip()!r} in {output / RECIPE}",
-        wanted=repr(ours.strip()),
-        remedy="choose another --output, or --overwrite it",
-    )
-
-
-def _empty(recipe: Recipe, output: Path) -> None:
-    """Remove a run, its `recipe.yaml` aside: by that a folder half removed is still known as a run."""
-    texts = [text for step in recipe.steps if isinstance(step, Evaluate) for text in step.sources]
-    sources = filter(None, (recipe.data.train, recipe.data.eval, recipe.data.calibration, *texts))
-    sketches = [str(file) for step in recipe.steps if isinstance(step, Lora) and (file := sketch_file(step))]
-    read = (recipe.model, *(source.path for source in sources if source.path), *filter(os.path.exists, sketches))
-    for name in read:
-        if Path(name).expanduser().resolve().is_relative_to(output.resolve()):
-            raise RecipeError(
-                "the recipe reads from the run it would overwrite",
-                where=str(output),
-                got=name,
-                remedy="choose another --output",
-            )
-    for path in output.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != RECIPE:
-            path.unlink()
 
 
 def _session(recipe: Recipe, output: Path, state: dict[str, Any], say: Say, *, resume: bool) -> Session:
