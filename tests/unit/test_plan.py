@@ -106,6 +106,7 @@ def test_a_step_that_cannot_work_is_refused_by_name(
     [
         ({"train": {"report_to": "tensorbord"}}, RecipeError, ["unknown tracker", "report_to", "'tensorboard'"]),
         ({"train": {"report_to": "absent"}}, BackendMissing, ["not installed", "report_to", "no absent", "none"]),
+        ({"train": {"optim": "galore_adamw"}}, BackendMissing, ["optimizer is not installed", "optim", "galore_torch"]),
         ({"train": {"optim": "lora-pus"}}, RecipeError, ["unknown optimizer", "optim", "did you mean 'lora-plus'"]),
         ({"evaluate": {"tasks": ["arc_easy"]}}, BackendMissing, ["lm-eval", "tasks", "slimtune[eval]"]),
     ],

@@ -17,6 +17,7 @@ from peft.optimizers.lorafa import LoraFAOptimizer
 from peft.optimizers.riemannian import create_riemannian_optimizer
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from transformers import Trainer, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
@@ -123,11 +124,17 @@ def own_optimizer(model: nn.Module, options: TrainOptions) -> Optimizer | None:
 
 
 def require_tools(options: TrainOptions) -> None:
-    """Raise `RecipeError` for an optimizer or a tracker that nobody knows, `BackendMissing` for a tracker that is not
+    """Raise `RecipeError` for an optimizer or a tracker that nobody knows, `BackendMissing` for one that is not
     installed."""
     ours, optim = [*OPTIMIZERS, "adamw_torch"], options.optim
     if optim not in (*ours, *(str(name.value) for name in OptimizerNames)):
         raise RecipeError("unknown optimizer", where="optim", got=optim, remedy=nearest(optim, ours))
+    if optim not in OPTIMIZERS:
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(optim=optim, use_cpu=True))  # looks for its package
+        except (ImportError, ValueError) as error:
+            remedy = f"install what it needs, or use optim: {TrainOptions.optim}"
+            raise BackendMissing("the optimizer is not installed", where="optim", got=error, remedy=remedy) from error
     known, tracker = ["none", *INTEGRATION_TO_CALLBACK], options.report_to
     if tracker not in ("all", *known):
         raise RecipeError("unknown tracker", where="report_to", got=tracker, remedy=nearest(tracker, known))
