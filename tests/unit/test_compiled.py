@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -35,11 +37,22 @@ needed = pytest.mark.skipif(compiled.library() is None, reason="no C compiler")
 HALVES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One thread, and more than divide the rows."""
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL | None:
+    """The loops as they are compiled where nothing is known of the processor."""
+    compiler, path = shutil.which("cc") or shutil.which("gcc"), tmp_path_factory.mktemp("portable") / "loops.so"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "_PROCESSOR", compiled._PROCESSOR[-2:])
+        return ctypes.CDLL(str(path)) if compiler and not compiled._compile(compiler, path) else None
+
+
+@pytest.fixture(params=[(1, False), (3, False), (1, True)], ids=["1", "3", "portable"])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, portable: ctypes.CDLL | None) -> None:
+    """One thread, and more than divide the rows; and the loops of any processor."""
     monkeypatch.setattr(compiled, "FEW", 0)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param[0])
+    if request.param[1] and portable is not None:
+        monkeypatch.setattr(compiled, "library", lambda: portable)
 
 
 def close(got: Tensor, wanted: Tensor) -> None:
@@ -58,7 +71,7 @@ def test_weights_are_decoded_to_the_same_bits(
     bits: int, zeros: str, dtype: torch.dtype, scales: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = []
-    for columns, group in [(64, 32), (50, 16), (7, 7), (1, 8), (129, 64)]:
+    for columns, group in [(64, 32), (50, 16), (7, 7), (1, 8), (129, 64), (300, 300)]:
         groups = -(-columns // group)
         q = torch.randint(0, 2**bits, (5, columns), dtype=torch.uint8)
         scale = torch.rand(5, groups).to(scales)
@@ -79,12 +92,12 @@ def test_weights_are_decoded_to_the_same_bits(
             patch.setattr(compiled, "library", lambda: None)
             assert torch.equal(dequantize_affine(pack(q, bits), scale, zero, **given), wanted)
         monkeypatch.setattr(compiled, "decode_affine", real)
-    assert len(taken) == 5
+    assert len(taken) == 6
 
 
 @needed
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_codebooks_are_decoded_to_the_same_bits(bits: int, dtype: torch.dtype) -> None:
     levels = torch.randn(2**bits).tolist()
@@ -153,6 +166,7 @@ def test_walks_are_as_near_as_the_references(bits: int, count: int) -> None:
 
 
 @needed
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_points_are_decoded_to_the_same_bits(bits: int) -> None:
     count = 1 << 16 if bits == 2 else 5000

@@ -8,6 +8,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #define ROWS(n) \
     _Pragma("omp parallel for num_threads(threads) schedule(static) if (threads > 1)") for (int64_t row = 0; row < (n); row++)
@@ -118,11 +121,38 @@ static inline uint64_t eight_codes(uint64_t word, int64_t bits) {
     return (word & one * 0x0001000100010001ull) | (word >> bits & one * 0x0001000100010001ull) << 8;
 }
 
+/* As many of a row's codes as come in whole runs of 64, to one a byte; returns how many. */
+static inline int64_t unpack_runs(const uint8_t *packed, int64_t n, uint8_t *to, int64_t bits) {
+    int64_t done = 0;
+#ifdef __AVX512VBMI__ /* eight codes into each of eight words, then each to a byte of its own */
+    uint8_t bytes[64], shifts[64];
+    for (int i = 0; i < 64; i++) {
+        bytes[i] = (uint8_t)(i / 8 * bits + i % 8);
+        shifts[i] = (uint8_t)(i % 8 * bits);
+    }
+    __m512i spread = _mm512_loadu_si512(bytes), shift = _mm512_loadu_si512(shifts);
+    __m512i low = _mm512_set1_epi8((char)((1 << bits) - 1));
+    for (; done + 64 <= n; done += 64) {
+        __m512i run = _mm512_maskz_loadu_epi8((1ull << 8 * bits) - 1, packed + done / 8 * bits);
+        run = _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(spread, run));
+        _mm512_storeu_si512(to + done, _mm512_and_si512(run, low));
+    }
+#endif
+    return done;
+}
+
 /* Codes of a row of `bytes` bytes to one a byte, of which there is room for a multiple of 32. */
 static inline void unpack_known(const uint8_t *packed, int64_t bytes, int64_t n, uint8_t *to, int64_t bits) {
     if (bits == 8) {
         memcpy(to, packed, n);
-    } else if (bits == 4) {
+        return;
+    }
+    int64_t done = unpack_runs(packed, n, to, bits);
+    packed += done / 8 * bits;
+    bytes -= done / 8 * bits;
+    to += done;
+    n -= done;
+    if (bits == 4) {
         uint16_t *pairs = (uint16_t *)to;
         SIMD for (int64_t j = 0; j < (n + 1) / 2; j++) pairs[j] = (packed[j] | packed[j] << 4) & 0x0f0f;
     } else if (bits == 2) {
@@ -169,14 +199,29 @@ static inline void affine_row(const uint8_t *unpacked, const void *scale, int sc
     }
 }
 
-/* The same of levels[code] * scale. */
-static inline void codebook_row(const uint8_t *unpacked, const float *scale, const float *levels, int64_t row, int64_t n,
-                                int64_t group, void *out, int64_t at, int kind) {
+/* levels[code], of `1 << bits` levels. */
+static inline void look_up(const uint8_t *unpacked, const float *levels, int64_t n, int64_t bits, float *out) {
+    int64_t j = 0;
+#ifdef __AVX512F__ /* from a register */
+    if (bits <= 4) {
+        __m512 table = _mm512_maskz_loadu_ps((__mmask16)((1u << (1 << bits)) - 1), levels);
+        for (; j + 16 <= n; j += 16) {
+            __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(unpacked + j)));
+            _mm512_storeu_ps(out + j, _mm512_permutexvar_ps(code, table));
+        }
+    }
+#endif
+    for (; j < n; j++) out[j] = levels[unpacked[j]];
+}
+
+/* The same of numbers that were looked up. */
+static inline void codebook_row(const float *number, const float *scale, int64_t row, int64_t n, int64_t group,
+                                void *out, int64_t at, int kind) {
     int64_t groups = (n + group - 1) / group;
     for (int64_t g = 0; g < groups; g++) {
         int64_t start = g * group, size = n - start < group ? n - start : group;
         float s = scale[row * groups + g];
-        SIMD for (int64_t j = start; j < start + size; j++) put(out, kind, at + j, levels[unpacked[j]] * s);
+        SIMD for (int64_t j = start; j < start + size; j++) put(out, kind, at + j, number[j] * s);
     }
 }
 
@@ -195,9 +240,11 @@ void decode_affine(const uint8_t *codes, int64_t bytes, const void *scale, int64
 void decode_codebook(const uint8_t *codes, int64_t bytes, const float *scale, const float *levels, int64_t rows,
                      int64_t n, int64_t bits, int64_t group, void *out, int64_t kind, int64_t threads) {
     ROWS(rows) {
-        uint8_t *unpacked = (uint8_t *)scratch(n / 4 + 8);
+        float *number = scratch(n + n / 4 + 8);
+        uint8_t *unpacked = (uint8_t *)(number + n);
         unpack_row(codes + row * bytes, bytes, bits, n, unpacked);
-        EACH_KIND(codebook_row, unpacked, scale, levels, row, n, group, out, row * n);
+        look_up(unpacked, levels, n, bits, number);
+        EACH_KIND(codebook_row, number, scale, row, n, group, out, row * n);
     }
 }
 
@@ -324,7 +371,8 @@ void multiply_codebook(const float *x, int64_t count, const uint8_t *codes, int6
         float *w = scratch(n + n / 4 + 8);
         uint8_t *unpacked = (uint8_t *)(w + n);
         unpack_row(codes + row * bytes, bytes, bits, n, unpacked);
-        codebook_row(unpacked, scale, levels, row, n, group, w, 0, 0);
+        look_up(unpacked, levels, n, bits, w);
+        codebook_row(w, scale, row, n, group, w, 0, 0);
         dots(w, x, count, n, y + row, rows);
     }
 }

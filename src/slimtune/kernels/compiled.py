@@ -41,7 +41,17 @@ FEW = 1 << 15
 """Numbers up to which one thread does the work."""
 
 _USUAL = ("-O3", "-std=c11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
-_PROCESSOR = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
+_PLAIN = "-mno-mmx"
+"""On x86 without AVX, GCC 12 goes through MMX registers and leaves them so, after which other libraries' x87
+instructions give NaN."""
+
+_PROCESSOR = (
+    ("-march=native", "-mprefer-vector-width=512", _PLAIN),
+    ("-march=native", _PLAIN),
+    ("-mcpu=native",),
+    (_PLAIN,),
+    (),
+)
 _THREADS = ("-fopenmp", "-fopenmp-simd")
 
 
