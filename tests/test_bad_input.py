@@ -212,7 +212,7 @@ def test_a_damaged_or_unknown_model(
         ("rotate --block-size 128", "--block-size", ["wanted: at least 2, with --online [r4]"]),
         ("rotate --online r9", "--online", []),
         ("prune --ratio 0.5 --importance nothing", "--importance", ["remedy: use one of: flap"]),
-        ("prune --ratio 0.5", "--calibration", ["got:    --importance wanda, --refit false"]),
+        ("prune --ratio 0.5", "--calibration", ["got:    --importance wanda"]),
         (
             "prune --ratio 0.99 --importance magnitude",
             "--ratio",
@@ -253,6 +253,8 @@ def test_a_warning_of_a_verb_and_keys_inside_an_option_stay_what_they_are() -> N
     options = options_of("finetune", ("lora", "train"), ["--r", "64"])
     assert options.line("warning: steps[0].lora: rank 64 is") == "warning: slimtune finetune: rank 64 is"
     assert options.line("  | r: 3, steps[0].lora") == "  | r: 3, steps[0].lora"
+    odd = options_of("quantize", ("quantize",), ["--layers.model[0=3", "--x(=3", "--"])
+    assert odd.text("lower bits, or x(") == "lower --bits, or x("
     inside = RecipeError("unknown key", where="steps[1].train.fake_quant", remedy="did you mean 'max_steps'?")
     assert "did you mean 'max_steps'?" in str(options.renamed(inside))
 

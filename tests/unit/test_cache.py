@@ -200,6 +200,16 @@ def test_a_packed_cache_is_read_as_rounding_reads(family: str, bits: int, turned
     assert layers[0].keys.dtype == torch.uint8 and layers[0].keys.shape[-1] == 5 + row_bytes(width, bits)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_single_rows_and_what_is_no_number(bits: int) -> None:
+    for x in (torch.randn(1, 1, 1, 12), torch.full((1, 1, 1, 12), torch.nan), torch.randn(2, 1, 3, 7)):
+        layer = PackedLayer(bits, turned=False)
+        keys, values = layer.update(x, -x)
+        rounding = Activations(bits, sym=False)
+        for got, wanted in ((keys, rounding(x)), (values, rounding(-x))):
+            torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_reply_is_written_from_a_packed_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = pico_model(), pico_tokenizer()
     inputs = {"input_ids": pico_inputs(model, batch=1)["input_ids"]}

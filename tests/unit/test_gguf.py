@@ -318,6 +318,7 @@ def test_slack_is_kept_and_is_not_loose(kind: str) -> None:
         ("gemma2", {"query_pre_attn_scalar": 7}, "query_pre_attn_scalar 7"),
         ("gemma2", {"attn_logit_softcapping": None}, "not capped"),
         ("gemma3", {"layer_types": ["full_attention", "sliding_attention"]}, "every 6th"),
+        ("qwen3", {"attention_bias": True}, "a bias that it does not add: model.layers.0.self_attn.q_proj.bias and"),
         ("qwen3", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
     ],
 )

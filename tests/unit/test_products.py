@@ -90,6 +90,21 @@ def test_turning_vectors_is_turning_the_weight(
     assert not all(torch.equal(one, two) for one, two in zip(*ways, strict=True)) or dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("method", ROTATED)
+def test_float16_holds_what_its_numbers_hold(method: str) -> None:
+    q = weight(method, 64, 64)
+    x, grad = torch.zeros(1, 64, dtype=torch.float16), torch.full((1, 64), 1e-6, dtype=torch.float16)
+    x[0, 5] = 20_000
+    w = q.dequantize(torch.float64)
+    q.tensors["sign_out"].mul_(2**-6)
+    w = w * 2**-6
+    for got, exact in (
+        (times_transposed(x, q.layout, q.tensors), x.double() @ w.T),
+        (times(grad * 64, q.layout, q.tensors), grad.double() @ w * 64),
+    ):
+        assert float((got.double() - exact).norm() / exact.norm()) < 0.01
+
+
 def test_vectors_are_turned_where_they_are_few() -> None:
     layout = weight("quip", 64, 64).layout
     assert isinstance(layout, Lattice)

@@ -66,6 +66,7 @@ def test_the_mean_of_what_goes_stays(
     mean = read[:, columns].mean(0) @ linear.weight.T + linear.bias
     torch.testing.assert_close(mean, wrote.mean(0), rtol=1e-5, atol=1e-6)
     assert float(linear.bias.detach().abs().max()) > 0
+    assert all(parameter.requires_grad for parameter in model.parameters())  # as they would be when read back
     bind(model)
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float64)
@@ -98,6 +99,15 @@ def test_no_place_is_an_error_and_changes_nothing(family: str, targets: tuple[st
     with pytest.raises(RecipeError, match="no place for a bias") as caught:
         plan(recipe_from({"model": str(folder), "data": data, "steps": [step]}))
     assert "steps[0].prune" in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["mistral", "phi3", "qwen2"])
+def test_a_key_that_means_nothing_to_the_model_is_no_place(family: str) -> None:
+    model = pico_model(family)
+    model.config.attention_bias = False
+    with pytest.raises(RecipeError, match="no place for a bias"):
+        slimtune.prune(model, **{**PRUNE, "ratio": 0.1}, targets=("kv",), bias=True)
+    assert model.config.attention_bias is False and bind(model)
 
 
 def test_the_plan_counts_them(tmp_path: Path) -> None:

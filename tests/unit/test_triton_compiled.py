@@ -37,7 +37,7 @@ def compiled(self, *args, grid, warmup, **options):
 JITFunction.run = compiled
 ends = lambda low, high: (torch.ones_like(low), torch.zeros_like(low))
 codes, scale, zero = torch.zeros(33, 50, dtype=torch.uint8), torch.ones(33, 4).bfloat16(), torch.zeros(33, 4).byte()
-for dtype, bits, some in ((torch.float32, 3, zero), (torch.float16, 4, None)):
+for dtype, bits, some in ((torch.float32, 3, zero), (torch.float16, 4, None), (torch.bfloat16, 2, zero)):
     x, one = torch.zeros(3, 100, dtype=dtype), None if some is None else some[:, :1].contiguous()
     kernels.dequantize_affine(codes, scale, some, bits=bits, group_size=32, in_features=100, dtype=dtype)
     kernels.affine_product(x, codes, scale, some, bits=bits, group_size=32)

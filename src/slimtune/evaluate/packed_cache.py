@@ -87,14 +87,14 @@ class PackedLayer(DynamicLayer):
     def _packed(self, x: Tensor) -> Tensor:
         codes, scale, zero = (part.squeeze(-2) for part in self.rounding.codes(x))
         rows = pack(codes.to(torch.uint8).reshape(-1, x.shape[-1]), self.rounding.bits)
-        scales = scale.to(torch.float32).contiguous().view(torch.uint8)
+        scales = torch.where(zero.isnan(), zero, scale).to(torch.float32).contiguous().view(torch.uint8)
         return torch.cat([scales, zero.to(torch.uint8), rows.view(*x.shape[:-1], rows.shape[-1])], dim=-1)
 
     def _read(self, rows: Tensor, width: int) -> Tensor:
         flat = rows.view(-1, rows.shape[-1])
         x = dequantize_affine(
             flat[:, HEAD:].contiguous(),
-            flat[:, : HEAD - 1].contiguous().view(torch.float32),
+            flat[:, : HEAD - 1].flatten().view(torch.float32)[:, None],  # a single row may have any stride
             flat[:, HEAD - 1 : HEAD].contiguous(),
             bits=self.rounding.bits,
             group_size=width,

@@ -30,19 +30,23 @@ ROPE_FREQUENCIES = "rope_freqs.weight"
 class Architecture:
     """One architecture of llama.cpp: its name, the activation it computes, whether it turns neighbouring numbers of a
     head (`pairs`; transformers turns its halves), whether its heads must make up the width of the model (`filled`),
-    and, where it knows sliding windows, after how many blocks one sees everything (`every`)."""
+    where it knows sliding windows, after how many blocks one sees everything (`every`), and which tensors may have a
+    `bias`."""
 
     name: str
     activation: str = "silu"
     pairs: bool = False
     filled: bool = False
     every: int = 0
+    biased: tuple[str, ...] = ()
 
 
+QKV = ("attn_q", "attn_k", "attn_v")
+LLAMA = Architecture("llama", pairs=True, biased=(*QKV, "attn_output", "ffn_gate", "ffn_up", "ffn_down"))
 ARCHITECTURES = {
-    "llama": Architecture("llama", pairs=True),
-    "mistral": Architecture("llama", pairs=True),
-    "qwen2": Architecture("qwen2", filled=True),
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": Architecture("qwen2", filled=True, biased=QKV),
     "qwen3": Architecture("qwen3"),
     "phi3": Architecture("phi3", filled=True),
     "gemma2": Architecture("gemma2", "gelu_pytorch_tanh", every=2),
@@ -97,6 +101,10 @@ class Naming:
             faults += _gemma_faults(config, architecture, width)
         if architecture.filled and width * attention_heads(config) != config.hidden_size:
             faults.append(f"heads of {width} that do not make up the width {config.hidden_size}")
+        names = (f"{port.name}.bias" for port in bind(self.model).linears if port.bias)
+        biased = [name for name in names if self.name(name).split(".")[-2] not in architecture.biased]
+        if biased:
+            faults.append(f"a bias that it does not add: {biased[0]}{' and others' if biased[1:] else ''}")
         if faults:
             raise FormatError(
                 f"llama.cpp's {architecture.name} would compute something else",

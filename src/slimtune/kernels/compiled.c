@@ -108,6 +108,7 @@ static inline float unordered(int32_t order) {
 }
 
 #define LANES 16
+#define ROUND(n) (((n) + LANES - 1) / LANES * LANES)
 
 typedef float lanes_t __attribute__((vector_size(4 * LANES), aligned(4)));
 
@@ -240,8 +241,8 @@ void decode_affine(const uint8_t *codes, int64_t bytes, const void *scale, int64
 void decode_codebook(const uint8_t *codes, int64_t bytes, const float *scale, const float *levels, int64_t rows,
                      int64_t n, int64_t bits, int64_t group, void *out, int64_t kind, int64_t threads) {
     ROWS(rows) {
-        float *number = scratch(n + n / 4 + 8);
-        uint8_t *unpacked = (uint8_t *)(number + n);
+        float *number = scratch(ROUND(n) + n / 4 + 8);
+        uint8_t *unpacked = (uint8_t *)(number + ROUND(n));
         unpack_row(codes + row * bytes, bytes, bits, n, unpacked);
         look_up(unpacked, levels, n, bits, number);
         EACH_KIND(codebook_row, number, scale, row, n, group, out, row * n);
@@ -356,8 +357,8 @@ void multiply_affine(const float *x, int64_t count, const uint8_t *codes, int64_
                      int64_t scale_kind, const void *zero, int64_t zero_kind, int64_t rows, int64_t n, int64_t bits,
                      int64_t group, float *y, int64_t threads) {
     ROWS(rows) {
-        float *w = scratch(n + n / 4 + 8);
-        uint8_t *unpacked = (uint8_t *)(w + n);
+        float *w = scratch(ROUND(n) + n / 4 + 8);
+        uint8_t *unpacked = (uint8_t *)(w + ROUND(n));
         unpack_row(codes + row * bytes, bytes, bits, n, unpacked);
         affine_row(unpacked, scale, (int)scale_kind, zero, (int)zero_kind, row, n, bits, group, w, 0, 0);
         dots(w, x, count, n, y + row, rows);
@@ -368,8 +369,8 @@ void multiply_codebook(const float *x, int64_t count, const uint8_t *codes, int6
                        const float *levels, int64_t rows, int64_t n, int64_t bits, int64_t group, float *y,
                        int64_t threads) {
     ROWS(rows) {
-        float *w = scratch(n + n / 4 + 8);
-        uint8_t *unpacked = (uint8_t *)(w + n);
+        float *w = scratch(ROUND(n) + n / 4 + 8);
+        uint8_t *unpacked = (uint8_t *)(w + ROUND(n));
         unpack_row(codes + row * bytes, bytes, bits, n, unpacked);
         look_up(unpacked, levels, n, bits, w);
         codebook_row(w, scale, row, n, group, w, 0, 0);

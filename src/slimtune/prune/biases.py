@@ -6,6 +6,7 @@ A stock configuration gives biases to all linears of a sub-layer or to none, so 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any, cast
 
 import torch
@@ -30,7 +31,7 @@ def give_biases_(model: nn.Module, modelmap: ModelMap, axes: Sequence[Axis]) -> 
     for axis in axes:
         bare = [part.port for part in axis.readers if not modelmap[part.port].bias]
         place = PLACES.get(axis.kind, "")
-        if bare and getattr(config, place, None) is not False:
+        if bare and (getattr(config, place, None) is not False or not _placed(model, place, bare[0])):
             raise RecipeError(
                 "the model's configuration has no place for a bias",
                 where=bare[0],
@@ -45,10 +46,20 @@ def give_biases_(model: nn.Module, modelmap: ModelMap, axes: Sequence[Axis]) -> 
                     linears[port.name] = _plain(model.get_submodule(port.name), port.name)
     for linear in linears.values():
         zeros = torch.zeros(linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device)
-        linear.bias = nn.Parameter(zeros, requires_grad=False)
+        linear.bias = nn.Parameter(zeros, requires_grad=linear.weight.requires_grad)
     for place in wanted:
         setattr(config, place, True)
     return sum(linear.out_features for linear in linears.values())
+
+
+def _placed(model: nn.Module, place: str, name: str) -> bool:
+    """Whether a model of this kind, told so by its configuration, has this bias: a file may have keys that mean nothing
+    to its model."""
+    config = deepcopy(cast(Any, model).config)
+    setattr(config.get_text_config(), place, True)
+    with torch.device("meta"):
+        made = type(model)(config)
+    return f"{name}.bias" in dict(made.named_parameters())
 
 
 def _plain(module: nn.Module, name: str) -> nn.Linear:

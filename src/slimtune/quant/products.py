@@ -140,8 +140,15 @@ def times(grad: Tensor, layout: Layout, tensors: Mapping[str, Tensor], onto: Ten
 
 
 def _turning_pays(x: Tensor, layout: Lattice | Trellis) -> bool:
-    """Whether turning `x` and the result costs less than turning the weight."""
-    return 2 * len(x) * (layout.in_features + layout.out_features) < layout.in_features * layout.out_features
+    """Whether turning `x` and the result costs less than turning the weight.
+
+    Not in float16: a turned weight has entries of about 1, the scales of its rows come later, and sums would be beyond
+    what float16 holds, or gradients below it.
+    """
+    return (
+        x.dtype != torch.float16
+        and 2 * len(x) * (layout.in_features + layout.out_features) < layout.in_features * layout.out_features
+    )
 
 
 def _times_turned_transposed(x: Tensor, layout: Lattice | Trellis, tensors: Mapping[str, Tensor]) -> Tensor:

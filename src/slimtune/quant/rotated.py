@@ -105,7 +105,7 @@ class Trellis:
 def turned_pieces(
     layout: Lattice | Trellis, codes: Tensor, dtype: torch.dtype, size: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """`C`, some rows at a time, about `size` numbers: which, and they, decoded in `_wide(dtype)` and rounded."""
+    """`C`, some rows at a time, about `size` numbers: which, and they, decoded in `wide(dtype)` and rounded."""
     rows, columns = layout.turned_shape
     step = rows // len(codes)
     height = max(1, size // (columns * step))

@@ -78,7 +78,9 @@ class Options:
         >>> options.text("lower ratio or multiple_of, or use importance: magnitude")
         'lower --ratio or --multiple-of, or use --importance magnitude'
         """
-        mine, long = ("|".join(sorted(keys)) or "$" for keys in (self.keys, {k for k in self.keys if "_" in k}))
+        mine, long = (
+            "|".join(map(re.escape, sorted(keys))) or "$" for keys in (self.keys, {k for k in self.keys if "_" in k})
+        )
         text = re.sub(r"add data: \{(\w+): .*?\}\},? or (?:a file )?\(?--\w+ FILE\)?", r"add --\1 FILE", text)
         text = re.sub(r"\bdata\.(\w+)\.(\w+)", r"\2 of --\1", text)
         text = re.sub(
@@ -94,7 +96,7 @@ def options_of(verb: str, steps: Sequence[str], arguments: Sequence[str]) -> Opt
     keys |= {f.name for step in steps for f in fields(STEPS[step])}
     if Quantize.name in steps:
         keys |= {f.name for f in fields(QUANTIZERS[Quantize.method])}  # type: ignore[arg-type]  # each is a dataclass
-    typed = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
+    typed = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")} - {""}
     return Options(verb, tuple(steps), frozenset(keys | typed))
 
 

@@ -128,12 +128,11 @@ def resolve(recipe: Recipe) -> Recipe:
         if isinstance(step, Prune):
             importance_of(step, f"steps[{number}].prune")
             if needs_data(step) and recipe.data.calibration is None and recipe.data.train is None:
-                raise RecipeError(
-                    "pruning needs calibration text",
-                    where=f"steps[{number}].prune",
-                    got=f"importance: {step.importance}, refit: {str(step.refit).lower()}",
-                    remedy=f"{NO_TEXT}, or use importance: magnitude",
-                )
+                wants = "refit" if step.refit else "bias" if step.bias else ""
+                got = f"{wants}: true" if wants else f"importance: {step.importance}"
+                remedy = f"{NO_TEXT}, or " + (f"leave out {wants}" if wants else "use importance: magnitude")
+                where = f"steps[{number}].prune"
+                raise RecipeError("pruning needs calibration text", where=where, got=got, remedy=remedy)
         try:
             if isinstance(step, Export):
                 exporter_of(step.format, step.quantization, step.rank)
