@@ -4,7 +4,7 @@ Decoding a whole weight for one token costs far more than the token's product. A
 out for PyTorch's int4 product, which takes them as they are; any other weight is decoded once and kept in bfloat16,
 where memory allows. Both are copies beside the stored tensors, made at the start and dropped at the end. Where there is
 no memory for them, loops in C multiply what is stored. Measured on one core, 8192 x 2048, nanoseconds a weight: int4
-0.05, bfloat16 0.11, loops 0.10 to 0.18 (affine, nf4), 0.23 to 0.36 (lattice), 0.30 (trellis).
+0.03, bfloat16 0.10, loops 0.09 to 0.12 (affine, nf4), 0.23 to 0.43 (lattice), 0.27 (trellis).
 """
 
 from __future__ import annotations
