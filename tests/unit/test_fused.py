@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from pico import PICO, pico_inputs, pico_model
 from slimtune.arch import bind
+from slimtune.kernels import compiled
+from slimtune.kernels.rows import gated_silu, rms_norm
 from slimtune.lora import attach, fused
 from slimtune.lora.attach import LoraQuantLinear, add_lora
 from slimtune.lora.fused import Adapted
@@ -233,3 +235,41 @@ def test_nothing_is_held_between_steps() -> None:
         groups = {id(g): g for m in model.modules() if (g := getattr(m, "side_by_side", None)) is not None}
         outputs(model, inputs)
         assert groups and all(group._x is None and not group._ready for group in groups.values())
+
+
+@pytest.mark.parametrize("kind", ["norm", "gate"])
+@pytest.mark.parametrize("loops", [True, False])
+def test_what_a_norm_or_a_gate_made_is_made_again(kind: str, loops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not loops:
+        monkeypatch.setattr(compiled, "library", lambda: None)
+    elif compiled.library() is None:
+        pytest.skip("no compiler")
+    base, (a, b) = layer(400, 300), factors(2, 400, 300, torch.float32)
+    first, second = (torch.randn(64, 400, requires_grad=True) for _ in range(2))
+
+    def made() -> Tensor:
+        return rms_norm(first, second.detach()[0], 1e-6) if kind == "norm" else gated_silu(first, second)
+
+    def upstream(x: Tensor) -> tuple[list[Tensor], int]:
+        before: set[int] = set()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: before.add(t.data_ptr()) or t, lambda t: t):
+            y = fused_lora(x, base, a, b, 0.5)
+        wide = x.data_ptr() in before
+        leaves = (first, a, b) if kind == "norm" else (first, second, a, b)
+        return list(torch.autograd.grad(y.square().sum(), leaves)), wide
+
+    plain, kept = upstream(made().view(64, 400))  # a view is not what was marked
+    again, held = upstream(made())
+    assert kept and held is (kind == "gate" and not loops)  # without the loops, a gate is PyTorch's own
+    for mine, theirs in zip(again, plain, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+def test_an_input_changed_since_it_was_made_is_kept() -> None:
+    base, (a, b) = layer(), factors(2, dtype=torch.float32)
+    x = torch.randn(3, 40, requires_grad=True)
+    normed = rms_norm(x, torch.ones(40), 1e-6)
+    normed.mul_(2)
+    got = torch.autograd.grad(fused_lora(normed, base, a, b, 1.0).sum(), a)[0]
+    wanted = torch.autograd.grad(((2 * rms_norm(x, torch.ones(40), 1e-6)) @ a.T @ b.T).sum(), a)[0]
+    torch.testing.assert_close(got, wanted)

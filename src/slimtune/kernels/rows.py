@@ -2,7 +2,8 @@
 
 Written as single operations on whole tensors, a norm reads and writes its activations from memory once for each of
 them, and saves some in float32. Here a run of rows stays in the core's cache from the first operation to the last, and
-the input is saved and one number a row. Arithmetic is in float32 (float64 where the input is), rounded once.
+the input is saved and one number a row; who reads a norm or a gate need not save it (`slimtune.kernels.remake`).
+Arithmetic is in float32 (float64 where the input is), rounded once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from slimtune.kernels import compiled
+from slimtune.kernels.remake import remade
 
 NUMBERS = 64 * 1024
 """How many numbers of a tensor are worked on at once."""
@@ -32,17 +34,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
-        if compiled.fits(x, gain):
-            y, inverse = compiled.norm(x, gain, epsilon)
-            ctx.save_for_backward(x, gain, inverse)
-            return y
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        inverse = torch.empty((*x.shape[:-1], 1), dtype=gain.dtype)
-        for some, scale, to in _runs(x, inverse, y):
-            work = some.to(gain.dtype, copy=True)
-            square = torch.linalg.vector_norm(work, dim=-1, keepdim=True).square_()
-            torch.rsqrt(square.div_(x.shape[-1]).add_(epsilon), out=scale)
-            to.copy_(work.mul_(scale).mul_(gain))
+        y, inverse = _normed(x, gain, epsilon)
         ctx.save_for_backward(x, gain, inverse)
         return y
 
@@ -60,6 +52,20 @@ class _RmsNorm(torch.autograd.Function):
         return to_x, None, None
 
 
+def _normed(x: Tensor, gain: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The norm, and the inverse of the root mean square of each row."""
+    if compiled.fits(x, gain):
+        return compiled.norm(x, gain, epsilon)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    inverse = torch.empty((*x.shape[:-1], 1), dtype=gain.dtype)
+    for some, scale, to in _runs(x, inverse, y):
+        work = some.to(gain.dtype, copy=True)
+        square = torch.linalg.vector_norm(work, dim=-1, keepdim=True).square_()
+        torch.rsqrt(square.div_(x.shape[-1]).add_(epsilon), out=scale)
+        to.copy_(work.mul_(scale).mul_(gain))
+    return y, inverse
+
+
 def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
     """`x * gain / sqrt(mean(x²) + epsilon)` over the last dimension, in the dtype of `x`; `gain` is frozen.
 
@@ -68,7 +74,9 @@ def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
         >>> bool(torch.allclose(rms_norm(x, gain, 1e-6), torch.nn.functional.rms_norm(x, (8,), gain, 1e-6), atol=1e-6))
         True
     """
-    return cast(Tensor, _RmsNorm.apply(x, gain.to(torch.promote_types(x.dtype, torch.float32)), epsilon))
+    gain = gain.to(torch.promote_types(x.dtype, torch.float32))
+    y = cast(Tensor, _RmsNorm.apply(x, gain, epsilon))
+    return remade(y, lambda x, gain: _normed(x, gain, epsilon)[0], x, gain)
 
 
 class _Gated(torch.autograd.Function):
@@ -95,7 +103,7 @@ def gated_silu(gate: Tensor, value: Tensor) -> Tensor:
         True
     """
     if gate.dtype == value.dtype and compiled.fits(gate.detach(), value.detach()):
-        return cast(Tensor, _Gated.apply(gate, value))
+        return remade(cast(Tensor, _Gated.apply(gate, value)), compiled.gated, gate, value)
     return silu(gate) * value
 
 

@@ -3,8 +3,9 @@
 One function knows what none of its parts do: that the input is kept once for the whole, that nothing frozen has to be
 brought to the adapter's dtype, that all that goes back to the input can be added up inside the matrix products, and
 that the thin products of linears side by side (queries, keys and values; gate and up) are one. What is saved for the
-backward pass is the input, the `r` numbers a token between A and B, and references to packed tensors and factors; or
-where `keep` says so (`slimtune.quant.decoding.kept_weights`) the decoded weight.
+backward pass is the input (of the output of a norm or gate, what it is made of: `slimtune.kernels.remake`), the `r`
+numbers a token between A and B, and references to packed tensors and factors; or where `keep` says so
+(`slimtune.quant.decoding.kept_weights`) the decoded weight.
 
 The factors keep their own dtype (float32 under PEFT's default, so that small updates are not lost) and are rounded to
 the dtype of the input for the product, as autocast does. Of the computation orders of RunLoRA (arXiv 2312.03415) the
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
+from slimtune.kernels.remake import Remake, remake_of
 from slimtune.quant.activation import Activations
 from slimtune.quant.blackbox import BlackBox
 from slimtune.quant.layouts import Layout
@@ -54,7 +56,9 @@ class _PackedLora(torch.autograd.Function):
     """Gradients to the input and to all factors; the packed tensors are frozen."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, facts: tuple[_Facts, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, facts: tuple[_Facts, ...], remake: Remake | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         """`tensors` are those of one linear after the other."""
         flat, outputs, saved, rest = x.reshape(-1, x.shape[-1]), [], [], list(tensors)
         own = [[rest.pop(0) for _ in range(2 + len(fact.names))] for fact in facts]
@@ -73,18 +77,19 @@ class _PackedLora(torch.autograd.Function):
             y.addmm_(part, b.to(x.dtype).T, alpha=fact.scaling)
             outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
             saved += [a, b, *packed]
-        ctx.save_for_backward(x, low, *saved)
+        ctx.save_for_backward(low, *saved, *((x,) if remake is None else remake.of))
         ctx.set_materialize_grads(False)
-        ctx.facts = facts
+        ctx.facts, ctx.make = facts, None if remake is None else remake.make
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """An output that nothing was made of has no gradient, and neither have its factors."""
-        x, low, *rest = ctx.saved_tensors
+        low, *rest = ctx.saved_tensors
         own = [[rest.pop(0) for _ in range(3 if fact.keep else 2 + len(fact.names))] for fact in ctx.facts]
+        x = rest[0] if ctx.make is None else ctx.make(*rest)
         lows = low.split([len(a) for a, *_ in own], 1)
-        wanted = iter(ctx.needs_input_grad[2:])
+        wanted = iter(ctx.needs_input_grad[3:])
         found: list[list[Tensor | None]] = []
         thin, read, to_x, to_factors = [], [], None, False
         for fact, grad, (a, b, *packed), part in zip(ctx.facts, grads, own, lows, strict=True):
@@ -110,7 +115,7 @@ class _PackedLora(torch.autograd.Function):
             to_read = iter((together.T @ x.reshape(-1, x.shape[-1])).split([len(a) for a in read]))
             for grad, (a, *_), to in zip(grads, own, found, strict=True):
                 to[0] = None if grad is None else next(to_read).to(a.dtype)
-        return (to_x, None, *(tensor for to in found for tensor in to))
+        return (to_x, None, None, *(tensor for to in found for tensor in to))
 
 
 def fused_lora(x: Tensor, readers: Sequence[Adapted]) -> tuple[Tensor, ...]:
@@ -124,7 +129,7 @@ def fused_lora(x: Tensor, readers: Sequence[Adapted]) -> tuple[Tensor, ...]:
     for base, a, b, scaling in readers:
         facts.append(_Facts(scaling, base.activations, base.layout, base.keep, base.names))
         tensors += [a, b, *(getattr(base, name) for name in base.names)]
-    found = cast(tuple[Tensor, ...], _PackedLora.apply(x, tuple(facts), *tensors))
+    found = cast(tuple[Tensor, ...], _PackedLora.apply(x, tuple(facts), remake_of(x), *tensors))
     biases = [reader.base.bias for reader in readers]
     return tuple(y if bias is None else y + bias.to(y.dtype) for y, bias in zip(found, biases, strict=True))
 
