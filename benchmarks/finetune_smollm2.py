@@ -8,7 +8,8 @@ measures. `nf4` stands for QLoRA's base: its weights are those of bitsandbytes (
 
 An arm with `+residual` quantizes here (with `--windows DIR/tokens128.safetensors`, which `--timing` left there), and
 its factors, of the same rank, start from what that lost; with `+scales` the scales and signs of the packed layers
-train, too: `slimtune-quip-b2+residual+scales`.
+train, too: `slimtune-quip-b2+residual+scales`. Of several `--learning-rate`s every arm is
+trained at each, and the result is called so.
 
     python benchmarks/finetune_smollm2.py --rows alpaca.jsonl.gz --name alpaca --work DIR [--arms NAME ...]
     python benchmarks/finetune_smollm2.py --rows samsum.jsonl.gz --name samsum --work DIR --rouge 64 \\
@@ -19,6 +20,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ from slimtune.train.loop import finetune
 from slimtune.train.options import TrainOptions
 
 RANK = 16
+RATE = 5e-4
 RESULTS = Path(__file__).parent / "results"
 ARMS = (
     "16bit", "slimtune-nf4-b4-g64", "gptqmodel-mse-b4-g64", "gptqmodel-mse-b3-g64", "gptqmodel-mse-b2-g64",
@@ -55,9 +59,8 @@ def packed(name: str, arguments: argparse.Namespace) -> Loaded:
     return loaded
 
 
-def arm(name: str, folder: str, rows: list[Any], arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """Train on the base in `folder`; its losses."""
-    loaded = packed(name, arguments) if "+" in name else load(folder, dtype="bfloat16")
+def arm(name: str, loaded: Loaded, rows: list[Any], arguments: argparse.Namespace, rate: float, seed: int) -> Any:
+    """Train on the base; its losses."""
     conversations = normalise(rows, where="rows")
     examples, _ = tokenize(conversations, loaded.tokenizer, arguments.length, completion_only_loss=True, where="rows")
     held_out, examples = examples[: arguments.held_out], examples[arguments.held_out :]
@@ -66,7 +69,7 @@ def arm(name: str, folder: str, rows: list[Any], arguments: argparse.Namespace, 
     options = TrainOptions(
         max_steps=arguments.steps,
         per_device_train_batch_size=4,
-        learning_rate=arguments.learning_rate,
+        learning_rate=rate,
         max_length=arguments.length,
         scales="+scales" in name,
     )
@@ -89,7 +92,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, nargs="+", default=[RATE])
     parser.add_argument("--held-out", type=int, default=96)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rouge", type=int, default=0, help="held-out rows to reply to")
@@ -105,16 +108,21 @@ def main() -> None:
         if name != "16bit" and "+" not in name and not (arguments.work / name / "result.json").is_file():
             print(f"left out: {name} (no folder)")
             continue
-        for seed in range(arguments.seeds):
-            kept = arguments.work / f"{name}.{arguments.name}.{arguments.steps}.{arguments.rouge}.{seed}.json"
+        base: Loaded | None = None
+        for rate, seed in product(arguments.learning_rate, range(arguments.seeds)):
+            ending = f"{arguments.steps}.{arguments.rouge}.{seed}" + f".{rate}" * (rate != RATE)
+            kept = arguments.work / f"{name}.{arguments.name}.{ending}.json"
             if not kept.is_file():
-                kept.write_text(json.dumps(arm(name, folder, rows, arguments, seed)))
+                if base is None:
+                    base = packed(name, arguments) if "+" in name else load(folder, dtype="bfloat16")
+                kept.write_text(json.dumps(arm(name, deepcopy(base), rows, arguments, rate, seed)))
             facts = json.loads(kept.read_text())
-            found.append({"arm": name, "seed": seed, **facts})
-            print(f"{name:28} {facts['eval_loss_before']:.4f} -> {facts['eval_loss_after']:.4f}", flush=True)
+            found.append({"arm": name, "learning_rate": rate, "seed": seed, **facts})
+            print(f"{name:28} {rate} {facts['eval_loss_before']:.4f} -> {facts['eval_loss_after']:.4f}", flush=True)
     head = {"environment": environment(), "model": Path(arguments.model).name, "data": Path(arguments.rows).name}
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"finetune_smollm2_{arguments.name}.json").write_text(
+    ending = "_rates" if len(arguments.learning_rate) > 1 else ""
+    (RESULTS / f"finetune_smollm2_{arguments.name}{ending}.json").write_text(
         json.dumps({**head, "threads": torch.get_num_threads(), **settings, "rows": found}, indent=1) + "\n"
     )
 

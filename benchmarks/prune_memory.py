@@ -6,7 +6,8 @@ of its resident memory is read while it does.
 
     weights        nothing
     lora-only      forward and backward of LoRA factors (r=8), as training does
-    full           forward and backward to every weight of the blocks (bfloat16 gradients), as LLM-Pruner does
+    full           forward and backward to every weight of the blocks (bfloat16 gradients), as LLM-Pruner does on a GPU
+    full-float32   the same with a float32 model, as LLM-Pruner does on a CPU
     others         collecting that importance, as one-shot pruning does
 
     python benchmarks/prune_memory.py
@@ -38,11 +39,12 @@ from slimtune.recipe.run import environment
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 from gptqmodel_arm import Meter
 
-ARMS = ("weights", "lora-only", "full", "gate", "gate-fisher", "lora", "weight-taylor", "wanda")
+FULL = ("full", "full-float32")
+ARMS = ("weights", "lora-only", *FULL, "gate", "gate-fisher", "lora", "weight-taylor", "wanda")
 RESULT = Path(__file__).parent / "results" / "prune_memory.json"
 
 
-def model_of(layers: int, packed: bool) -> Any:
+def model_of(layers: int, packed: bool, dtype: torch.dtype) -> Any:
     """The random model."""
     config = LlamaConfig(
         vocab_size=32_000,
@@ -54,7 +56,7 @@ def model_of(layers: int, packed: bool) -> Any:
         tie_word_embeddings=True,
     )
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
+        model = LlamaForCausalLM(config).to(dtype)
     model = model.to_empty(device="cpu").eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -74,20 +76,20 @@ def model_of(layers: int, packed: bool) -> Any:
 def run(arm: str, layers: int, packed: bool, length: int) -> dict[str, Any]:
     """Build the model, do one thing, and say what that took."""
     torch.set_num_threads(1)
-    model = model_of(layers, packed)
+    model = model_of(layers, packed, torch.float32 if arm == "full-float32" else torch.bfloat16)
     if arm in ("lora-only", "lora"):
         model = add_lora(model, r=8)
     base, modelmap = base_of(model), bind(model)
     tokens = torch.randint(0, 32_000, (1, length), generator=torch.Generator().manual_seed(0))
     if arm not in ("lora-only", "lora"):
-        names = {f"{port.name}.weight" for port in modelmap.linears if port.block is not None and arm == "full"}
+        names = {f"{port.name}.weight" for port in modelmap.linears if port.block is not None and arm in FULL}
         for name, parameter in base.named_parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(name in names)
     gradients = sum(p.numel() * p.element_size() for p in base.parameters() if p.requires_grad)
     release()
     with Meter() as meter:
-        if arm in ("lora-only", "full"):
+        if arm in ("lora-only", *FULL):
             loss_of(base, tokens).backward()
         elif arm != "weights":
             collect(base, modelmap, axes(modelmap), IMPORTANCES[arm](), tokens, batch_size=1)
@@ -110,7 +112,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for packed in (False, True):
         for arm in arguments.arms:
-            if packed and arm == "full":
+            if packed and arm in FULL:
                 continue  # packed weights have no gradients
             command = [sys.executable, __file__, "--arm", arm, "--layers", str(arguments.layers)]
             command += ["--length", str(arguments.length), *(["--packed"] if packed else [])]
