@@ -25,6 +25,7 @@ from slimtune.recipe.run import environment
 
 RESULTS = Path(__file__).parent / "results"
 RATE = 2e-4
+STEPS = 60
 
 
 def arms(arguments: argparse.Namespace, work: Path) -> dict[str, tuple[str, list[dict[str, Any]]]]:
@@ -81,7 +82,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--kind", default="learned")
     parser.add_argument("--online", nargs="*", default=["r4", "heads"])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--learning-rate", type=float, default=RATE)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--samples", type=int, default=32)
@@ -109,6 +110,7 @@ def main() -> None:
         RESULTS.mkdir(exist_ok=True)
         more = (f"_seed{arguments.seed}" if arguments.seed else "") + ("_clipped" if arguments.clip < 1 else "")
         more += f"_{arguments.learning_rate:g}" if arguments.learning_rate != RATE else ""
+        more += f"_{arguments.steps}_steps" if arguments.steps != STEPS else ""
         name = f"rolora_smollm2_{arguments.method}_w{arguments.bits}a{arguments.bits}{more}.json"
         head = {"environment": environment(), "model": Path(arguments.model).name, "length": 512}
         (RESULTS / name).write_text(json.dumps({**head, **settings, "rows": rows}, indent=1) + "\n")
