@@ -77,3 +77,18 @@ def test_the_gradient_of_the_input_is_exact(name: str) -> None:
     upstream = torch.randn(3, layer.out_features, dtype=torch.float64)
     (layer(x) * upstream).sum().backward()
     torch.testing.assert_close(x.grad, upstream @ layer.dequantize(torch.float64))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("name", METHODS)
+def test_it_compiles_as_one_graph(name: str) -> None:
+    linear = torch.nn.Linear(24, 40, bias=False)
+    method: Any = QUANTIZERS[name](bits=3)
+    layer = QuantLinear.from_linear(linear, method(linear.weight.detach(), {"hessian": torch.eye(24)}))
+    x = torch.randn(5, 24, requires_grad=True)
+    wanted = layer(x)
+    torch._dynamo.reset()
+    got = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(got, wanted)
+    slopes = [torch.autograd.grad(y.square().sum(), x)[0] for y in (got, wanted)]
+    torch.testing.assert_close(*slopes)

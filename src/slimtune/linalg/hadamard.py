@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from slimtune.errors import ShapeError
+from slimtune.linalg.constant import constant
 
 WIDEST = 64
 """Factors are multiplied together up to this order: fewer passes over the data, while products still cost little.
@@ -125,7 +126,7 @@ def _parts(n: int) -> list[tuple[int, ...]]:
     return [parts for _, parts in sorted(orders)[::-1]]
 
 
-@lru_cache(maxsize=256)
+@constant
 def _products(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """The factors as a product in `dtype` takes them: the last ones as one where that is faster."""
     made, widest = list(factors(n)), 0

@@ -18,6 +18,8 @@ from itertools import combinations, product
 import torch
 from torch import Tensor
 
+from slimtune.linalg.constant import constant
+
 WIDTH = 8
 """Coordinates of a point."""
 
@@ -119,7 +121,7 @@ def decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
     return found.view(*codes.shape[:-1], WIDTH)
 
 
-@lru_cache(maxsize=16)
+@constant
 def tables(bits: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """What the first two bytes of a code stand for, `[65536, 8]`, and what is added for the others (2 bits: nothing,
     the table is empty)."""

@@ -19,6 +19,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from slimtune.linalg.constant import constant
 from slimtune.linalg.packing import pack
 
 LENGTH = 12
@@ -251,7 +252,7 @@ def _trellis(bits: int, dtype: torch.dtype, device: torch.device) -> Trellis:
         return Trellis.of(table(bits).to(device, dtype), bits)
 
 
-@lru_cache(maxsize=16)
+@constant
 def numbers(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What every state stands for, `dtype [4096]`: the table, spread back."""
     with torch.inference_mode(False):
