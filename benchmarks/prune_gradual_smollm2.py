@@ -6,6 +6,7 @@
     wanda      pruned at once by wanda, fitted by least squares, then LoRA
     wanda-only the same without the fit
     loraprune-half  LoRAPrune's importance again, with the ramp over after half of the steps
+    loraprune-fit   the same importance, with the ramp over after a fifth of the steps, fitted at every choice
     depth      whole layers, at once, by the loss without them, then LoRA
     gate       pruned along LoRA by gate-fisher, taught by the unpruned model
     gate-fit   the same, fitted at every choice
@@ -63,6 +64,7 @@ def arms(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
         "wanda": [{"prune": {**cut, **wanda, "refit": True}}, lora, train, *end],
         "wanda-only": [{"prune": {**cut, **wanda}}, lora, train, *end],
         "loraprune-half": [lora, {"prune": {**ramp, **lora_paper, "warmup": 0.0, "cooldown": 0.5}}, train, *end],
+        "loraprune-fit": [lora, {"prune": {**ramp, **lora_paper, **early, "refit": True}}, train, *end],
         "flap": [{"prune": {**cut, "importance": "flap"}}, lora, train, *end],
         "depth": [{"prune": depth}, lora, train, *end],
         "gate": [lora, {"prune": {**ramp, **fisher}}, taught, *end],

@@ -5,6 +5,7 @@ r"""RoLoRA and the controls its paper lacks: SmolLM2-135M, WikiText-2, one quant
     c  rotated, quantized, not tuned     f  rotated, LoRA trained on rounded weights and inputs, merged, quantized
                                          g  as f, with rounded inputs alone
     h  rotated, quantized, LoRA on the packed weights, merged into them (`keep_bits`)
+    i  rotated, quantized, LoRA that starts from what was lost, trained with the scales, beside the packed weights
 
 Every arm is a recipe; all train the same rows with the same seed, and b and d start from what a left. An arm whose run
 folder is whole is not run again.
@@ -55,6 +56,8 @@ def arms(arguments: argparse.Namespace, work: Path) -> dict[str, tuple[str, list
             "activations": {"bits": bits, "search": clip < 1},
         }
     }
+    residual = {"lora": {"r": 16, "lora_alpha": 32, "init": "residual"}}
+    scales = {"train": {**options, "scales": True}}
     low = {"merge": {"keep_bits": True, "force": True}}
     evaluate = {"evaluate": {"perplexity": {"wikitext2": arguments.text}, "max_tokens": arguments.tokens}}
     return {
@@ -65,6 +68,7 @@ def arms(arguments: argparse.Namespace, work: Path) -> dict[str, tuple[str, list
         "e": (arguments.model, [rotate, lora, train, {"merge": {}}, quantize, evaluate]),
         "f": (arguments.model, [rotate, lora, qat, {"merge": {}}, quantize, evaluate]),
         "h": (arguments.model, [rotate, quantize, lora, train, evaluate, low, evaluate]),
+        "i": (arguments.model, [rotate, quantize, residual, scales, evaluate]),
         "g": (arguments.model, [rotate, lora, inputs, {"merge": {}}, quantize, evaluate]),
     }
 
