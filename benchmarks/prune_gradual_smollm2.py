@@ -6,12 +6,12 @@
     wanda      pruned at once by wanda, fitted by least squares, then LoRA
     wanda-only the same without the fit
     loraprune-half  LoRAPrune's importance again, with the ramp over after half of the steps
-    loraprune-fit   the same importance, with the ramp over after a fifth of the steps, fitted at every choice
+    loraprune-fit   the same importance, with such a short ramp, fitted at every choice
     depth      whole layers, at once, by the loss without them, then LoRA
     gate       pruned along LoRA by gate-fisher, taught by the unpruned model
     gate-fit   the same, fitted at every choice
     wanda-fit  pruned along LoRA by wanda, fitted at every choice, taught by the unpruned model
-    wanda-early  the same, with the ramp over after a fifth of the steps
+    wanda-early  the same, with the ramp over after a fifth of the steps, in six choices or so
     top-k      gate-fit, taught by what the unpruned model said once (32 likeliest tokens)
 
 Every arm is a recipe with the same rows, rate and number of steps. An arm whose run folder is whole is not run again.
@@ -55,7 +55,7 @@ def arms(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     ramp = {**cut, "schedule": "cubic", "every": arguments.every}
     fisher, wanda = {"importance": "gate-fisher"}, {"importance": "wanda"}
     top_k = {"train": {**options, "distill": True, "distill_top_k": 32}}
-    early = {"warmup": 0.0, "cooldown": 0.8}
+    early = {"warmup": 0.0, "cooldown": 0.8, "every": max(arguments.every, arguments.steps // 30)}
     depth = {**cut, "targets": ["layers"], "importance": "loss-change"}
     lora_paper = {"importance": "lora", "normalise": "module"}
     return {
