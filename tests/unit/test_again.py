@@ -282,6 +282,12 @@ def test_cost_is_told_and_refused_above_the_tolerance() -> None:
     assert "perplexity_before" not in told[1] and told[1]["cost"] > 1e-9
 
 
+def test_an_encoder_decoder_is_measured_on_its_weights() -> None:
+    told: list[dict[str, Any]] = []
+    slimtune.merge(adapted("t5"), keep_bits=True, calibration=TOKENS, tolerance=1.0, facts=told.append)
+    assert "perplexity_before" not in told[0] and 0 < told[0]["cost"] < 0.1
+
+
 def test_dense_models_have_no_bits_to_keep() -> None:
     with pytest.raises(RecipeError, match="no packed weights"):
         merge_packed(add_lora(pico_model("llama"), r=2))

@@ -239,3 +239,8 @@ def test_what_is_not_rounded_is_not_packed(family: str) -> None:
     if family == "t5":
         round_cache_(model, 4)
     assert packed_cache(model) == {}
+
+
+def test_merging_into_packed_weights_keeps_it() -> None:
+    model = slimtune.add_lora(slimtune.quantize(pico_model(), **RTN, kv_cache={"bits": 4}), r=2)
+    assert cache_bits(slimtune.merge(model, keep_bits=True)) == 4

@@ -11,6 +11,7 @@ from slimtune.linalg.levels import LEVELS
 from slimtune.linalg.packing import pack, unpack
 from slimtune.quant.layouts import Codebook, layout_from_dict
 from slimtune.quant.nf4 import Nf4, nest
+from slimtune.quant.select import select
 
 NF4 = torch.tensor(LEVELS["nf4"])
 
@@ -126,3 +127,16 @@ def test_unknown_levels_are_refused() -> None:
     with pytest.raises(FormatError, match="unknown levels") as caught:
         Codebook(2, 64, "nf5", 64)
     assert "nf5" in str(caught.value) and "nf4" in str(caught.value)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_groups_of_nested_scales_are_not_cut_out_of_their_run(double_quant: bool) -> None:
+    w = torch.randn(4, 2 * 300, generator=torch.Generator().manual_seed(0))
+    w[:, :512] *= 10  # the first run of scales
+    q = Nf4(block_size=2, double_quant=double_quant)(w, {})
+    columns = torch.arange(40, 600)
+    smaller, reason = select(q, None, columns)
+    off = (smaller.dequantize() - q.dequantize()[:, columns]).abs().max()
+    assert bool(reason) == double_quant and off < (5 if double_quant else 1e-6)
+    some, reason = select(q, None, torch.arange(600))
+    assert not reason and torch.equal(some.dequantize(), q.dequantize())

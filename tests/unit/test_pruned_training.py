@@ -14,7 +14,8 @@ import slimtune
 from pico import logits, pico_inputs, pico_model, pico_tokenizer
 from slimtune.arch import bind
 from slimtune.calib.formats import normalise
-from slimtune.lora.attach import adapted, base_of, load_adapter
+from slimtune.errors import RecipeError
+from slimtune.lora.attach import adapted, base_of, load_adapter, plain
 from slimtune.lora.options import FakeQuant
 from slimtune.prune.groups import axes
 from slimtune.prune.importance import Magnitude
@@ -23,6 +24,7 @@ from slimtune.prune.probe import Probe
 from slimtune.prune.state import cut_state_
 from slimtune.prune.surgery import PrunePlan, prune_
 from slimtune.prune.weights import shares
+from slimtune.quant.linear import QuantLinear
 from slimtune.train.checkpoint import CheckpointingTrainer
 from slimtune.train.data import Collator, padding_id, tokenize
 from slimtune.train.loop import TrainFacts, finetune
@@ -50,13 +52,16 @@ def adapter(init: str = "default", bits: int = 0, dtype: torch.dtype = torch.flo
     return model
 
 
-def train(model: Any, optim: str = "adamw_torch", fake: FakeQuant | None = None, **changes: Any) -> TrainFacts:
+def train(
+    model: Any, optim: str = "adamw_torch", fake: FakeQuant | None = None, importance: str = "gate", **changes: Any
+) -> TrainFacts:
     """Four steps, cut after the second."""
     known = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1}
     options = TrainOptions(
         **{**known, "optim": optim, "fake_quant": fake, "save_steps": changes.pop("save_steps", 100)}
     )
-    return finetune(model, EXAMPLES, Collator(padding_id(TOKENIZER)), options, prune=PruneOptions(**RAMP), **changes)
+    ramp = PruneOptions(**{**RAMP, "importance": importance})
+    return finetune(model, EXAMPLES, Collator(padding_id(TOKENIZER)), options, prune=ramp, **changes)
 
 
 def masked_and_cut(model: Any, **changes: Any) -> tuple[Tensor, Tensor]:
@@ -120,6 +125,30 @@ def test_an_adapter_that_is_frozen_in_part_is_pruned_at_once(importance: str) ->
     assert logits(pruned, pico_inputs(base_of(pruned))).isfinite().all()
 
 
+def test_gradients_of_weights_are_seen_through_any_adapter() -> None:
+    packed, dense = adapter(bits=8), adapter()
+    layers = plain(dense)
+    for name, layer in plain(packed).items():
+        if isinstance(layer, QuantLinear):
+            cast(Any, layers[name]).weight.data = layer.dequantize(torch.float32)
+    kept: list[Any] = []
+    for model in (packed, dense):
+        options: dict[str, Any] = {"ratio": 0.3, "importance": "weight-taylor", "multiple_of": 4}
+        slimtune.prune(model, **options, calibration=TOKENS, facts=lambda facts: kept.append(facts["kept"]))
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "o_proj"]])
+def test_units_that_no_adapter_sees_are_not_pruned_by_its_gradients(targets: list[str]) -> None:
+    model: Any = slimtune.add_lora(pico_model("llama"), r=2, target_modules=targets)
+    with pytest.raises(RecipeError, match="no adapter is here"):
+        slimtune.prune(model, ratio=0.3, importance="lora", calibration=TOKENS, multiple_of=2)
+    pruned = slimtune.prune(
+        model, ratio=0.1, importance="lora", targets=("kv",), of="model", calibration=TOKENS, multiple_of=1
+    )
+    assert logits(pruned, pico_inputs(base_of(pruned))).isfinite().all()
+
+
 ROUNDED = FakeQuant(4, 8, group_size=16)
 
 
@@ -140,6 +169,12 @@ def test_training_goes_on_after_the_cut(init: str, optim: str, fake: FakeQuant |
     assert facts.last_loss is not None and facts.first_loss is not None
     assert torch.tensor(facts.last_loss).isfinite() and facts.last_loss < facts.first_loss + 1
     assert base_of(model).get_submodule("model.layers.0.mlp.down_proj").in_features < 40
+
+
+@pytest.mark.parametrize(("bits", "fake"), [(4, None), (0, ROUNDED)])
+def test_weight_gradients_of_packed_and_rounded_layers(bits: int, fake: FakeQuant | None) -> None:
+    facts = train(adapter(bits=bits), fake=fake, importance="weight-taylor")
+    assert facts.prune is not None
 
 
 class Killed(BaseException):

@@ -246,7 +246,7 @@ def test_scores_see_the_weights_that_dora_computes_with() -> None:
     assert model.peft_config
 
 
-@pytest.mark.parametrize("group", [8, 20, -1])
+@pytest.mark.parametrize("group", [8, 20, -1, 40])
 def test_packed_weights_are_cut_exactly_where_whole_groups_go(group: int) -> None:
     model = pico_model("llama")
     modelmap = bind(model)
@@ -261,6 +261,8 @@ def test_packed_weights_are_cut_exactly_where_whole_groups_go(group: int) -> Non
         assert 1e-3 < off < 3
     else:
         assert facts.requantized == () and off < 1e-5
+        layout = model.get_submodule("model.layers.0.mlp.down_proj").layout
+        assert layout.group_size == (8 if group == 8 else 24)  # as docs/formats.md says: no more than the row has
     assert bind(model).sizes[modelmap[found[0].name].reads] == 24
 
 

@@ -77,8 +77,10 @@ def merge_packed(
     rounding = {name: layer.activations for name, layer in layers.items() if isinstance(layer, QuantLinear)}
     if layers and (not old or any(isinstance(layer, BlackBox) for layer in layers.values())):
         raise RecipeError("there are no packed weights to merge into", remedy="merge: {} makes the model dense")
-    dtype = cast(torch.dtype, cast(Any, model).dtype)
+    dtype, cache = cast(torch.dtype, cast(Any, model).dtype), cache_bits(base_of(model))
     merged = merge(model, torch.float32)
+    if cache < 16:
+        round_cache_(cast(Any, merged), cache)
 
     def choose(port: Port) -> Quantizer | str:
         if port.name not in old:

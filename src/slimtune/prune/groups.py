@@ -19,6 +19,7 @@ from typing import Literal
 
 from slimtune.arch import Block, ModelMap, Port, Space
 from slimtune.errors import RecipeError
+from slimtune.prune.importance import Side
 
 Kind = Literal["kv", "heads", "ffn", "layers"]
 Target = Literal["kv", "heads", "ffn", "layers", "sublayers"]
@@ -39,6 +40,11 @@ class Part:
     dim: int
     start: int
     size: int
+
+    @property
+    def side(self) -> Side:
+        """What the port does with the space."""
+        return "reads" if self.dim == 1 else "writes"
 
     def indices(self, units: Iterable[int]) -> tuple[int, ...]:
         """The indices of these units, in the order given."""

@@ -8,7 +8,7 @@ zero where the gate is, so a unit taken away by mistake can come back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.arch import ModelMap, Space
-from slimtune.errors import CalibrationError
+from slimtune.errors import CalibrationError, RecipeError
 from slimtune.prune.groups import Axis, Part
 from slimtune.prune.importance import Importance
-from slimtune.prune.weights import base_layer, part_of, shares
+from slimtune.prune.weights import base_layer, factors, part_of, shares
 
 GATED = frozenset(("gate", "gate_squares"))
 """Statistics of units that say all by themselves: who needs no other is shown no weight."""
@@ -27,6 +27,23 @@ GATED = frozenset(("gate", "gate_squares"))
 Normalise = Literal["none", "module", "axis"]
 Scores = dict[str, Tensor]
 """A score for each unit of each axis, by the axis's name."""
+
+
+def require_adapters(axes: Sequence[Axis], importance: Importance, adapted: Collection[str]) -> None:
+    """Raise `RecipeError` where `importance` looks at the gradients of adapters, and no port of an axis that it looks
+    at is among `adapted`: all its units would score 0."""
+    if "lora_gradient" not in importance.needs:
+        return
+    for axis in axes:
+        seen = [part.port for part in axis.parts if part.side in importance.looks_at]
+        if seen and not any(port in adapted for port in seen):
+            leaves = ", ".join(sorted({port.rpartition(".")[2] for port in seen}))
+            raise RecipeError(
+                "this importance looks at adapters' gradients, and no adapter is here",
+                where=axis.name,
+                wanted=f"an adapter on one of {leaves}",
+                remedy=f"name one in lora's target_modules, leave {axis.kind} out of targets, or use importance: gate",
+            )
 
 
 class _Gate(torch.autograd.Function):
@@ -64,6 +81,9 @@ class Probe:
     def __init__(
         self, model: nn.Module, modelmap: ModelMap, axes: Sequence[Axis], importance: Importance, seed: int = 0
     ) -> None:
+        if "lora_gradient" in importance.needs:
+            modules = {part.port: model.get_submodule(part.port) for axis in axes for part in axis.parts}
+            require_adapters(axes, importance, [port for port, module in modules.items() if any(factors(module))])
         self.axes = {axis.name: axis for axis in axes if axis.parts}
         self.masks = {name: torch.ones(axis.units) for name, axis in self.axes.items()}
         self.listening = True
@@ -128,7 +148,7 @@ class Probe:
         total = torch.zeros(axis.units, dtype=torch.float64)
         gates = self._gates(axis)
         for part in axis.parts:
-            if ("reads" if part.dim == 1 else "writes") in self._importance.looks_at:
+            if part.side in self._importance.looks_at:
                 score = self._of_part(axis, part, gates).to(torch.float64).cpu()
                 total += score / score.norm().clamp(min=torch.finfo(score.dtype).tiny) if unit_length else score
                 if gates:
@@ -214,12 +234,13 @@ class Probe:
             for part in axis.parts:
                 by_port.setdefault(part.port, []).append((axis, part))
         for name, parts in by_port.items():
-            layer = base_layer(self._model.get_submodule(name))
+            module = self._model.get_submodule(name)
+            layer = base_layer(module)
             if isinstance(layer, nn.Embedding):
                 for axis, part in parts:
                     self._reduced[part] = [torch.zeros(axis.units)]
-            else:
-                self._handles.append(layer.register_forward_hook(self._watcher(layer, parts)))
+            else:  # around its adapter, which may compute for both: the gradient to what is added up is one
+                self._handles.append(module.register_forward_hook(self._watcher(layer, parts)))
 
     def _watcher(self, layer: nn.Module, parts: Sequence[tuple[Axis, Part]]) -> Any:
         def reduce(grad: Tensor, x: Tensor) -> None:

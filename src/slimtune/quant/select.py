@@ -1,7 +1,8 @@
 """A smaller weight out of a packed one: some of its rows and columns.
 
 Rows of a rowwise layout are slices. Columns are cut exactly where whole groups go, or a row is one group; where a group
-would lose a part, what is left of it no longer has its scale to itself, and the weight is rounded again.
+would lose a part, what is left of it no longer has its scale to itself, and the weight is rounded again. So it is where
+scales are nested in runs that would lose one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from slimtune.linalg.packing import pack, unpack
 from slimtune.quant.base import QTensor
-from slimtune.quant.layouts import Affine, Codebook
+from slimtune.quant.layouts import NEST, Affine, Codebook
 from slimtune.quant.rtn import AFFINE_BITS, Rtn
 
 PER_ROW = ("step", "offset")
@@ -45,12 +46,15 @@ def select(weight: QTensor, rows: Tensor | None, columns: Tensor | None) -> tupl
 
 
 def _columns(weight: QTensor, layout: Affine | Codebook, columns: Tensor) -> QTensor | None:
-    """The weight of these columns, exactly; None where a group would be broken."""
+    """The weight of these columns, exactly; None where a group would be broken, or a group of nested scales."""
     columns = columns.to(weight.tensors["codes"].device)
     group = torch.arange(layout.in_features, device=columns.device) // layout.group_size
     kept, all_of = (torch.bincount(g, minlength=layout.groups) for g in (group[columns], group))
     whole = (kept == all_of) | (kept == 0)
+    nested = isinstance(layout, Codebook) and layout.nested and layout.groups > NEST
     if layout.groups > 1 and not bool(whole.all()):
+        return None
+    if nested and len(columns) < layout.in_features:
         return None
     codes = unpack(weight.tensors["codes"], layout.bits, layout.in_features)[:, columns]
     groups = kept.nonzero().squeeze(1)
@@ -60,7 +64,8 @@ def _columns(weight: QTensor, layout: Affine | Codebook, columns: Tensor) -> QTe
         if name != "codes"
     }
     tensors["codes"] = pack(codes.contiguous(), layout.bits)
-    return QTensor(tensors, replace(layout, in_features=len(columns)))
+    size = min(layout.group_size, len(columns))  # of a row that is one group
+    return QTensor(tensors, replace(layout, in_features=len(columns), group_size=size))
 
 
 def _rounded_again(weight: QTensor, rows: Tensor | None, columns: Tensor | None) -> tuple[QTensor, str]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from slimtune.errors import RecipeError
 from slimtune.evaluate.perplexity import perplexity
+from slimtune.lora.attach import base_of
 from slimtune.lora.merge import merge_packed
 
 BATCH = 4
@@ -24,8 +25,8 @@ def merge_low_bit(
     force: bool,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """`merge_packed`, with what it costs: perplexity on the calibration `tokens` before and after, or without tokens
-    the relative squared error of the weights. `model` is consumed.
+    """`merge_packed`, with what it costs: perplexity on the calibration `tokens` before and after, or without tokens,
+    and of an encoder-decoder, the relative squared error of the weights. `model` is consumed.
 
     Raises `RecipeError` where the cost is above `tolerance` and `force` is not given.
     """
@@ -34,7 +35,8 @@ def merge_low_bit(
         assert tokens is not None
         return perplexity(cast(Any, model), tokens.flatten(), length=tokens.shape[1]).value
 
-    before = None if tokens is None else loss_of(model)
+    measured = tokens is not None and not cast(Any, base_of(model)).config.is_encoder_decoder
+    before = loss_of(model) if measured else None
     merged, done = merge_packed(model, tokens=tokens, batch_size=BATCH, progress=progress)
     facts: dict[str, Any] = {
         "layers": [asdict(layer) for layer in done.layers],

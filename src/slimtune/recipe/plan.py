@@ -164,7 +164,7 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
     recipe, warnings = whole_rows(recipe, modelmap)
     shape = whole = replace(_Shape.of(model, modelmap, recipe), **_held(config, modelmap))
     baseline = psutil.Process().memory_info().rss + RUNTIME_BYTES
-    steps = []
+    steps, adapted = [], None
     for number, (step, state) in enumerate(zip(recipe.steps, states, strict=True)):
         where = f"steps[{number}].{step.name}"
         if isinstance(step, Quantize):
@@ -175,6 +175,7 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
         if isinstance(step, Lora):
             targets = resolve_targets(modelmap, model, step.target_modules)
             ports = [p for p in modelmap.ports if p.kind == "linear" and _named(p.name, targets)]
+            adapted = [p.name for p in ports]
             rank = step.r * parts(step.init, step.init_residual)
             shape = replace(shape, adapter=sum(rank * (p.in_features + p.out_features) for p in ports))
             warnings += excess_rank(step.r, ports, where)
@@ -187,7 +188,7 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
         cut = step if isinstance(step, Prune) else pending(recipe.steps, number) if isinstance(step, Train) else None
         if cut is not None:
             modelmap, _ = biased(model, cut, where)
-            rehearsed = rehearse(cut, modelmap, where)
+            rehearsed = rehearse(cut, modelmap, where, adapted if step is cut else None)
             if step is not cut or not cut.ramped:
                 prune_(model, modelmap, rehearsed)
                 modelmap = bind(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from slimtune.prune.collect import collect
 from slimtune.prune.groups import axes, parameters
 from slimtune.prune.latency import latency
 from slimtune.prune.options import PruneOptions
+from slimtune.prune.probe import require_adapters
 from slimtune.prune.refit import refit_
 from slimtune.prune.removal import MEASURED
 from slimtune.prune.select import select
@@ -74,13 +75,18 @@ def pending(steps: Sequence[Step], number: int) -> Prune | None:
     return None
 
 
-def rehearse(options: PruneOptions, modelmap: ModelMap, where: str) -> PrunePlan:
+def rehearse(
+    options: PruneOptions, modelmap: ModelMap, where: str, adapted: Collection[str] | None = None
+) -> PrunePlan:
     """A way to prune as much as `options` ask for, whatever the scores will say.
 
-    Raises `RecipeError` where the model has nothing of the kind to prune, or not as much: before any work.
+    Raises `RecipeError` where the model has nothing of the kind to prune, or not as much, or where the ports `adapted`
+    (None: not known) do not do for the importance: before any work.
     """
     try:
         found = axes(modelmap, cast(Any, options.targets))
+        if adapted is not None:
+            require_adapters(found, importance_of(options), adapted)
         scores = {axis.name: torch.zeros(axis.units, dtype=torch.float64) for axis in found}
         remove = options.ratio * parameters(modelmap, options.of)
         whole = any(axis.whole for axis in found)
