@@ -4,9 +4,8 @@
 
 Folders are whatever slimtune loads: dense, rotated, quantized, runs with an adapter. `--data` is a folder with the
 tests in LLM-Adapters' form, one file `<task>.test.json(.gz)` a task; no network is used. Of each task the first
-`--limit` rows are asked. The score is `acc_norm` where a task has it and `acc` otherwise, as RoLoRA and QuaRot average;
-`chance` is what guessing gives on the same rows. OUT.json is written after each
-folder.
+`--limit` rows are asked. The score is `acc_norm` where lm-eval's task has it and `acc` otherwise (BoolQ, WinoGrande),
+as RoLoRA and QuaRot average; `chance` is what guessing gives on the same rows. OUT.json is written after each folder.
 """
 
 from __future__ import annotations
@@ -28,6 +27,8 @@ from slimtune.recipe.run import environment
 from slimtune.recipe.shell import open_model
 
 SPLIT = ".test"
+PLAIN = ("boolq", "winogrande")
+"""Tasks whose answers have no lengths to normalise by."""
 
 
 def test_files(data: Path) -> list[Path]:
@@ -49,7 +50,7 @@ def measure(folder: str, files: Sequence[Path], limit: int, dtype: str) -> dict[
     for row in tasks(model, loaded.tokenizer, [str(f) for f in files], limit=limit if limit > 0 else None):  # type: ignore[arg-type]
         task = found.setdefault(row.task.removesuffix(SPLIT), {"samples": row.samples})
         task |= {row.metric: row.value, f"{row.metric}_stderr": row.stderr}
-    average = fmean(task.get("acc_norm", task["acc"]) for task in found.values())
+    average = fmean(task["acc" if name in PLAIN else "acc_norm"] for name, task in found.items())
     return {"average": average, "cpu_seconds": round(time.process_time() - start, 1), "tasks": found}
 
 
