@@ -15,6 +15,8 @@ from slimtune.quant import QUANTIZERS, QTensor, Quantizer
 from slimtune.quant.activation import Activations
 from slimtune.quant.apply import Choose, Rounds, all_linear, matches
 from slimtune.quant.fp8 import Fp8
+from slimtune.quant.linear import QuantLinear
+from slimtune.quant.rtn import group_width
 from slimtune.recipe.schema import Quantize, Recipe, build
 
 
@@ -102,6 +104,21 @@ class Treatments:
     def rounds(self) -> Rounds:
         """How the input of each port is rounded."""
         return lambda port: self.of(port.name).activations
+
+    def layers(self, modelmap: ModelMap) -> dict[str, QuantLinear]:
+        """What becomes of the linears that get a method, by name and without data (on `meta`)."""
+        ports = {p: self.of(p.name) for p in modelmap.ports if not isinstance(self.choose(p), str)}
+        samples = {treatment: treatment.sample().layout for treatment in set(ports.values())}
+        layers = {}
+        for port, treatment in ports.items():
+            layout: Any = samples[treatment]
+            sizes = {"out_features": port.out_features, "in_features": port.in_features}
+            if hasattr(layout, "group_size"):
+                group = treatment.options.get("group_size", treatment.options.get("block_size", -1))
+                sizes["group_size"] = group_width(group, port.in_features)
+            rounding = treatment.activations
+            layers[port.name] = QuantLinear(replace(layout, **sizes), device="meta", activations=rounding)
+        return layers
 
     @property
     def need_data(self) -> bool:
