@@ -104,9 +104,7 @@ def resolve(recipe: Recipe) -> Recipe:
                     where=f"steps[{number}].quantize",
                     remedy=f"{NO_TEXT}, or use method: rtn",
                 )
-            rounding = treatments.default.activations
-            activations = asdict(rounding) if rounding is not None else step.activations
-            step = replace(step, options=treatments.default.options, activations=activations)
+            step = treatments.resolved(recipe.seed)
         if isinstance(step, Rotate) and step.seed == -1:
             step = replace(step, seed=recipe.seed)
         if isinstance(step, Prune):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, cast
 
 import torch
@@ -89,6 +89,14 @@ class Treatments:
         """What the layer called `name` gets."""
         return self._of(tuple(pattern for pattern in self._step.layers if matches(name, pattern)))
 
+    def resolved(self, seed: int) -> Quantize:
+        """The step with every field of its method and of its rounding written out, and `seed` where the method's own is
+        -1."""
+        step, options, rounding = self._step, self.default.options, self.default.activations
+        layers = {pattern: _seeded(fields, seed) for pattern, fields in step.layers.items()}
+        activations = asdict(rounding) if rounding is not None else step.activations
+        return replace(step, options=_seeded(options, seed), activations=activations, layers=layers)
+
     @property
     def choose(self) -> Choose:
         """The method of each port, or why it gets none."""
@@ -169,6 +177,10 @@ def whole_rows(recipe: Recipe, modelmap: ModelMap) -> tuple[Recipe, list[str]]:
                 what = f"no layer is as wide as {group:,} (at most {widest:,}): -1, a whole row, stands for it"
                 told.append(f"steps[{number}].quantize.{key}: {what}")
     return replace(recipe, steps=tuple(steps)), told
+
+
+def _seeded(options: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    return {key: seed if (key, value) == ("seed", -1) else value for key, value in options.items()}
 
 
 def _mapping(value: object, where: str) -> Mapping[str, Any]:
