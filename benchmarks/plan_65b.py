@@ -24,7 +24,8 @@ import torch
 from slimtune.arch import bind
 from slimtune.export.load import empty_model, read_config
 from slimtune.quant.layouts import LAYOUTS, layout_to_dict
-from slimtune.recipe.plan import DECODING, RUNTIME_BYTES, plan
+from slimtune.recipe.packed import DECODING
+from slimtune.recipe.plan import RUNTIME_BYTES, plan
 from slimtune.recipe.schema import recipe_from
 
 SHARED = {

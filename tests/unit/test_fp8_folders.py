@@ -28,7 +28,8 @@ from slimtune.kernels.dispatch import reference
 from slimtune.lora.attach import add_lora, plain
 from slimtune.quant.linear import QuantLinear
 from slimtune.quant.size import model_size
-from slimtune.recipe.plan import _held, plan
+from slimtune.recipe.packed import held
+from slimtune.recipe.plan import plan
 from slimtune.recipe.schema import recipe_from
 
 pytest.importorskip("compressed_tensors")
@@ -209,7 +210,7 @@ def test_its_folder_is_a_packed_base_that_trains(strategy: str, inputs: dict[str
     names = frozenset(port.name for port in bind(model).linears)
     assert packed(model).keys() == names
     assert model_size(plain(model), names).bits_per_weight < 8 + 32 / 8 + 1
-    assert _held(read_config(folder), bind(model)) == {"bits": 8}
+    assert held(read_config(folder), bind(model)) == {"bits": 8}
     batch = pico_inputs(model)
     wanted = logits(model, batch)
     torch.testing.assert_close(logits(read_model(folder, torch.float32), batch), wanted, rtol=0, atol=1e-5)

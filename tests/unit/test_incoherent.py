@@ -184,7 +184,10 @@ def test_fields_and_statistics_are_checked(make: Any) -> None:
     assert not torch.equal(make(seed=1)(w, {"hessian": h}).dequantize(), make(seed=2)(w, {"hessian": h}).dequantize())
     with pytest.raises(ShapeError, match="does not fit"):
         make()(w, {"hessian": h[:8, :8]})
-    for wrong in ({"damp_percent": 0.0}, {"sweeps": -1}, {"bits": 8}):
+    assert make().seed == -1  # the recipe's; where there is none, 0
+    unsaid, zero = (made(w, {"hessian": h}).tensors for made in (make(), make(seed=0)))
+    assert all(torch.equal(unsaid[name], zero[name]) for name in zero)
+    for wrong in ({"damp_percent": 0.0}, {"sweeps": -1}, {"bits": 8}, {"seed": -2}, {"seed": 2**32}):
         with pytest.raises(RecipeError, match="out of range"):
             make(**wrong)
     with pytest.raises(CalibrationError, match="not positive definite"):

@@ -27,7 +27,7 @@ from slimtune.lora.attach import add_lora, plain
 from slimtune.quant.activation import Activations
 from slimtune.quant.layouts import Affine
 from slimtune.quant.linear import QuantLinear
-from slimtune.recipe.plan import _held
+from slimtune.recipe.packed import held
 
 pytest.importorskip("compressed_tensors")
 from compressed_tensors.compressors.naive_quantized import IntQuantizationCompressor
@@ -208,7 +208,7 @@ def test_its_folder_is_a_packed_base_that_trains(kind: str, tmp_path: Path) -> N
     for name, layer in packed(model).items():
         mine = {leaf: tensors[f"{name}.{leaf}"] for leaf in ("weight", "weight_scale")}
         assert torch.equal(layer.dequantize(torch.float64), oracle(mine, STRATEGIES["channel"]))
-    assert _held(read_config(folder), bind(model)) == {"bits": 8}
+    assert held(read_config(folder), bind(model)) == {"bits": 8}
     batch = pico_inputs(model)
     with reference():
         wanted = logits(model, batch)

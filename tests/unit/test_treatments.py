@@ -23,6 +23,7 @@ from slimtune.recipe.document import write_recipe
 from slimtune.recipe.plan import plan, resolve
 from slimtune.recipe.run import run
 from slimtune.recipe.schema import Quantize, recipe_from, step_from, to_dict
+from slimtune.recipe.shell import recipe_of
 from slimtune.recipe.treatments import Treatments
 
 MIXED: dict[str, Any] = {
@@ -180,3 +181,41 @@ def test_a_kept_block_keeps_how_its_layers_round(tmp_path: Path) -> None:
     again = pico_model()
     quantize_(again, bind(again), all_linear(Rtn()), activations=lambda _: None, store=store)
     assert torch.equal(logits(again, pico_inputs(again)), logits(model, pico_inputs(model)))
+
+
+@pytest.mark.parametrize("method", ["quip", "trellis"])
+def test_signs_take_the_recipes_seed_unless_they_have_their_own(method: str) -> None:
+    def seeds(**facts: Any) -> tuple[int, Any]:
+        top = {"model": "m", "seed": 5, "data": {"train": {"builtin": "pydocs"}}}
+        [made] = resolve(recipe_from({**top, "steps": [{"quantize": {"method": method, **facts}}]})).steps
+        assert isinstance(made, Quantize)
+        return made.options["seed"], Treatments(made).of("a.q_proj").options["seed"]
+
+    assert seeds() == seeds(seed=-1) == seeds(layers={"q_proj": {"seed": -1}}) == (5, 5)
+    assert seeds(seed=7) == (7, 7)
+    assert seeds(seed=0, layers={"q_proj": {"seed": -1}}) == (0, 5)
+    assert seeds(layers={"q_proj": {"seed": 3}}) == (5, 3)
+
+
+def test_python_hands_its_seed_on() -> None:
+    def signs(**facts: Any) -> torch.Tensor:
+        model, tokens = pico_model(), torch.arange(64).view(2, 32)
+        slimtune.quantize(model, "quip", calibration=tokens, **facts)
+        layer = model.get_submodule("model.layers.0.mlp.down_proj")
+        assert isinstance(layer, QuantLinear)
+        return layer.qtensor.tensors["sign_in"]
+
+    assert torch.equal(signs(), signs(seed=0)) and not torch.equal(signs(seed=4), signs())
+
+
+@pytest.mark.parametrize("method", ["quip", "trellis"])
+def test_a_seed_from_the_shell_is_that_of_the_signs(method: str) -> None:
+    made = recipe_of(
+        "m", ("quantize",), ["--method", method, "--seed", "4", "--train", "{builtin: pydocs}"], "quantize"
+    )
+    [step] = resolve(made).steps
+    assert isinstance(step, Quantize) and step.options["seed"] == made.seed == 4
+    with pytest.raises(RecipeError) as caught:
+        recipe_of("m", ("quantize",), ["--method", method, "--zzz", "4"], "quantize")
+    names = str(caught.value.facts["remedy"]).removeprefix("use one of: ").split(", ")
+    assert "seed" in names and len(names) == len(set(names))

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import slimtune
 from pico import logits, pico_inputs, pico_model, save_pico
 from slimtune.arch import bind
 from slimtune.errors import RecipeError
@@ -147,6 +148,9 @@ def test_what_is_stored_computes_what_was_trained() -> None:
 def test_dense_models_have_no_scales_and_plain_training_leaves_them() -> None:
     with pytest.raises(RecipeError, match="no scales"):
         finetune(add_lora(pico_model("llama"), r=2), examples(), Collator(0), OPTIONS)
+    nested = slimtune.quantize(pico_model("llama"), "nf4")
+    with pytest.raises(RecipeError, match=r"no scales(.|\n)*quantize with double_quant: false"):
+        finetune(add_lora(nested, r=2), examples(), Collator(0), OPTIONS)
     model, facts, before = trained("affine", scales=False)
     assert facts.scales_moved is None
     assert [path for path, tensor in stored(model).items() if not torch.equal(tensor, before[path])] == []

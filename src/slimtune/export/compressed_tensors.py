@@ -149,8 +149,13 @@ def schemes_of(layers: dict[str, QuantLinear]) -> dict[Scheme, list[str]]:
         raise FormatError(
             "transformers reads compressed-tensors with zero points only where all layers share bits and group size, "
             "and none rounds its input",
-            got="\n          ".join(f"{_spoken(scheme)}: {', '.join(names)}" for scheme, names in schemes.items()),
-            remedy="quantize with sym: true, or with the same bits and group_size everywhere, or export safetensors",
+            got="\n          ".join(f"{_spoken(scheme)}: {_few(names)}" for scheme, names in schemes.items()),
+            remedy="quantize with sym: true, or "
+            + (
+                "keep the model folder"
+                if any(scheme.inputs for scheme in schemes)
+                else "with the same bits and group_size everywhere, or export safetensors"
+            ),
         )
     return schemes
 
@@ -274,6 +279,10 @@ def _scheme(layer: QuantLinear) -> Scheme:
     size = -1 if layout.groups == 1 and inputs else layout.group_size
     kind, symmetric = ("int", layout.symmetric) if isinstance(layout, Affine) else ("float", True)
     return Scheme(layout.bits, size, symmetric, inputs, kind)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _spoken(scheme: Scheme) -> str:

@@ -32,7 +32,7 @@ from slimtune.files import write_json
 from slimtune.linalg.lowrank import Factors
 from slimtune.lora.fused import Adapted, SideBySide, fused_lora
 from slimtune.lora.inits import INITS, PLAIN, WORDS, Knobs
-from slimtune.lora.pooled import pool_
+from slimtune.lora.pooled import NO_GROUPS, pool_
 from slimtune.lora.start import StartFact, live_ranks, parts, split_layer_, start_, total_alpha
 from slimtune.quant.blackbox import FROZEN, BlackBox, adopt_
 from slimtune.quant.linear import QuantLinear
@@ -199,7 +199,8 @@ def add_lora(
     if base_name:  # PEFT puts the folder that the model was loaded from
         wrapped.peft_config["default"].base_model_name_or_path = base_name
     if pooled and not pool_(adapted(wrapped), fresh=True):
-        raise RecipeError("no adapted layer has quantization groups to pool", remedy="quantize before, or leave it out")
+        what, remedy = NO_GROUPS
+        raise RecipeError(what, where="pooled", remedy=remedy)
     attach_online_(wrapped.get_base_model())
     return wrapped
 

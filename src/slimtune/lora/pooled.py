@@ -13,17 +13,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from slimtune.quant.base import QTensor
-from slimtune.quant.layouts import Affine
+from slimtune.quant.layouts import Affine, Layout
 from slimtune.quant.linear import QuantLinear
 
 DRIFT = 1e-6
 """How far numbers of a group may be apart, beside the largest of A, and still count as one."""
+
+
+NO_GROUPS = (
+    "no adapted layer has quantization groups to pool",
+    "quantize with rtn, optq or hqq before, or leave out pooled",
+)
+"""What is wrong where there is nothing to pool, and what to do about it."""
+
+
+def poolable(layout: Layout) -> TypeGuard[Affine]:
+    """Whether a layer of this layout has groups to pool, and zero points to fold into."""
+    return isinstance(layout, Affine)
 
 
 def spread(pooled: Tensor, size: int, width: int) -> Tensor:
@@ -61,7 +73,7 @@ def pool_(layers: Mapping[str, Any], *, fresh: bool = False) -> int:
     for layer in layers.values():
         base = layer.get_base_layer()
         for adapter in layer.active_adapters:
-            if adapter not in layer.lora_A or not isinstance(base, QuantLinear) or not isinstance(base.layout, Affine):
+            if adapter not in layer.lora_A or not isinstance(base, QuantLinear) or not poolable(base.layout):
                 continue
             a, size = layer.lora_A[adapter].weight, min(base.layout.group_size, base.in_features)
             if fresh:

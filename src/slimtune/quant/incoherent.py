@@ -84,7 +84,7 @@ class Incoherent:
     bits: int = field(default=2, metadata={"help": "bits of a weight: 2, 3 or 4"})
     damp_percent: float = field(default=0.01, metadata={"help": "dampening, a fraction of the Hessian's mean diagonal"})
     sweeps: int = field(default=0, metadata={"help": "rounds in which every block is rounded again, given the others"})
-    seed: int = field(default=0, metadata={"help": "of the random signs"})
+    seed: int = field(default=-1, metadata={"help": "of the random signs; -1: the recipe's, or 0 where there is none"})
     gptaq: float = field(
         default=0.0, metadata={"help": "share of the drift of the inputs to make up for (GPTAQ: 0.25); a pass more"}
     )
@@ -92,6 +92,8 @@ class Incoherent:
     def __post_init__(self) -> None:
         check(self.bits, self.damp_percent, self.sweeps)
         check_share(self.gptaq)
+        if not -1 <= self.seed < 2**32:
+            raise RecipeError("seed out of range", where="seed", got=self.seed, wanted="-1 to 4294967295")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -102,9 +104,9 @@ class Incoherent:
         """Quantize `weight` (float `[out, in]`) given `stats["hessian"]` (`[in, in]`). Float64 weights stay float64."""
         if self.gptaq:
             weight = aligned(weight, stats["hessian"], stats["drift"], self.gptaq)
-        code = type(self).code(self.bits)
+        code, seed = type(self).code(self.bits), max(self.seed, 0)
         tensors = quantize(
-            weight, stats, code, spread=self.spread, damp=self.damp_percent, seed=self.seed, sweeps=self.sweeps
+            weight, stats, code, spread=self.spread, damp=self.damp_percent, seed=seed, sweeps=self.sweeps
         )
         rows, columns = weight.shape
         return QTensor(tensors, type(self).layout(rows, columns, self.bits))

@@ -9,6 +9,7 @@ the gradient as if it were not (straight-through): what was trained is what is s
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
@@ -29,6 +30,17 @@ def tunable(layout: Layout) -> tuple[str, ...]:
     if isinstance(layout, Affine | Scattered) or (isinstance(layout, Codebook) and not layout.nested):
         return ("scale",)
     return ("sign_in", "sign_out") if isinstance(layout, Lattice | Trellis) else ()
+
+
+def untunable(layouts: Collection[Layout]) -> str:
+    """What to do where layers of these layouts are to train, and none can.
+
+    >>> untunable([Codebook(8, 64, "nf4", group_size=32, nested=True)])
+    'quantize with double_quant: false, or leave out scales'
+    """
+    nested = any(isinstance(layout, Codebook) and layout.nested for layout in layouts)
+    how = "quantize with double_quant: false" if nested else "quantize with rtn" if layouts else "quantize before"
+    return f"{how}, or leave out scales"
 
 
 class TunedMatmul(torch.autograd.Function):

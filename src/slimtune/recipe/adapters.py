@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from slimtune.arch import Port
+from torch import nn
+
+from slimtune.arch import ModelMap, Port
+from slimtune.lora.attach import resolve_targets
 from slimtune.recipe.legality import after
-from slimtune.recipe.schema import Recipe, Train
+from slimtune.recipe.schema import Lora, Recipe, Train
 
 BELONGS = (
     "\nScales of the packed base were trained together with this adapter: it belongs to the model in `model/` of its"
@@ -20,6 +23,13 @@ OWN = (
     " (`import slimtune` before transformers loads that, where it is packed).\n"
 )
 """Beside an adapter whose base is not the original model."""
+
+
+def ports_of(step: Lora, model: nn.Module, modelmap: ModelMap) -> list[Port]:
+    """The linears that get an adapter."""
+    targets = resolve_targets(modelmap, model, step.target_modules)
+    linears = [port for port in modelmap.ports if port.kind == "linear"]
+    return [p for p in linears if any(p.name == target or p.name.endswith(f".{target}") for target in targets)]
 
 
 def excess_rank(r: int, ports: Sequence[Port], where: str) -> list[str]:

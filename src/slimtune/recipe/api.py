@@ -153,13 +153,14 @@ def quantize(
 
     `activations`, as `{"bits": 8}`, rounds their inputs; `layers` has other fields for some of them, by name or
     pattern: `{"*.layers.0.*": {"bits": 8}}`. `kv_cache`, as `{"bits": 8}`, rounds keys and values. `calibration` is
-    token windows `[samples, length]`, or a data source or file (then `tokenizer` is needed). With a
-    `residual_rank`, `add_lora(model, init="residual")` may follow, up to that `r`. `facts` is called with what was
-    done to each layer.
+    token windows `[samples, length]`, or a data source or file (then `tokenizer` is needed). `seed` is of the windows,
+    and of a method's random signs where its own is -1. With a `residual_rank`, `add_lora(model, init="residual")` may
+    follow, up to that `r`. `facts` is called with what was done to each layer.
     """
     ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     step = Quantize(method, ignored, dict(activations or {}), dict(layers or {}), dict(kv_cache or {}), options)
     _require(step, model)
+    step = Treatments(step, method).resolved(seed)
     treatments, modelmap = Treatments(step, method), bind(model)
     check_patterns(step, modelmap, method)
     if step.kv_cache:

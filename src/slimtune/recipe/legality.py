@@ -12,6 +12,7 @@ from slimtune.export import ADAPTERS
 from slimtune.hub import cache_bits
 from slimtune.lora.attach import base_of, has_adapter, plain
 from slimtune.lora.inits import INITS, WORDS
+from slimtune.lora.pooled import NO_GROUPS
 from slimtune.lora.start import parts
 from slimtune.quant.blackbox import FROZEN
 from slimtune.quant.linear import QuantLinear
@@ -52,6 +53,8 @@ class State:
     woken: bool = False  # whether those have been trained
     narrow: bool = False  # whether the last adapter is on some linears alone
     rank: int = 0  # the rank of its files, where that is known
+    pooled: bool = False  # whether it goes into zero points, where the bits are kept
+    fractions: bool = False  # whether zero points are known to be no whole numbers
 
     @property
     def own(self) -> bool:
@@ -139,6 +142,8 @@ def _objection(step: Step, state: State, first: bool, train: bool) -> tuple[str,
             return "nothing is known of what quantization lost", "put a quantize step before it, in this recipe"
         case Lora() if INITS[step.init].start is not None and step.init_residual:
             return "this init gives back what quantization lost already", "leave out init_residual: true"
+        case Lora(pooled=True) if not state.quantized:
+            return NO_GROUPS
         case Lora() if wants_data(step, sketch_file(step)) and not train:
             return (
                 f"there is nothing to take {WORDS[INITS[step.init].of]} of",
@@ -172,6 +177,11 @@ def _no_way_out(step: Export, state: State) -> tuple[str, str] | None:
             return f"rank {step.rank} is above the adapter's, {state.rank}", "leave out rank: it is written whole"
         case "compressed-tensors" | "gptq" | "vllm" if not state.quantized:
             return "there are no packed weights to export", "put a quantize step before, or export safetensors"
+        case "compressed-tensors" | "gptq" | "vllm" if state.fractions:
+            return (
+                "zero points are no whole numbers, which this format needs: a pooled adapter, or hqq, leaves such",
+                "export before merge, or safetensors, or use the model folder",
+            )
         case "vllm" if not state.leaves:
             return (
                 "vllm runs one kind of online transform, r4 in blocks, and the model has none or others",
@@ -263,10 +273,12 @@ def _after(step: Step, state: State) -> State:
             return replace(state, quantized=True, residual=True, rounded=rounded, cache=bool(step.kv_cache))
         case Lora():
             rank = step.r * parts(step.init, step.init_residual) if step.ranks == "uniform" else 0
-            return replace(state, adapter=True, narrow=step.target_modules != "all-linear", rank=rank)
+            narrow = step.target_modules != "all-linear"
+            return replace(state, adapter=True, narrow=narrow, rank=rank, pooled=step.pooled)
         case Merge(keep_bits=True):
-            return replace(state, adapter=False, residual=False, changed=True)
+            fractions = state.fractions or state.pooled
+            return replace(state, adapter=False, residual=False, changed=True, fractions=fractions)
         case Merge():
-            state = replace(state, quantized=False, rounded=False, cache=False)
+            state = replace(state, quantized=False, rounded=False, cache=False, fractions=False)
             return replace(state, adapter=False, residual=False, changed=True)
     return state

@@ -6,10 +6,7 @@ term by term; `docs/LOG.md` has the measurements behind its constants.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import takewhile
 from typing import Any, cast
 
 import psutil
@@ -20,30 +17,24 @@ from slimtune.calib.loss import CHUNK
 from slimtune.calib.rows import DataSource
 from slimtune.errors import RecipeError, SlimtuneError
 from slimtune.evaluate.inference import require_positions
-from slimtune.export import compressed_tensors, exporter_of, gptq
-from slimtune.export.config_groups import CompressedTensors
+from slimtune.export import exporter_of
 from slimtune.export.decilm import require_described
-from slimtune.export.foreign import packed_format
 from slimtune.export.gguf_facts import Naming
 from slimtune.export.gguf_widths import Widths
 from slimtune.export.load import DTYPES, empty_model, model_config
 from slimtune.export.vllm import require_names
-from slimtune.hub import METHOD
 from slimtune.kernels.precision import bfloat16_units
-from slimtune.lora.attach import resolve_targets
 from slimtune.lora.start import parts
 from slimtune.prune.collect import BATCH, GRADIENTS
 from slimtune.prune.surgery import prune_
-from slimtune.quant.layouts import layout_from_dict
-from slimtune.recipe.adapters import excess_rank
+from slimtune.recipe.adapters import excess_rank, ports_of
 from slimtune.recipe.gradients import require_sketch, sketch_file, wants_data, wants_residual
 from slimtune.recipe.legality import State, check_order
+from slimtune.recipe.packed import DECODING, check_later, check_packable, held, layers_of, start_of
 from slimtune.recipe.pruning import biased, importance_of, needs_data, pending, rehearse
-from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train, to_dict
+from slimtune.recipe.schema import Evaluate, Export, Lora, Prune, Quantize, Recipe, Rotate, Step, Train, to_dict
 from slimtune.recipe.sources import check_sources
 from slimtune.recipe.treatments import Treatments, check_patterns, whole_rows
-from slimtune.rotate.options import FOLDED, Rotation
-from slimtune.rotate.record import KEY
 from slimtune.train.distill import require_plain_head
 from slimtune.train.optimizers import require_tools
 
@@ -54,17 +45,10 @@ RUNTIME_BYTES = 90_000_000
 ACTIVATIONS_PER_HIDDEN, ACTIVATIONS_PER_FFN = 19, 5
 """Floats a decoder block keeps for its backward pass per token: multiples of the hidden and of the FFN width."""
 
-DECODING = {"e8p": 7, "trellis": 7}
-"""Bytes a weight while a layer in this layout is decoded to bfloat16, the result among them (measured on
-8192 x 5504); twice the result in all others."""
-
 CALIBRATION_BATCH = 4
 """Windows that run through a block together."""
 
 DEFAULT_SAMPLES = 128
-
-HOLDS = dict.fromkeys(("compressed-tensors", "vllm"), compressed_tensors.fault_of) | {"gptq": gptq.fault_of}
-"""Why a packed format cannot hold weights of a layout."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +104,7 @@ def resolve(recipe: Recipe) -> Recipe:
                     where=f"steps[{number}].quantize",
                     remedy=f"{NO_TEXT}, or use method: rtn",
                 )
-            rounding = treatments.default.activations
-            activations = asdict(rounding) if rounding is not None else step.activations
-            step = replace(step, options=treatments.default.options, activations=activations)
+            step = treatments.resolved(recipe.seed)
         if isinstance(step, Rotate) and step.seed == -1:
             step = replace(step, seed=recipe.seed)
         if isinstance(step, Prune):
@@ -154,15 +136,12 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
     check_sources(recipe)
     recipe = resolve(recipe)
     config = model_config(recipe.model)
-    noted = config.__dict__.get(KEY, {})
-    turned = Rotation(online=tuple(noted.get("online", ())), block_size=noted.get("block_size", 0))
-    online = tuple(name for name in turned.online if name in FOLDED)
-    start = State("quantization_config" in config.__dict__, rotated=bool(noted), online=online, leaves=turned.leaves)
-    states = check_order(recipe, start)
+    states = check_order(recipe, start_of(config))
     model = empty_model(config, DTYPES[recipe.dtype])
     modelmap = bind(model)
     recipe, warnings = whole_rows(recipe, modelmap)
-    shape = whole = replace(_Shape.of(model, modelmap, recipe), **_held(config, modelmap))
+    check_later(layers_of(config, modelmap), recipe, -1, model, modelmap)
+    shape = whole = replace(_Shape.of(model, modelmap, recipe), **held(config, modelmap))
     baseline = psutil.Process().memory_info().rss + RUNTIME_BYTES
     steps, adapted = [], None
     for number, (step, state) in enumerate(zip(recipe.steps, states, strict=True)):
@@ -173,18 +152,17 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
             weighed = recipe.data.calibration is not None and lora is not None and wants_residual(lora)
             shape = replace(shape, **facts | {"needs_data": facts["needs_data"] or weighed})
         if isinstance(step, Lora):
-            targets = resolve_targets(modelmap, model, step.target_modules)
-            ports = [p for p in modelmap.ports if p.kind == "linear" and _named(p.name, targets)]
+            ports = ports_of(step, model, modelmap)
             adapted = [p.name for p in ports]
             rank = step.r * parts(step.init, step.init_residual)
             shape = replace(shape, adapter=sum(rank * (p.in_features + p.out_features) for p in ports))
             warnings += excess_rank(step.r, ports, where)
             require_sketch(step, None if state.pruned else modelmap, where)  # what is cut, scores will say
         _check_fit(step, number, recipe, model, modelmap, where)
-        held, flops = shape.demand(step, state, recipe)
+        taken, flops = shape.demand(step, state, recipe)
         if isinstance(step, Rotate) and shape.tied:  # the head becomes a weight of its own
             shape = replace(shape, tied=False, parameters=shape.parameters + shape.vocabulary * shape.hidden)
-        steps.append(StepPlan(step.name, baseline + held, flops))
+        steps.append(StepPlan(step.name, baseline + taken, flops))
         cut = step if isinstance(step, Prune) else pending(recipe.steps, number) if isinstance(step, Train) else None
         if cut is not None:
             modelmap, _ = biased(model, cut, where)
@@ -228,41 +206,7 @@ def _check_fit(step: Step, number: int, recipe: Recipe, model: Any, modelmap: Mo
         case Export(format="vllm"):
             require_names(model)
         case Quantize():
-            _check_packable(step, recipe.steps[number + 1 :], modelmap, where)
-
-
-def _check_packable(step: Quantize, later: tuple[Step, ...], modelmap: ModelMap, where: str) -> None:
-    """Packed formats hold affine weights without a shorter last group: say so before hours of work, not after."""
-    treatments = Treatments(step, where)
-    mine = takewhile(lambda s: not isinstance(s, Quantize) and not (isinstance(s, Merge) and not s.keep_bits), later)
-    packed = [s.format for s in mine if isinstance(s, Export) and s.format in HOLDS]
-    for kind in packed:
-        for treatment in treatments.all:
-            if fault := HOLDS[kind](treatment.sample().layout):
-                raise RecipeError(
-                    f"{kind} cannot hold what this method makes",
-                    where=f"{where}.method",
-                    got=f"{step.method}: {fault}",
-                    remedy="use rtn or optq, or export safetensors",
-                )
-    for treatment in treatments.all if {"compressed-tensors", "vllm"}.intersection(packed) else ():
-        if fault := compressed_tensors.fault_of_rounding(treatment.activations):
-            raise RecipeError(
-                "compressed-tensors cannot say how inputs are rounded",
-                where=f"{where}.activations",
-                got=fault,
-                remedy="use one range a token or layer, or the model folder",
-            )
-    groups = {p.name: treatments.of(p.name).group for p in modelmap.linears}
-    ragged = [p for p in modelmap.linears if 0 < groups[p.name] < p.in_features and p.in_features % groups[p.name]]
-    if packed and ragged:
-        names = ", ".join(p.name for p in ragged[:3])
-        raise RecipeError(
-            f"the group size does not divide every layer, which {packed[0]} needs",
-            where=f"{where}.group_size",
-            got=f"{groups[ragged[0].name]}; {names}{' ...' if len(ragged) > 3 else ''}",
-            remedy="use a group size that does, or -1 (whole rows), or export safetensors",
-        )
+            check_packable(step, recipe, number, model, modelmap)
 
 
 def _check_quantize(step: Quantize, modelmap: ModelMap, where: str) -> dict[str, Any]:
@@ -288,31 +232,6 @@ def _check_quantize(step: Quantize, modelmap: ModelMap, where: str) -> dict[str,
     tags = {treatment.sample().layout.tag for treatment in stored}
     decoding = max(DECODING.get(tag, 0) for tag in tags)
     return {"bits": bits, "needs_data": treatments.need_data, "decoding": decoding}
-
-
-def _held(config: Any, modelmap: ModelMap) -> dict[str, Any]:
-    """What a folder that is quantized already says of its linears: all of it from its configuration."""
-    facts = config.__dict__.get("quantization_config")
-    facts = facts if isinstance(facts, Mapping) or facts is None else facts.to_dict()
-    if facts is None:
-        return {}
-    if facts.get("quant_method") != METHOD:
-        if isinstance(packed_format(facts, rotated=KEY in config.__dict__), CompressedTensors):
-            groups = facts["config_groups"].values()
-            return {"bits": max((group["weights"]["num_bits"] for group in groups), default=16)}
-        bits, group = facts.get("bits"), facts.get("group_size") or -1
-        return {"bits": bits + (24 / group if group > 0 else 0)} if isinstance(bits, int) else {}
-    size, decoding = 0.0, 0
-    packed = {name: group for group in facts["groups"] for name in group["modules"]}
-    for port in modelmap.linears:
-        if port.name not in packed:
-            size += 2 * port.in_features * port.out_features
-            continue
-        told = {key: value for key, value in packed[port.name].items() if key != "modules"}
-        layout = layout_from_dict(told, port.out_features, port.in_features)
-        size += sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.tensors().values())
-        decoding = max(decoding, DECODING.get(layout.tag, 0))
-    return {"bits": 8 * size / sum(p.in_features * p.out_features for p in modelmap.linears), "decoding": decoding}
 
 
 @dataclass(frozen=True)
@@ -460,10 +379,6 @@ class _Shape:
 
     def _block(self, tokens: int, width: int) -> int:
         return tokens * width * (ACTIVATIONS_PER_HIDDEN * self.hidden + ACTIVATIONS_PER_FFN * self.ffn)
-
-
-def _named(name: str, targets: list[str]) -> bool:
-    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def _too_much(recipe: Recipe, steps: list[StepPlan], available: int) -> str:

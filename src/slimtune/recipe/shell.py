@@ -52,7 +52,8 @@ def recipe_of(model: str, steps: Sequence[str], arguments: Sequence[str], name: 
             )
             facts["steps"][list(steps).index(owners[0])][owners[0]][key] = value
         else:
-            names = [k.replace("_", "-") for k in (*TOP, *sources, *(k for step in steps for k in _keys(step)), *own)]
+            known = (*TOP, *sources, *(k for step in steps for k in _keys(step)), *own)
+            names = {k.replace("_", "-") for k in known}
             wrong = key.replace("_", "-")
             raise RecipeError("unknown option", got=f"--{wrong}", remedy=nearest(wrong, names).replace("'", "'--", 1))
     return recipe_from(facts, name=name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,8 @@ from slimtune.quant import QUANTIZERS, QTensor, Quantizer
 from slimtune.quant.activation import Activations
 from slimtune.quant.apply import Choose, Rounds, all_linear, matches
 from slimtune.quant.fp8 import Fp8
+from slimtune.quant.linear import QuantLinear
+from slimtune.quant.rtn import group_width
 from slimtune.recipe.schema import Quantize, Recipe, build
 
 
@@ -87,6 +89,14 @@ class Treatments:
         """What the layer called `name` gets."""
         return self._of(tuple(pattern for pattern in self._step.layers if matches(name, pattern)))
 
+    def resolved(self, seed: int) -> Quantize:
+        """The step with every field of its method and of its rounding written out, and `seed` where the method's own is
+        -1."""
+        step, options, rounding = self._step, self.default.options, self.default.activations
+        layers = {pattern: _seeded(fields, seed) for pattern, fields in step.layers.items()}
+        activations = asdict(rounding) if rounding is not None else step.activations
+        return replace(step, options=_seeded(options, seed), activations=activations, layers=layers)
+
     @property
     def choose(self) -> Choose:
         """The method of each port, or why it gets none."""
@@ -102,6 +112,21 @@ class Treatments:
     def rounds(self) -> Rounds:
         """How the input of each port is rounded."""
         return lambda port: self.of(port.name).activations
+
+    def layers(self, modelmap: ModelMap) -> dict[str, QuantLinear]:
+        """What becomes of the linears that get a method, by name and without data (on `meta`)."""
+        ports = {p: self.of(p.name) for p in modelmap.ports if not isinstance(self.choose(p), str)}
+        samples = {treatment: treatment.sample().layout for treatment in set(ports.values())}
+        layers = {}
+        for port, treatment in ports.items():
+            layout: Any = samples[treatment]
+            sizes = {"out_features": port.out_features, "in_features": port.in_features}
+            if hasattr(layout, "group_size"):
+                group = treatment.options.get("group_size", treatment.options.get("block_size", -1))
+                sizes["group_size"] = group_width(group, port.in_features)
+            rounding = treatment.activations
+            layers[port.name] = QuantLinear(replace(layout, **sizes), device="meta", activations=rounding)
+        return layers
 
     @property
     def need_data(self) -> bool:
@@ -152,6 +177,10 @@ def whole_rows(recipe: Recipe, modelmap: ModelMap) -> tuple[Recipe, list[str]]:
                 what = f"no layer is as wide as {group:,} (at most {widest:,}): -1, a whole row, stands for it"
                 told.append(f"steps[{number}].quantize.{key}: {what}")
     return replace(recipe, steps=tuple(steps)), told
+
+
+def _seeded(options: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    return {key: seed if (key, value) == ("seed", -1) else value for key, value in options.items()}
 
 
 def _mapping(value: object, where: str) -> Mapping[str, Any]:

@@ -26,7 +26,7 @@ from slimtune.lora.rounded import Switch, rounded_lora
 from slimtune.prune.options import PruneOptions
 from slimtune.prune.surgery import PruneFacts
 from slimtune.quant.decoding import kept_weights
-from slimtune.quant.tuning import settle_tuning_, tune_
+from slimtune.quant.tuning import settle_tuning_, tune_, untunable
 from slimtune.train.callbacks import Progress, StepLog
 from slimtune.train.checkpoint import CheckpointingTrainer, last_checkpoint
 from slimtune.train.data import Collator, Example
@@ -274,7 +274,8 @@ def _trainable(model: nn.Module, options: TrainOptions) -> int:
     if options.distill:
         require_plain_head(base_of(model))
     if options.scales and not tune_(model):
-        raise RecipeError("there are no scales to train", where="scales", remedy="quantize before, or leave it out")
+        remedy = untunable([layer.layout for layer in quantized(model)])
+        raise RecipeError("there are no scales to train", where="scales", remedy=remedy)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trainable:
         raise RecipeError("nothing in the model is trainable", remedy="put a lora step before train")
