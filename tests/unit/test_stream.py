@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -151,7 +152,9 @@ def test_only_a_first_step_streams(tmp_path: Path) -> None:
         plan(recipe_from({"model": str(save_pico(tmp_path / "pico")), "steps": steps}))
 
 
-def test_a_plan_knows_that_one_block_is_held(tmp_path: Path) -> None:
+def test_a_plan_knows_that_one_block_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=10**8))  # what the process holds moves on its own
+    monkeypatch.setattr("slimtune.recipe.plan.psutil.Process", lambda: now)
     folder = save_pico(tmp_path / "pico", num_hidden_layers=6, intermediate_size=4096)
     whole, streamed = (
         plan(recipe_from({"model": str(folder), "steps": [{"rotate": {"stream": streams}}]})).steps[0].memory_bytes
