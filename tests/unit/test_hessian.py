@@ -157,3 +157,9 @@ def test_aligned_is_the_least_squares_weight() -> None:
     assert torch.equal(aligned(weight, h, torch.zeros_like(h)), weight)
     half = aligned(weight, h, drift, share=0.5)
     torch.testing.assert_close(2 * half - weight, aligned(weight, h, drift))
+
+
+def test_aligned_keeps_what_a_half_precision_weight_has_no_room_for() -> None:
+    x, weight = correlated(300, 20), torch.randn(7, 20).to(torch.bfloat16)
+    h, drift = x.T @ x / 300, 1e-3 * correlated(20, 20)
+    assert torch.equal(aligned(weight, h, drift), aligned(weight.float(), h, drift))

@@ -94,7 +94,8 @@ def aligned(weight: Tensor, hessian: Tensor, drift: Tensor, share: float = 1.0, 
     2504.02692), whose correction of every column is this one, taken at once.
 
     Args:
-        weight: float `[out, in]`; the result has its dtype.
+        weight: float `[out, in]`. The result is float64 where this is and float32 otherwise: the correction of a
+            half-precision weight is less than a step of its mantissa as often as not.
         hessian: `H / n`, `[in, in]`.
         drift: `C / n`, `[in, in]`.
         share: of the correction; less than 1 where few tokens would be fitted too well.
@@ -102,7 +103,7 @@ def aligned(weight: Tensor, hessian: Tensor, drift: Tensor, share: float = 1.0, 
     """
     upper, _ = inverse_cholesky(hessian, damp)
     moved = (weight.to(torch.float64) @ drift.to(torch.float64)) @ upper.T @ upper
-    return (weight + share * moved).to(weight.dtype)
+    return (weight + share * moved).to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def inverse_cholesky(hessian: Tensor, damp: float = 0.01, attempts: int = 6) -> tuple[Tensor, float]:
