@@ -137,7 +137,9 @@ def evaluate(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A hub id, a folder, a run, a .gguf file, or a bundled name.")],
     perplexity: Annotated[list[str] | None, typer.Option("--perplexity", help="A text file, or name=file.")] = None,
-    tasks: Annotated[list[str] | None, typer.Option("--tasks", help="lm-eval tasks, or files of questions.")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--tasks", help="lm-eval tasks, files of questions, or lm-eval YAML files.")
+    ] = None,
     length: Annotated[int, typer.Option("--length", help="Tokens of a window.")] = 512,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens of a text to use; -1: all.")] = -1,
     limit: Annotated[int, typer.Option("--limit", help="Items of a task; -1: all.")] = -1,

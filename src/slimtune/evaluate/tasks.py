@@ -1,4 +1,4 @@
-"""Accuracy on tasks through EleutherAI's lm-evaluation-harness, in process; its own tasks, and local files.
+"""Accuracy on tasks through EleutherAI's lm-evaluation-harness, in process; its own tasks, local files, and YAML files.
 
 A local file needs no network: it is read, each row is turned into one form (`multiple_choice`), and the set becomes an
 ordinary lm-eval multiple-choice task. Three kinds of row are read:
@@ -44,6 +44,7 @@ import numpy
 import torch
 
 from slimtune.errors import BackendMissing, CalibrationError, FormatError, RecipeError
+from slimtune.evaluate.definitions import DEFINITIONS, definitions, included, is_definition
 from slimtune.evaluate.inference import running
 
 if TYPE_CHECKING:
@@ -63,9 +64,9 @@ def require_harness() -> None:
 def require_tasks(names: Sequence[str]) -> None:
     """Raise what `tasks` raises of a name that is none, before anything is run (lm-eval's index takes seconds)."""
     require_harness()
-    others = [name for name in names if not _files(Path(name))]
+    others = [name for name in names if not (_files(Path(name)) or _defined(name))]
     for name in others:
-        if name.endswith(SUFFIXES) or "/" in name:
+        if name.endswith(SUFFIXES + DEFINITIONS) or "/" in name:
             _registered(name, ())
     if others:
         from lm_eval.tasks import TaskManager
@@ -98,14 +99,15 @@ def tasks(
 ) -> list[TaskResult]:
     """Run `names` and return every metric of each, in lm-eval's order (a group's own rows come after its tasks').
 
-    A name is a local file of questions, a folder of such files, or a task, group or tag of lm-eval or of the YAML files
-    under `include_path`. After all others stands the mean score of each folder, whose sets count alike. `limit`
-    takes the first rows of each task; `num_fewshot` is lm-eval's, and a local set draws its examples from itself
+    A name is a local file of questions, a folder of such files, a YAML file that defines a task or group over local
+    files without code (`slimtune.evaluate.definitions`), or a task, group or tag of lm-eval or of the YAML files under
+    `include_path`. After all others stands the mean score of each folder, whose sets count alike. `limit` takes the
+    first rows of each task; `num_fewshot` is lm-eval's, and a local set draws its examples from itself
     without the row asked. The model, the tokenizer and the random states of Python, numpy and torch (CPU) are left as
     they were.
 
     Raises `BackendMissing` without lm-eval, `RecipeError` for an unknown or repeated name or a count too small,
-    `FormatError` and `CalibrationError` for a bad local file, and `CalibrationError` where a task's data cannot be had.
+    `FormatError` and `CalibrationError` for a bad file, and `CalibrationError` where a task's data cannot be had.
     """
     require_harness()
     from lm_eval import simple_evaluate
@@ -115,18 +117,25 @@ def tasks(
     _require_counts(limit=(limit, 1), num_fewshot=(num_fewshot, 0), batch_size=(batch_size, 1))
     shots = num_fewshot or 0
     local: dict[str, list[Any]] = {n: [local_task(file, num_fewshot=shots) for file in _files(Path(n))] for n in names}
-    manager = TaskManager(  # the index of lm-eval's own tasks takes seconds: only where a name may stand in it
-        include_path=None if include_path is None else str(include_path), include_defaults=not all(local.values())
-    )
-    specs = [spec for name in names for spec in local[name] or [_registered(name, manager.all_tasks)]]
-    folders = [name for name in names if len(local[name]) > 1]
-    means = [_mean_name(name) for name in folders]
-    _require_distinct([spec if isinstance(spec, str) else spec["task"] for spec in specs] + means)
-    if not specs:
-        return []
-    with running(model), _random_states_kept():
-        harness = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-        try:
+    defined = {name: _defined(name) for name in names if not local[name]}
+    configs = {key: config for own in defined.values() for key, config in own.items()}
+    with included(configs) as paths:
+        paths = [str(path) for path in (include_path,) if path is not None] + paths
+        whole = not all(local[name] or defined[name] for name in names)
+        manager = TaskManager(include_path=paths or None, include_defaults=whole)  # lm-eval's own take seconds
+        specs = [
+            spec
+            for name in names
+            for spec in local[name] or list(defined[name])[:1] or [_registered(name, manager.all_tasks)]
+        ]
+        inner = [key for own in defined.values() for key in list(own)[1:]]
+        folders = [name for name in names if len(local[name]) > 1]
+        called = [spec if isinstance(spec, str) else spec["task"] for spec in specs]
+        _require_distinct(called + inner + [_mean_name(name) for name in folders])
+        if not specs:
+            return []
+        with running(model), _random_states_kept(), _told(names):
+            harness = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
             results = simple_evaluate(
                 model=harness,
                 tasks=specs,
@@ -135,17 +144,8 @@ def tasks(
                 num_fewshot=num_fewshot,
                 log_samples=False,
             )
-        except (ConnectionError, FileNotFoundError) as error:  # what `datasets` raises for data it cannot get
-            raise CalibrationError(
-                "a task's data could not be loaded",
-                where=", ".join(names),
-                got=error,
-                remedy="run once with the hub reachable (HF_HUB_OFFLINE unset), or name a local file of questions",
-            ) from error
     found = [row for name, metrics in results["results"].items() for row in _results(name, metrics)]
-    return found + [
-        _mean(name, [spec["task"] for spec in local[name]], found) for name in names if len(local[name]) > 1
-    ]
+    return found + [_mean(name, [spec["task"] for spec in local[name]], found) for name in folders]
 
 
 def local_task(path: str | os.PathLike[str], *, num_fewshot: int = 0) -> dict[str, Any]:
@@ -277,6 +277,11 @@ def _files(path: Path) -> list[Path]:
     return [file for file in files if file.name.endswith(SUFFIXES)]
 
 
+def _defined(name: str) -> dict[str, dict[str, Any]]:
+    """What the YAML file of that name defines; nothing where there is none."""
+    return definitions(Path(name)) if is_definition(name) and Path(name).is_file() else {}
+
+
 def _registered(name: str, valid: Sequence[str]) -> str:
     if name in valid:
         return name
@@ -285,7 +290,7 @@ def _registered(name: str, valid: Sequence[str]) -> str:
         f"no task, file or folder of questions named '{name}'",
         where="tasks",
         got=name,
-        wanted=f"a task of lm-eval, or a file ending in {', '.join(SUFFIXES)}",
+        wanted=f"a task of lm-eval, or a file ending in {', '.join(SUFFIXES + DEFINITIONS)}",
         remedy=f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists lm-eval's tasks",
     )
 
@@ -331,6 +336,26 @@ def _mean(folder: str, sets: Sequence[str], found: Sequence[TaskResult]) -> Task
     rows = [scores.get((name, "acc_norm"), scores[name, "acc"]) for name in sets]
     value, samples = sum(row.value for row in rows) / len(rows), sum(row.samples for row in rows)
     return TaskResult(_mean_name(folder), "acc", value, None, samples)
+
+
+@contextmanager
+def _told(names: Sequence[str]) -> Iterator[None]:
+    """Data that `datasets` cannot get or read, and templates that cannot be filled in, in slimtune's words."""
+    from datasets.exceptions import DatasetsError
+    from jinja2 import TemplateError
+
+    where = ", ".join(names)
+    try:
+        yield
+    except TemplateError as error:  # a template that reaches into Python among them
+        raise FormatError("a task's template cannot be filled in", where=where, got=error) from error
+    except (ConnectionError, FileNotFoundError, DatasetsError) as error:
+        raise CalibrationError(
+            "a task's data could not be loaded",
+            where=where,
+            got=error,
+            remedy="run once with the hub reachable (HF_HUB_OFFLINE unset), or name a local file of questions",
+        ) from error
 
 
 @contextmanager

@@ -130,7 +130,8 @@ class Evaluate:
     length: int = field(default=512, metadata={"help": "tokens of a perplexity window"})
     max_tokens: int = field(default=-1, metadata={"help": "tokens of a text to use; -1: all of it"})
     tasks: tuple[str, ...] = field(
-        default=(), metadata={"help": "lm-eval task names, or files of multiple-choice rows"}
+        default=(),
+        metadata={"help": "lm-eval task names, files of multiple-choice rows, or lm-eval YAML files over local data"},
     )
     limit: int = field(default=-1, metadata={"help": "items of a task or file; -1: all"})
     num_fewshot: int = field(default=-1, metadata={"help": "examples before each item of a task; -1: the task's own"})
