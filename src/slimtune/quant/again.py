@@ -23,6 +23,7 @@ from slimtune.linalg.packing import pack
 from slimtune.quant.base import QTensor, Stats
 from slimtune.quant.fp8 import Fp8
 from slimtune.quant.hqq import Hqq
+from slimtune.quant.incoherent import Incoherent
 from slimtune.quant.layouts import Affine, Codebook, Layout
 from slimtune.quant.nf4 import Nf4
 from slimtune.quant.optq import Optq, codes_by, codes_on_grid
@@ -94,8 +95,8 @@ def requantize(old: QTensor, weight: Tensor, hessian: Tensor | None) -> QTensor:
         return old
     change = w - before
     found = [judged(old, before, change, hessian)]
-    if (fresh := _fresh(old, w, hessian)) is not None:
-        found.append(judged(fresh, before, change, hessian))
+    if (anew := fresh(old.layout, w, hessian)) is not None:
+        found.append(judged(anew, before, change, hessian))
     tried: list[tuple[float, float]] = []
     while (factor := _next(tried, SLOW if type(old.layout) in TURNED else QUICK)) is not None:
         found.append(judged(way(old, before + factor * change, hessian), before, change, hessian))
@@ -160,9 +161,9 @@ def _affine(old: QTensor, w: Tensor, hessian: Tensor | None) -> QTensor:
     return _on_grid(old, w, hessian, kept, torch.arange(layout.in_features, device=w.device) // layout.group_size)
 
 
-def _fresh(old: QTensor, w: Tensor, hessian: Tensor | None) -> QTensor | None:
-    """`w` on a new grid; None where there is none, or others made the old one, in a way that no quantizer here has."""
-    layout = old.layout
+def fresh(layout: Layout, w: Tensor, hessian: Tensor | None) -> QTensor | None:
+    """`w`, of any shape, on a new grid like that of `layout`; None where that has none, or others made it, in a way
+    that no quantizer here has."""
     if isinstance(layout, Codebook) and layout.levels == "nf4":
         return Nf4(block_size=layout.group_size, double_quant=layout.nested)(w, {})
     if isinstance(layout, Codebook) and layout.is_float8 and layout.scale_dtype == "bfloat16":
@@ -173,9 +174,9 @@ def _fresh(old: QTensor, w: Tensor, hessian: Tensor | None) -> QTensor | None:
     if layout.scale_dtype != "bfloat16" or bits not in AFFINE_BITS:
         return None
     if layout.float_zero:
-        fresh = Hqq(bits=bits, group_size=size)(w, {})
-        group = torch.arange(layout.in_features, device=w.device) // size
-        return fresh if hessian is None else _on_grid(fresh, w, hessian, fresh.tensors, group)
+        fitted = Hqq(bits=bits, group_size=size)(w, {})
+        group = torch.arange(w.shape[1], device=w.device) // size
+        return fitted if hessian is None else _on_grid(fitted, w, hessian, fitted.tensors, group)
     if hessian is None:
         return Rtn(bits=bits, group_size=size, sym=layout.symmetric)(w, {})
     return Optq(bits=bits, group_size=size, sym=layout.symmetric)(w, {"hessian": hessian})
@@ -213,25 +214,20 @@ def _codebook(old: QTensor, w: Tensor, hessian: Tensor | None) -> QTensor:
     return QTensor({**old.tensors, "codes": pack(codes.to(torch.uint8), layout.bits)}, layout)
 
 
-def _lattice(old: QTensor, w: Tensor, hessian: Tensor | None) -> QTensor:
-    return Quip(bits=cast(Lattice, old.layout).bits)(w, _stats(w, hessian))
+def _turned(old: QTensor, w: Tensor, hessian: Tensor | None) -> QTensor:
+    metric = torch.eye(w.shape[1], device=w.device) if hessian is None else hessian
+    return TURNED[type(old.layout)](bits=cast("Lattice | TrellisLayout", old.layout).bits)(w, {"hessian": metric})
 
 
-def _trellis(old: QTensor, w: Tensor, hessian: Tensor | None) -> QTensor:
-    return Trellis(bits=cast(TrellisLayout, old.layout).bits)(w, _stats(w, hessian))
-
-
-def _stats(w: Tensor, hessian: Tensor | None) -> Stats:
-    return {"hessian": torch.eye(w.shape[1], device=w.device) if hessian is None else hessian}
+TURNED: dict[type[Layout], type[Incoherent]] = {Lattice: Quip, TrellisLayout: Trellis}
+"""The layouts in a rotated basis, and the quantizers that make them."""
 
 
 WAYS: dict[type[Layout], Way] = {
     Affine: _affine,
     Scattered: _affine,
     Codebook: _codebook,
-    Lattice: _lattice,
-    TrellisLayout: _trellis,
+    Lattice: _turned,
+    TrellisLayout: _turned,
 }
 """How a weight gets into each layout again: on the grid that is there, where there is one."""
-
-TURNED = (Lattice, TrellisLayout)

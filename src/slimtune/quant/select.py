@@ -2,7 +2,8 @@
 
 Rows of a rowwise layout are slices. Columns are cut exactly where whole groups go, or a row is one group; where a group
 would lose a part, what is left of it no longer has its scale to itself, and the weight is rounded again. So it is where
-scales are nested in runs that would lose one.
+scales are nested in runs that would lose one, and in a basis that mixes rows and columns. It is rounded by the method
+that makes the layout, in as many bits, without calibration: no inputs are at hand when a model is cut.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from slimtune.linalg.packing import pack, unpack
+from slimtune.quant.again import TURNED, fresh
 from slimtune.quant.base import QTensor
 from slimtune.quant.layouts import NEST, Affine, Codebook
 from slimtune.quant.rtn import AFFINE_BITS, Rtn
@@ -73,9 +75,18 @@ def _rounded_again(weight: QTensor, rows: Tensor | None, columns: Tensor | None)
     dense = weight.dequantize()
     dense = dense if rows is None else dense[rows.to(dense.device)]
     dense = dense if columns is None else dense[:, columns.to(dense.device)]
-    if isinstance(layout, Affine):
-        method = Rtn(bits=layout.bits, group_size=layout.group_size, sym=layout.symmetric)
-        return method(dense, {}), f"groups of {layout.group_size} columns were broken: rounded again"
+    if (turned := TURNED.get(type(layout))) is not None:
+        bits = cast(Any, layout).bits
+        identity = torch.eye(dense.shape[1], device=dense.device)  # a sweep has nothing to make up for with it
+        found = turned(bits=bits, sweeps=0)(dense, {"hessian": identity})
+        what = "a basis that mixes rows and columns"
+        return found, f"the layout '{layout.tag}' has {what}: rounded again to {bits} bits of it"
+    if isinstance(layout, Affine | Codebook):
+        what = f"groups of {layout.group_size} columns were broken: rounded again"
+        if (anew := fresh(layout, dense, None)) is not None:
+            return anew, what
+        if isinstance(layout, Affine):
+            return Rtn(bits=layout.bits, group_size=layout.group_size, sym=layout.symmetric)(dense, {}), what
     bits = next((bits for bits in AFFINE_BITS if bits >= weight.bits_per_weight - 1), 8)
-    what = "broken groups" if isinstance(layout, Codebook) else "a basis that mixes rows and columns"
+    what = "scales that cannot be cut"
     return Rtn(bits=bits)(dense, {}), f"the layout '{layout.tag}' has {what}: rounded to {bits} bits, groups of 64"
