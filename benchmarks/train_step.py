@@ -41,9 +41,8 @@ from slimtune.quant.apply import all_linear, quantize_
 from slimtune.quant.base import QTensor
 from slimtune.quant.layouts import layout_from_dict
 from slimtune.quant.rtn import Rtn
-from slimtune.recipe.run import environment
-from slimtune.train.loop import for_training
 from slimtune.train.options import TrainOptions
+from slimtune.train.scope import for_training
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 from train_step_arm import TOOLS, take_steps
@@ -161,6 +160,8 @@ def main() -> None:
     name = "train_step" + "_1b" * (arguments.shape == "1b") + "_checkpointing" * arguments.checkpointing
     name += f"_kept_{arguments.keep_decoded}" * (arguments.keep_decoded > 0)
     RESULTS.mkdir(exist_ok=True)
+    from slimtune.recipe.run import environment  # with a trainer, whose memory no arm should count
+
     facts = {"environment": environment(), "seed": 0, "rows": rows}
     (RESULTS / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
 

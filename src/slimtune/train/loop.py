@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,16 +16,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from slimtune.arch import bind
 from slimtune.arch.weights import require_finite
-from slimtune.calib.cpu import cpu_kernels
 from slimtune.calib.loss import chunked_loss
 from slimtune.errors import RecipeError
-from slimtune.lora.attach import base_of, quantized, side_by_side
+from slimtune.lora.attach import base_of, quantized
 from slimtune.lora.rounded import Switch, rounded_lora
 from slimtune.prune.options import PruneOptions
 from slimtune.prune.surgery import PruneFacts
-from slimtune.quant.decoding import kept_weights
 from slimtune.quant.tuning import settle_tuning_, tune_, untunable
 from slimtune.train.callbacks import Progress, StepLog
 from slimtune.train.checkpoint import CheckpointingTrainer, last_checkpoint
@@ -34,6 +31,7 @@ from slimtune.train.distill import distilled_loss, require_plain_head, unpruned
 from slimtune.train.optimizers import own_optimizer
 from slimtune.train.options import TrainOptions
 from slimtune.train.pruning import Ramp
+from slimtune.train.scope import for_training
 from slimtune.train.teacher import FILE, Teacher, visited, write_teacher
 
 POINT_ROWS = 16
@@ -299,44 +297,6 @@ def _measured(ramp: Ramp | None, *arguments: Any) -> float:
     """The held-out loss, unseen by a ramp."""
     with nullcontext() if ramp is None else ramp.deaf():
         return heldout_loss(*arguments)
-
-
-@contextmanager
-def for_training(model: nn.Module, options: TrainOptions) -> Iterator[None]:
-    """What holds while a model trains, and not before or after."""
-    scopes = [quantized(model)]
-    if options.gradient_checkpointing:  # then one block's are kept at a time
-        blocks = base_of(model)
-        scopes = [quantized(blocks.get_submodule(block.name)) for block in bind(model).blocks]
-    with ExitStack() as stack:
-        for part in (_without_cache(model), _same_flags(model), cpu_kernels(base_of(model)), side_by_side(model)):
-            stack.enter_context(part)
-        stack.enter_context(kept_weights(scopes, options.keep_decoded * 10**6))
-        yield
-
-
-@contextmanager
-def _same_flags(model: nn.Module) -> Iterator[None]:
-    """What requires a gradient before the block does so after it: an optimizer may freeze factors for its own time."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-@contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """No key-value cache in the block, where packed rows could not be told apart; transformers' trainer would leave it
-    off in the model's config for good."""
-    config = cast(Any, model).config.get_text_config()
-    before = config.use_cache
-    config.use_cache = False
-    try:
-        yield
-    finally:
-        config.use_cache = before
 
 
 @torch.no_grad()
