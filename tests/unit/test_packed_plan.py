@@ -58,6 +58,17 @@ def test_a_folder_with_rounded_inputs_is_a_model(bits: int, tmp_path: Path) -> N
         assert "cannot say that inputs are rounded" in refusal(folder, "lora", "train", export(format))
 
 
+def test_sixteen_bits_are_no_rounding(tmp_path: Path) -> None:
+    save_pico(tmp_path / "dense")
+    rounds = {"method": "rtn", "bits": 4, "group_size": -1, "sym": True, "activations": {"bits": 8}}
+    none = {"activations": {"bits": 16}, "kv_cache": {"bits": 16}}
+    planned(tmp_path / "dense", {"quantize": rounds | none}, export("gptq"))
+    planned(tmp_path / "dense", {"quantize": rounds | {"layers": {"*": {"activations": {"bits": 16}}}}})
+    some = {"layers": {"*.o_proj": {"activations": {"bits": 8}}}}
+    message = refusal(tmp_path / "dense", {"quantize": rounds | none | some}, export("gptq"))
+    assert "cannot say that inputs are rounded" in message
+
+
 def test_a_folder_of_others_with_rounded_inputs_is_known_as_one(tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     model, tokenizer = load(str(packed_folder(tmp_path, **ROUNDED)))

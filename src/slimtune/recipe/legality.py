@@ -18,6 +18,7 @@ from slimtune.quant.blackbox import FROZEN
 from slimtune.quant.linear import QuantLinear
 from slimtune.recipe.gradients import sketch_file, wants_data
 from slimtune.recipe.schema import Evaluate, Export, Lora, Merge, Prune, Quantize, Recipe, Rotate, Step, Train
+from slimtune.recipe.treatments import Treatments
 from slimtune.rotate.options import FOLDED
 from slimtune.rotate.record import rotation_of
 
@@ -269,8 +270,9 @@ def _after(step: Step, state: State) -> State:
             changed = state.changed or not state.adapter
             return replace(state, ramp=False, pruned=state.pruned or state.ramp, changed=changed, woken=woken)
         case Quantize():
-            rounded = bool(step.activations or any("activations" in fields for fields in step.layers.values()))
-            return replace(state, quantized=True, residual=True, rounded=rounded, cache=bool(step.kv_cache))
+            treatments = Treatments(step)
+            rounded = any(treatment.activations is not None for treatment in treatments.all)
+            return replace(state, quantized=True, residual=True, rounded=rounded, cache=treatments.cache.bits < 16)
         case Lora():
             rank = step.r * parts(step.init, step.init_residual) if step.ranks == "uniform" else 0
             narrow = step.target_modules != "all-linear"
