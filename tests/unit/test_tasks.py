@@ -330,6 +330,21 @@ def test_a_folder_is_the_sets_in_it_and_limit_takes_the_first_rows(tmp_path: Pat
     assert first == [TaskResult("blanks", "acc", 1.0, None, 1)], "one sample has no standard error"
 
 
+def test_the_harness_does_not_look_for_git_or_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("lm_eval", reason=WITHOUT)
+    model, tokenizer = pico()
+    (tmp_path / "sums.json").write_text(json.dumps([{**row, "answer": 0} for row in QUESTIONS]))
+    monkeypatch.chdir(tmp_path)  # no repository
+    called: list[Any] = []
+    monkeypatch.setattr("subprocess.check_output", lambda *given, **_: called.append(given))
+    assert tasks(model, tokenizer, ["sums.json"])
+    said = capfd.readouterr()
+    assert not called and "fatal" not in said.err + said.out
+    assert not [record for record in caplog.records if record.name.startswith("lm_eval")]
+
+
 def test_examples_stand_before_each_question(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason=WITHOUT)
     model, tokenizer = pico()

@@ -28,6 +28,7 @@ import gzip
 import importlib.util
 import io
 import json
+import logging
 import math
 import os
 import random
@@ -39,6 +40,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import numpy
 import torch
@@ -134,7 +136,7 @@ def tasks(
         _require_distinct(called + inner + [_mean_name(name) for name in folders])
         if not specs:
             return []
-        with running(model), _random_states_kept(), _told(names):
+        with running(model), _random_states_kept(), _told(names), _quiet():
             harness = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
             results = simple_evaluate(
                 model=harness,
@@ -356,6 +358,22 @@ def _told(names: Sequence[str]) -> Iterator[None]:
             got=error,
             remedy="run once with the hub reachable (HF_HUB_OFFLINE unset), or name a local file of questions",
         ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval warns of a model that was loaded before, and has git, pip and others tell of the machine, which takes
+    seconds, prints, and is read by nothing here."""
+    from lm_eval import evaluator
+
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with patch.object(evaluator, "get_git_commit_hash"), patch.object(evaluator, "add_env_info"):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager
