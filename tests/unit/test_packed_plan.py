@@ -58,6 +58,13 @@ def test_a_folder_with_rounded_inputs_is_a_model(bits: int, tmp_path: Path) -> N
         assert "cannot say that inputs are rounded" in refusal(folder, "lora", "train", export(format))
 
 
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
+def test_a_folder_that_a_packed_format_cannot_hold(format: str, tmp_path: Path) -> None:
+    folder = packed_folder(tmp_path, method="nf4")
+    assert f"{format} cannot hold this layer" in refusal(folder, "lora", export(format))
+    planned(folder, "lora", "train", "merge", export("safetensors"))
+
+
 def test_sixteen_bits_are_no_rounding(tmp_path: Path) -> None:
     save_pico(tmp_path / "dense")
     rounds = {"method": "rtn", "bits": 4, "group_size": -1, "sym": True, "activations": {"bits": 8}}

@@ -21,7 +21,7 @@ from slimtune.quant.linear import QuantLinear
 from slimtune.quant.tuning import tunable, untunable
 from slimtune.recipe.adapters import ports_of
 from slimtune.recipe.legality import State
-from slimtune.recipe.schema import Export, Lora, Merge, Quantize, Recipe, Step, Train
+from slimtune.recipe.schema import Export, Lora, Merge, Prune, Quantize, Recipe, Step, Train
 from slimtune.recipe.treatments import Treatments
 from slimtune.rotate.options import FOLDED, Rotation
 from slimtune.rotate.record import KEY
@@ -150,11 +150,26 @@ def check_later(layers: Layers, recipe: Recipe, number: int, model: Any, modelma
                 if not any(name in layers and poolable(layers[name].layout) for name in adapted):
                     what, remedy = NO_GROUPS
                     raise RecipeError(what, where=f"{where}.pooled", got=f"layout: {kinds}", remedy=remedy)
-            case Export(format="compressed-tensors" | "vllm"):
-                try:
-                    compressed_tensors.schemes_of(dict(layers))
-                except SlimtuneError as error:
-                    raise error.within(where) from error
+            case Export() if step.format in HOLDS:
+                _require_held(step.format, {} if _cut(recipe, later) else layers, where)
+                if step.format != "gptq":
+                    try:
+                        compressed_tensors.schemes_of(dict(layers))
+                    except SlimtuneError as error:
+                        raise error.within(where) from error
+
+
+def _require_held(kind: str, layers: Layers, where: str) -> None:
+    """Raise `RecipeError` where a packed format cannot hold a layer."""
+    for name, layer in layers.items():
+        if fault := HOLDS[kind](layer.layout):
+            remedy = "export safetensors, or use the model folder"
+            raise RecipeError(f"{kind} cannot hold this layer", where=where, got=f"{name}: {fault}", remedy=remedy)
+
+
+def _cut(recipe: Recipe, number: int) -> bool:
+    """Whether layers have other sizes by the `number`th step."""
+    return any(isinstance(step, Prune) for step in recipe.steps[:number])
 
 
 def _later(recipe: Recipe, number: int) -> Iterator[tuple[int, Step]]:
