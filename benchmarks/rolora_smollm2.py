@@ -6,6 +6,7 @@ r"""RoLoRA and the controls its paper lacks: SmolLM2-135M, WikiText-2, one quant
                                          g  as f, with rounded inputs alone
     h  rotated, quantized, LoRA on the packed weights, merged into them (`keep_bits`)
     i  rotated, quantized, LoRA that starts from what was lost, trained with the scales, beside the packed weights
+    j  as g for two thirds of the steps, then LoRA from what was lost for the rest, beside the packed weights
 
 Every arm is a recipe; all train the same rows with the same seed, and b and d start from what a left. An arm whose run
 folder is whole is not run again.
@@ -56,6 +57,9 @@ def arms(arguments: argparse.Namespace, work: Path) -> dict[str, tuple[str, list
             "activations": {"bits": bits, "search": clip < 1},
         }
     }
+    early = arguments.steps * 2 // 3
+    first = {"train": {**inputs["train"], "max_steps": early}}
+    second = {"train": {**options, "max_steps": arguments.steps - early}}
     residual = {"lora": {"r": 16, "lora_alpha": 32, "init": "residual"}}
     scales = {"train": {**options, "scales": True}}
     low = {"merge": {"keep_bits": True, "force": True}}
@@ -70,6 +74,7 @@ def arms(arguments: argparse.Namespace, work: Path) -> dict[str, tuple[str, list
         "h": (arguments.model, [rotate, quantize, lora, train, evaluate, low, evaluate]),
         "i": (arguments.model, [rotate, quantize, residual, scales, evaluate]),
         "g": (arguments.model, [rotate, lora, inputs, {"merge": {}}, quantize, evaluate]),
+        "j": (arguments.model, [rotate, lora, first, {"merge": {}}, quantize, residual, evaluate, second, evaluate]),
     }
 
 
