@@ -9,7 +9,7 @@ measures. `nf4` stands for QLoRA's base: its weights are those of bitsandbytes (
 An arm with `+residual` quantizes here (with `--windows DIR/tokens128.safetensors`, which `--timing` left there), and
 its factors, of the same rank, start from what that lost; with `+scales` the scales and signs of the packed layers
 train, too: `slimtune-quip-b2+residual+scales`; with `+gptaq` weights make up for a quarter of the inputs' drift. Of
-several `--learning-rate`s every arm is trained at each, and the result is called so.
+several `--learning-rate`s or seeds every arm is trained at each, and the result is called so.
 
     python benchmarks/finetune_smollm2.py --rows alpaca.jsonl.gz --name alpaca --work DIR [--arms NAME ...]
     python benchmarks/finetune_smollm2.py --rows samsum.jsonl.gz --name samsum --work DIR --rouge 64 \\
@@ -123,7 +123,7 @@ def main() -> None:
             print(f"{name:28} {rate} {facts['eval_loss_before']:.4f} -> {facts['eval_loss_after']:.4f}", flush=True)
     head = {"environment": environment(), "model": Path(arguments.model).name, "data": Path(arguments.rows).name}
     RESULTS.mkdir(exist_ok=True)
-    ending = "_rates" if len(arguments.learning_rate) > 1 else ""
+    ending = "_rates" * (len(arguments.learning_rate) > 1) + "_seeds" * (arguments.seeds > 1)
     (RESULTS / f"finetune_smollm2_{arguments.name}{ending}.json").write_text(
         json.dumps({**head, "threads": torch.get_num_threads(), **settings, "rows": found}, indent=1) + "\n"
     )
