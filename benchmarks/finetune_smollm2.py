@@ -8,8 +8,7 @@ measures. `nf4` stands for QLoRA's base: its weights are those of bitsandbytes (
 
 An arm with `+residual` quantizes here (with `--windows DIR/tokens128.safetensors`, which `--timing` left there), and
 its factors, of the same rank, start from what that lost; with `+scales` the scales and signs of the packed layers
-train, too: `slimtune-quip-b2+residual+scales`; with `+gptaq` weights make up for a quarter of the inputs' drift;
-with `+sweep` every block is rounded a second time, given the others. Of
+train, too: `slimtune-quip-b2+residual+scales`; with `+gptaq` weights make up for a quarter of the inputs' drift. Of
 several `--learning-rate`s or seeds every arm is trained at each, and the result is called so.
 
     python benchmarks/finetune_smollm2.py --rows alpaca.jsonl.gz --name alpaca --work DIR [--arms NAME ...]
@@ -57,8 +56,6 @@ def packed(name: str, arguments: argparse.Namespace) -> Loaded:
     fields: dict[str, Any] = {"bits": int(bits[1:]), **({"group_size": int(group[0][1:])} if group else {})}
     if "+gptaq" in name:
         fields |= {"gptaq": 0.25}
-    if "+sweep" in name:
-        fields |= {"sweeps": 1}
     windows = load_file(arguments.windows)["tokens"]
     quantize(loaded.model, method, **fields, calibration=windows, residual_rank=RANK if "+residual" in name else 0)
     return loaded
