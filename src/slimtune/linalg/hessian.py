@@ -95,7 +95,7 @@ def aligned(weight: Tensor, hessian: Tensor, drift: Tensor, share: float = 1.0, 
 
     Args:
         weight: float `[out, in]`. The result is float64 where this is and float32 otherwise: the correction of a
-            half-precision weight is less than a step of its mantissa as often as not.
+            half-precision weight may be less than a step of its mantissa.
         hessian: `H / n`, `[in, in]`.
         drift: `C / n`, `[in, in]`.
         share: of the correction; less than 1 where few tokens would be fitted too well.
