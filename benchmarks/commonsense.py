@@ -31,6 +31,10 @@ PLAIN = ("boolq", "winogrande")
 """Tasks whose answers have no lengths to normalise by."""
 
 
+SCORES = "acc_norm", "acc"
+"""What counts of a task, the first that it has: MMLU's letters are all as long."""
+
+
 def test_files(data: Path) -> list[Path]:
     """The test sets in a folder."""
     return sorted(path for path in data.iterdir() if any(path.name.endswith(SPLIT + end) for end in SUFFIXES))
@@ -50,7 +54,9 @@ def measure(folder: str, files: Sequence[Path], limit: int, dtype: str) -> dict[
     for row in tasks(model, loaded.tokenizer, [str(f) for f in files], limit=limit if limit > 0 else None):  # type: ignore[arg-type]
         task = found.setdefault(row.task.removesuffix(SPLIT), {"samples": row.samples})
         task |= {row.metric: row.value, f"{row.metric}_stderr": row.stderr}
-    average = fmean(task["acc" if name in PLAIN else "acc_norm"] for name, task in found.items())
+    average = fmean(
+        task["acc" if name in PLAIN else next(m for m in SCORES if m in task)] for name, task in found.items()
+    )
     return {"average": average, "cpu_seconds": round(time.process_time() - start, 1), "tasks": found}
 
 

@@ -34,7 +34,7 @@ def arms(arguments: argparse.Namespace, work: Path) -> dict[str, tuple[str, list
     """By letter: the model to start from, and the steps."""
     bits = arguments.bits
     tuned = str(work / "a" / "model")
-    rotate = {"rotate": {"kind": arguments.kind, "online": arguments.online}}
+    rotate = {"rotate": {"kind": arguments.kind, "online": arguments.online, "balance": arguments.balance}}
     lora = {"lora": {"r": 16, "lora_alpha": 32}}
     options = {
         "max_steps": arguments.steps,
@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--kind", default="learned")
     parser.add_argument("--online", nargs="*", default=["r4", "heads"])
+    parser.add_argument("--balance", action="store_true", help="scale channels before they turn")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--learning-rate", type=float, default=RATE)
     parser.add_argument("--tokens", type=int, default=16384)
@@ -100,8 +101,8 @@ def main() -> None:
         "--clip", type=float, default=1.0, help="of inputs while training; below 1: searched afterwards"
     )
     arguments = parser.parse_args()
-    kept = ("method", "bits", "kind", "online", "steps", "learning_rate", "tokens", "samples", "seed", "clip")
-    settings = {key: getattr(arguments, key) for key in kept}
+    kept = ("method", "bits", "kind", "online", "balance", "steps", "learning_rate", "tokens", "samples", "seed")
+    settings = {key: getattr(arguments, key) for key in (*kept, "clip")}
     rows = []
     for letter in arguments.arms:
         model, steps = arms(arguments, arguments.work)[letter]
@@ -118,6 +119,7 @@ def main() -> None:
         print(f"{letter}  {' -> '.join(steps_taken):60} {values[-1]:,.2f}", flush=True)
         RESULTS.mkdir(exist_ok=True)
         more = (f"_seed{arguments.seed}" if arguments.seed else "") + ("_clipped" if arguments.clip < 1 else "")
+        more += "_balanced" if arguments.balance else ""
         more += f"_{arguments.learning_rate:g}" if arguments.learning_rate != RATE else ""
         more += f"_{arguments.steps}_steps" if arguments.steps != STEPS else ""
         name = f"rolora_smollm2_{arguments.method}_w{arguments.bits}a{arguments.bits}{more}.json"

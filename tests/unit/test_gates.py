@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "slimtune"
 
 # Lines in all of src. A change that needs more raises the number in its own commit, and says there what it bought.
-BUDGET = 28_500
+BUDGET = 28_800
 FILE_LINES = 500
 FUNCTION_LINES = 60
 SHAPELESS = {"utils", "helpers", "common", "misc", "core"}  # a name that says nothing collects everything

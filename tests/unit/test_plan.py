@@ -239,8 +239,8 @@ def test_enough_memory_is_no_warning(config_only: Path) -> None:
 
 def test_a_rotation_takes_the_recipes_seed_unless_it_has_its_own(config_only: Path) -> None:
     made = planned(config_only, "rotate", seed=5)
-    rotate = {"kind": "hadamard", "seed": 5, "steps": 100, "online": [], "block_size": 0, "stream": False}
-    assert made.to_dict()["recipe"]["steps"] == [{"rotate": rotate}]
+    given = {"kind": "hadamard", "seed": 5, "steps": 100, "online": [], "block_size": 0}
+    assert made.to_dict()["recipe"]["steps"] == [{"rotate": {**given, "balance": False, "stream": False}}]
     assert planned(config_only, {"rotate": {"seed": 7}}, seed=5).to_dict()["recipe"]["steps"][0]["rotate"]["seed"] == 7
 
 

@@ -77,11 +77,18 @@ def fits_the_original(model: Any, plain: Any, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"),
-    [*((family, "hadamard") for family in FAMILIES), ("llama", "orthogonal"), ("qwen2", "learned"), ("t5", "learned")],
+    ("family", "options"),
+    [
+        *((family, {"kind": "hadamard"}) for family in FAMILIES),
+        ("llama", {"kind": "orthogonal"}),
+        ("qwen2", {"kind": "learned"}),
+        ("t5", {"kind": "learned"}),
+        ("qwen2", {"balance": True}),
+        ("llama", {"balance": True, "online": ("inputs",)}),
+    ],
 )
-def test_sliced_is_masked_and_its_basis_is_sliced_along(family: str, kind: str, tmp_path: Path) -> None:
-    model = turned(family, kind=kind, steps=2, seed=7)
+def test_sliced_is_masked_and_its_basis_is_sliced_along(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = turned(family, **options, steps=2, seed=7)
     modelmap = bind(model)
     targets: Any = [name for name in possible(modelmap) if name in ("kv", "ffn")]
     found = axes(modelmap, targets)
@@ -90,7 +97,8 @@ def test_sliced_is_masked_and_its_basis_is_sliced_along(family: str, kind: str, 
     torch.testing.assert_close(logits(model, pico_inputs(model)), wanted, rtol=1e-9, atol=1e-9)
     basis = rotation_of(model)
     assert basis is not None and whole is not None and basis.attentions == whole.attentions
-    assert (fingerprint(basis) == fingerprint(whole)) == ("kv" not in targets)
+    same = "kv" not in targets and not whole.scales
+    assert (fingerprint(basis) == fingerprint(whole)) == same
     write_model(model, pico_tokenizer(), tmp_path)
     back = load(str(tmp_path)).model.double()
     again = rotation_of(back)
@@ -99,9 +107,16 @@ def test_sliced_is_masked_and_its_basis_is_sliced_along(family: str, kind: str, 
     fits_the_original(back, cut(original(family), targets), tmp_path / "adapter")
 
 
-@pytest.mark.parametrize(("family", "online"), [(f, ()) for f in FAMILIES] + [("qwen2", ("r4", "heads"))])
-def test_whole_layers_go_in_any_basis(family: str, online: tuple[str, ...], tmp_path: Path) -> None:
-    model, plain = turned(family, deep=True, online=online), original(family, deep=True)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        *((f, {}) for f in FAMILIES),
+        ("qwen2", {"online": ("r4", "heads")}),
+        ("qwen2", {"online": ("inputs",), "balance": True}),
+    ],
+)
+def test_whole_layers_go_in_any_basis(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model, plain = turned(family, deep=True, **options), original(family, deep=True)
     cut(plain, ("layers",))
     cut(model, ("layers",))
     wanted = logits(plain, pico_inputs(model))

@@ -56,7 +56,7 @@ def rotated(
 
 
 @every_pico
-@pytest.mark.parametrize("online", [(), ("r4", "heads")])
+@pytest.mark.parametrize("online", [(), ("r4", "heads"), ("inputs", "r4")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_the_same_in_float64(family: str, kind: str, online: tuple[str, ...]) -> None:
     error, facts = rotated(family, rotation=Rotation(kind=kind, seed=3, online=online))

@@ -36,20 +36,30 @@ def relative(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).norm() / wanted.norm())
 
 
+def windows() -> Tensor:
+    return torch.randint(6, VOCAB_SIZE, (3, 12), generator=torch.Generator().manual_seed(3))
+
+
 def saved(folder: Path, family: str = "llama-tied", **options: Any) -> Any:
     """A rotated pico model, written to `folder` as a run does."""
     model = pico_model(family)
-    tokens = torch.randint(6, VOCAB_SIZE, (3, 12), generator=torch.Generator().manual_seed(3))
-    rotate_(model, bind(model), Rotation(**options), tokens=tokens)
+    rotate_(model, bind(model), Rotation(**options), tokens=windows())
     folder.mkdir()
     write_model(model, pico_tokenizer(), folder)
     return model
 
 
-@pytest.mark.parametrize("kind", ["hadamard", "learned"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "hadamard", "online": ("r4", "heads")},
+        {"kind": "learned", "online": ("r4", "heads")},
+        {"balance": True, "online": ("inputs", "r4", "heads")},
+    ],
+)
 @every_pico
-def test_a_rotated_model_comes_back_with_its_basis(family: str, kind: str, tmp_path: Path) -> None:
-    model = saved(tmp_path / "m", family, kind=kind, steps=3, online=("r4", "heads"), seed=7)
+def test_a_rotated_model_comes_back_with_its_basis(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = saved(tmp_path / "m", family, **options, steps=3, seed=7)
     back = load(str(tmp_path / "m")).model
     inputs = pico_inputs(model)
     torch.testing.assert_close(logits(back, inputs), logits(model, inputs))
@@ -66,11 +76,19 @@ def test_without_online_transforms_plain_transformers_loads_it(family: str, tmp_
     torch.testing.assert_close(logits(back, inputs), logits(model, inputs))
 
 
-@pytest.mark.parametrize("kind", ["hadamard", "orthogonal"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "hadamard", "online": ("r4", "heads")},
+        {"kind": "orthogonal", "online": ("r4", "heads")},
+        {"balance": True},
+        {"balance": True, "online": ("inputs", "r4", "heads")},
+    ],
+)
 @every_pico
-def test_an_exported_adapter_works_on_the_original_model(family: str, kind: str, tmp_path: Path) -> None:
+def test_an_exported_adapter_works_on_the_original_model(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     model = pico_model(family)
-    rotate_(model, bind(model), Rotation(kind=kind, online=("r4", "heads")))
+    rotate_(model, bind(model), Rotation(**options), tokens=windows())
     wrapped = with_noise(model)
     inputs = pico_inputs(model)
     export(Source(wrapped, pico_tokenizer(), "original"), "peft", tmp_path / "adapter")
@@ -101,11 +119,12 @@ def test_an_adapter_keeps_the_hash_of_its_basis_and_loads_in_no_other(tmp_path: 
         load_adapter(load(str(tmp_path / "m")).model, adapter)
 
 
+@pytest.mark.parametrize("online", [("r4", "heads"), ("inputs", "r4")])
 @every_pico
-def test_online_transforms_survive_quantizing_adapters_and_merging(family: str) -> None:
+def test_online_transforms_survive_quantizing_adapters_and_merging(family: str, online: tuple[str, ...]) -> None:
     model = pico_model(family)
     inputs = pico_inputs(model)
-    rotate_(model, bind(model), Rotation(online=("r4", "heads")))
+    rotate_(model, bind(model), Rotation(online=online))
     slimtune.quantize(model, "rtn", bits=8, group_size=8)
     packed = logits(model, inputs)
     assert relative(packed, logits(pico_model(family), inputs)) < 0.05
@@ -162,8 +181,9 @@ def test_a_missing_or_foreign_rotation_file_is_an_error(tmp_path: Path) -> None:
         load(str(tmp_path / "m"))
 
 
+@pytest.mark.parametrize("options", [{"online": ["r4", "heads"]}, {"online": ["inputs", "r4"], "balance": True}])
 @pytest.mark.parametrize("family", ["llama-tied", "qwen2", "gemma2", "opt", "t5"])
-def test_an_adapter_of_the_original_enters_the_basis(family: str, tmp_path: Path) -> None:
+def test_an_adapter_of_the_original_enters_the_basis(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     wrapped, adapter = with_noise(pico_model(family)), tmp_path / "adapter"
     inputs = pico_inputs(wrapped.get_base_model())
     wanted = logits(wrapped, inputs)
@@ -172,7 +192,7 @@ def test_an_adapter_of_the_original_enters_the_basis(family: str, tmp_path: Path
     model = pico_model(family)
     with pytest.raises(RecipeError, match="not rotated"):
         slimtune.rotate_adapter(model, adapter, tmp_path / "turned")
-    slimtune.rotate(model, online=["r4", "heads"])
+    slimtune.rotate(model, **options, calibration=windows())
     with pytest.raises(FormatError, match="another basis") as caught:
         load_adapter(model, adapter)
     assert "slimtune.rotate_adapter(" in caught.value.facts["remedy"]

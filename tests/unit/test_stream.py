@@ -35,7 +35,11 @@ def held(folder: Path) -> dict[str, torch.Tensor]:
     return checkpoint.read(checkpoint.files)
 
 
-@pytest.mark.parametrize("options", [{"online": ("r3", "r4")}, {"kind": "learned", "steps": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"online": ("r3", "r4")}, {"kind": "learned", "steps": 2}, {"online": ("inputs",), "balance": True}],
+    ids=str,
+)
 @pytest.mark.parametrize("family", PICO)
 def test_every_family_gets_the_bits_of_the_rotation_in_memory(
     family: str, options: dict[str, Any], tmp_path: Path

@@ -41,7 +41,7 @@ def rotate_folder(
         source: a model loaded lazily. It is used up: nothing of it is in memory afterwards.
         output: where the folder goes.
         rotation: which rotation.
-        tokens: windows `[samples, length]` to learn from, where the rotation is learned.
+        tokens: windows `[samples, length]` to learn from, where the rotation is learned or balances.
         progress: called with (finished parts, all parts): the blocks, and what stands outside them.
 
     Raises `RecipeError` where the model was not loaded lazily, and whatever `rotate_` raises.

@@ -83,7 +83,7 @@ def rotate(
 ) -> nn.Module:
     """`model` (changed in place) in another basis, with the same outputs; `options` are the fields of `rotate`.
 
-    `calibration`, as in `quantize`, is what a learned rotation learns from.
+    `calibration`, as in `quantize`, is what a learned rotation learns from, and one that balances.
     """
     rotation = build(Rotation, options, "rotate")
     _require(schema.Rotate(), model)

@@ -160,7 +160,7 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
             require_sketch(step, None if state.pruned else modelmap, where)  # what is cut, scores will say
         _check_fit(step, number, recipe, model, modelmap, where)
         taken, flops = shape.demand(step, state, recipe)
-        if isinstance(step, Rotate) and shape.tied:  # the head becomes a weight of its own
+        if isinstance(step, Rotate) and shape.tied and step.folds:  # the head becomes a weight of its own
             shape = replace(shape, tied=False, parameters=shape.parameters + shape.vocabulary * shape.hidden)
         steps.append(StepPlan(step.name, baseline + taken, flops))
         cut = step if isinstance(step, Prune) else pending(recipe.steps, number) if isinstance(step, Train) else None
@@ -305,7 +305,7 @@ class _Shape:
             case Lora():
                 return self.resident(state.quantized), 0
             case Rotate():
-                head = self.vocabulary * self.hidden * self.dense_bytes if self.tied else 0
+                head = self.vocabulary * self.hidden * self.dense_bytes if self.tied and step.folds else 0
                 probe = 3 * 128 * self.vocabulary * 8  # logits before and after, compared in float64
                 held = self.resident(False)
                 if step.stream:  # what stands outside the blocks, and one block

@@ -64,7 +64,7 @@ OUTLIER_ROWS = 4000
 """Rows of the data, from the first on, that these windows are cut from."""
 
 LEARNED_WINDOWS = 16
-"""Windows from which a rotation is learned, at most."""
+"""Windows from which a rotation is learned or balanced, at most."""
 
 WHEN = ("before", "after")
 
@@ -123,7 +123,7 @@ def _rotate(session: Session, step: Rotate, number: int) -> Facts:
     modelmap = bind(model)
     source = data.calibration or data.train or DataSource(builtin="pydocs")
     length = within_positions(model, min(source.length, OUTLIER_WINDOWS[1]))
-    samples = OUTLIER_WINDOWS[0] + (LEARNED_WINDOWS if step.kind == "learned" else 0)
+    samples = OUTLIER_WINDOWS[0] + (LEARNED_WINDOWS if step.calibrated else 0)
     rows, tokenizer = read_rows(source)[:OUTLIER_ROWS], session.loaded.tokenizer
     windows = calibration_tokens(rows, tokenizer, samples, length, session.recipe.seed, str(source))
     require_vocabulary(session.loaded.model, windows, str(source))

@@ -2,7 +2,8 @@
 
 In the residual stream `x` becomes `x R1`, in each head of the values `v` becomes `v R2`, and before the last linear of
 a feed-forward layer, where that is asked for, `h` becomes `h R4` (the names are those of SpinQuant, arXiv 2405.16406).
-The gains of the norms move into the linears that read what they scale.
+The gains of the norms move into the linears that read what they scale. Where inputs turn online there is no R1, and of
+the gains only that part moves that balances channels (`slimtune.rotate.balance`); so may channels behind a gate.
 
 A weight, the factors of an adapter and a bias change by the same two maps, one on the input side and one on the output
 side: `W' = write(read(W))`, `A' = read(A)`, `B' = write(B)`, `b' = write(b)`. Both have inverses.
@@ -18,7 +19,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from slimtune.arch import ModelMap, Port, Space
+from slimtune.arch import Block, ModelMap, Port, Space
 from slimtune.errors import FormatError, ShapeError
 from slimtune.rotate.options import Rotation
 from slimtune.rotate.turn import Turn, dense_turn, hadamard_turn, level, orthogonal_turn
@@ -32,6 +33,7 @@ class Basis:
 
     `attentions` counts the values that are turned, `gains` are by the names of their norms, and `learned` has the
     matrices that no seed gives: float64 `residual` `[width, width]` and `values.N` `[kv_heads, head_dim, head_dim]`.
+    `scales` are by the names of the last linears of gated feed-forward layers: what multiplies the channels they read.
     Where the model lost attentions or heads later, `kept` has for each attention that it has the number which that had
     in the beginning, and those of its then `kv_heads` key-value heads that are left; empty where it lost none.
     """
@@ -45,6 +47,7 @@ class Basis:
     level: bool
     gains: Mapping[str, Tensor] = field(default_factory=dict)
     learned: Mapping[str, Tensor] = field(default_factory=dict)
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
     kept: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     @cached_property
@@ -78,6 +81,7 @@ class Basis:
             self,
             attentions=len(kept),
             gains=dict(self._gains_left(modelmap, blocks)),
+            scales=dict(self._scales_left(modelmap, rows, blocks)),
             learned={name: matrix for name, matrix in self.learned.items() if name in names},
             kept=() if kept == whole else tuple(kept),
         )
@@ -96,6 +100,21 @@ class Basis:
                         yield f"{block.stack}.{places[block.stack]}{leaf}", self.gains[norm.name]
                 places[block.stack] += 1
 
+    def _scales_left(
+        self, modelmap: ModelMap, rows: Mapping[str, Collection[int]], blocks: Collection[int]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The scales of the channels that are left, under the names that their linears have then."""
+        places: Counter[str] = Counter()
+        for block in modelmap.blocks:
+            if block.index not in blocks:
+                continue
+            for value, last in gates(block):
+                if last.name in self.scales:
+                    scale = self.scales[last.name]
+                    left = sorted(rows.get(value.name, range(len(scale))))
+                    yield f"{block.stack}.{places[block.stack]}{last.name.removeprefix(block.name)}", scale[left]
+            places[block.stack] += 1
+
     def _turn(self, name: str, width: int, heads: int, seed: int) -> Turn:
         if name in self.learned:
             return dense_turn(self.learned[name].view(heads, width, width))
@@ -105,7 +124,7 @@ class Basis:
 
 @dataclass(frozen=True)
 class Change:
-    """What a change of basis does at one port: a gain and turns of its input, turns of parts of its output.
+    """What a change of basis does at one port: a gain and turns of its input, a scale and turns of parts of its output.
 
     The last of the turns of the input may be the port's `online` one, which the input meets in the model.
     """
@@ -113,10 +132,16 @@ class Change:
     gain: Tensor | None = None
     reads: tuple[Turn, ...] = ()
     writes: tuple[tuple[slice, Turn], ...] = ()
+    scale: Tensor | None = None
 
     def __bool__(self) -> bool:
         """Whether anything changes."""
-        return self.gain is not None or bool(self.reads or self.writes)
+        return self.gain is not None or bool(self.reads or self.moves)
+
+    @property
+    def moves(self) -> bool:
+        """Whether the output changes."""
+        return self.scale is not None or bool(self.writes)
 
     def read(self, x: Tensor, *, inverse: bool = False) -> Tensor:
         """The input side of `x` `[..., in_features]`. The inverse raises `FormatError` where a gain is zero."""
@@ -134,9 +159,12 @@ class Change:
 
     def write(self, x: Tensor, *, inverse: bool = False) -> Tensor:
         """The output side of `x` `[out_features, ...]`."""
-        if not self.writes:
+        if not self.moves:
             return x
         x = x.clone()
+        if self.scale is not None:
+            scale = self.scale.to(x).view(-1, *[1] * (x.dim() - 1))
+            x = x / scale if inverse else x * scale
         for rows, turn in self.writes:
             x[rows] = turn(x[rows].movedim(0, -1), inverse=inverse).movedim(-1, 0)
         return x
@@ -145,6 +173,8 @@ class Change:
 def changes(modelmap: ModelMap, basis: Basis) -> dict[str, Change]:
     """What `basis` changes at each port of the model, by name."""
     gains = {name: basis.gains[norm.name] for norm in modelmap.norms if norm.name in basis.gains for name in norm.feeds}
+    gains |= {name: 1 / scale for name, scale in basis.scales.items()}
+    ends = {value.name: last.name for block in modelmap.blocks for value, last in gates(block)}
     heads: dict[str, Turn] = {}
     values: dict[str, tuple[slice, Turn]] = {}
     for number, attention in enumerate(modelmap.attentions[: basis.attentions]):
@@ -156,6 +186,7 @@ def changes(modelmap: ModelMap, basis: Basis) -> dict[str, Change]:
             gains.get(port.name),
             (*_input_turn(port, basis, heads), *online(basis, port)),
             (*_residual_rows(port, basis, modelmap), *([values[port.name]] if port.name in values else [])),
+            basis.scales.get(ends.get(port.name, "")),
         )
         for port in modelmap.ports
     }
@@ -164,9 +195,12 @@ def changes(modelmap: ModelMap, basis: Basis) -> dict[str, Change]:
 def online(basis: Basis, port: Port) -> tuple[Turn, ...]:
     """The transform that the input of `port` meets in the model, where there is one, over its whole width.
 
-    That of the heads has signs: query heads that share their values are alike, and would add up in one place.
+    That of the heads has signs: query heads that share their values are alike, and would add up in one place. So has
+    that of what reads the residual stream, whose channels have a mean.
     """
     width, chosen = port.in_features, basis.rotation.online
+    if not basis.rotation.folds and turns_inputs(port):
+        return (hadamard_turn(width, generator=torch.Generator().manual_seed(basis.rotation.seed)),)
     if port.reads is Space.FFN and "r4" in chosen:
         block = basis.rotation.block_size or width
         if width % block:
@@ -175,6 +209,20 @@ def online(basis: Basis, port: Port) -> tuple[Turn, ...]:
     if port.reads is Space.HEAD and "heads" in chosen:
         return (hadamard_turn(width, generator=torch.Generator().manual_seed(basis.rotation.seed)),)
     return ()
+
+
+def turns_inputs(port: Port) -> bool:
+    """Whether `online: [inputs]` is of this port: a linear of a block that reads the residual stream."""
+    return port.kind == "linear" and port.block is not None and port.reads is Space.RESIDUAL
+
+
+def gates(block: Block) -> tuple[tuple[Port, Port], ...]:
+    """Of a gated feed-forward layer whose ports are known, the port that makes what the gate multiplies, and the last:
+    what scales the one's outputs is the scale of the other's inputs."""
+    if not block.gated:
+        return ()
+    _, value, last = (port for port in block.ports if port.name.startswith(f"{block.gated}."))
+    return ((value, last),)
 
 
 def _input_turn(port: Port, basis: Basis, heads: Mapping[str, Turn]) -> tuple[Turn, ...]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from slimtune.arch import ModelMap, Norm, Port, Space
 from slimtune.calib.capture import image_inputs, model_inputs
 from slimtune.errors import CalibrationError, FormatError, RecipeError, ShapeError
+from slimtune.rotate.balance import balance
 from slimtune.rotate.basis import Basis, Change, changes, online
 from slimtune.rotate.learn import learn
 from slimtune.rotate.online import attach_online_
@@ -29,6 +30,8 @@ from slimtune.rotate.record import fingerprint, mark_, rotation_of
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.1}
 """The largest difference of logits, relative to their size, that rounding to a dtype explains (norms are computed in
 float32 by most models, whatever their dtype)."""
+
+ONLINE, LEARNED = "as it is: what reads it turns online", "use kind: hadamard"
 
 PROBE = (4, 32)
 """Windows, and tokens in each, on which logits are compared."""
@@ -72,7 +75,7 @@ def rotate_(
         model: a dense Hugging Face model with all its weights in memory, without an adapter.
         modelmap: its map, from `bind`.
         rotation: which rotation.
-        tokens: windows `[samples, length]` to learn from, where the rotation is learned.
+        tokens: windows `[samples, length]` to learn from, where the rotation is learned or balances.
         progress: called with (finished parts, all parts): the blocks, and what stands outside them.
 
     Raises `RecipeError` when the model is rotated already, when it is quantized or has an adapter, and when nothing of
@@ -106,7 +109,7 @@ class Rotating:
         return RotateFacts(
             **{name: getattr(rotation, name) for name in ("kind", "seed", "online")},
             sha256=fingerprint(self.basis),
-            residual=self.obstacle or "rotated",
+            residual=self.obstacle or ("rotated" if self.basis.residual else ONLINE),
             values="rotated" if self.basis.attentions else "this model has none",
             norms=len(self.basis.gains),
             untied=self.untied,
@@ -130,16 +133,20 @@ def begin_(
     """
     _require_plain(model, modelmap, lazy=lazy)
     gains = {norm.name: gain for norm in modelmap.norms if (gain := _gain(model, norm)) is not None}
-    obstacle = _obstacle(model, modelmap, gains)
-    basis = _basis(modelmap, rotation, {} if obstacle else gains, residual=not obstacle)
+    obstacle = _obstacle(model, modelmap, gains) if rotation.folds else ""
+    folded = rotation.folds and not obstacle
+    basis = _basis(modelmap, rotation, gains if folded else {}, residual=folded)
     if obstacle and not basis.attentions:
         raise RecipeError("nothing of this model can be rotated", got=obstacle)
     for port in modelmap.ports:
         online(basis, port)  # a block size that divides nothing is refused before anything is learned
+    if rotation.calibrated and tokens is None:
+        what, remedy = ("balance", "leave out balance") if rotation.balance else ("a learned rotation", LEARNED)
+        raise CalibrationError(f"{what} needs calibration data", remedy=f"or {remedy}")
     if rotation.kind == "learned":
-        if tokens is None:
-            raise CalibrationError("a learned rotation needs calibration data", remedy="or use kind: hadamard")
-        basis = replace(basis, learned=learn(model, modelmap, basis, tokens))
+        basis = replace(basis, learned=learn(model, modelmap, basis, cast(Tensor, tokens)))
+    if rotation.balance:
+        basis = balance(model, modelmap, basis, cast(Tensor, tokens))
     turned = changes(modelmap, basis)
     return Rotating(basis, turned, obstacle, tuple(_untie_(model, modelmap, turned)))
 
@@ -151,7 +158,7 @@ def turn_(model: nn.Module, modelmap: ModelMap, plan: Rotating, block: int | Non
         if port.block == block and (port.tied_to is None or port.name in plan.untied):
             _turn_(model.get_submodule(port.name), port, plan.turned[port.name])
     for norm in modelmap.norms:
-        if norm.block == block and norm.feeds and plan.basis.residual:
+        if norm.block == block and norm.feeds and (plan.basis.residual or norm.name in plan.basis.gains):
             _plain_(model.get_submodule(norm.name), norm, plan.basis)
 
 
@@ -266,7 +273,7 @@ def _turn_(module: nn.Module, port: Port, change: Change) -> None:
         for rows in pieces:
             rows.copy_(change.write(rows.double().T).T)
         return
-    if change.writes:
+    if change.moves:
         wide, rows_at_once = torch.empty_like(weight, dtype=torch.float64), len(pieces[0])
         for read, rows in zip(wide.split(rows_at_once), pieces, strict=True):
             read.copy_(change.read(rows.double()))
@@ -282,14 +289,16 @@ def _turn_(module: nn.Module, port: Port, change: Change) -> None:
 
 
 def _plain_(module: nn.Module, norm: Norm, basis: Basis) -> None:
-    """Take the gain out of a norm that feeds linears; a bias is divided by it and turned, and stays."""
+    """Take what is folded of its gain out of a norm that feeds linears; a bias is divided by it, turned, and stays."""
     parameters = dict(module.named_parameters(recurse=False))
     bias, gain = parameters.get("bias"), basis.gains.get(norm.name)
     if bias is not None:
         moved = bias.double() if gain is None else torch.where(bias == 0, 0, bias.double() / gain)
-        bias.copy_(basis.residual_turn(moved))
+        bias.copy_(basis.residual_turn(moved) if basis.residual else moved)
     if gain is not None:
-        parameters["weight"].fill_(0 if norm.kind == "rms_plus_one" else 1)
+        one = int(norm.kind == "rms_plus_one")
+        weight = parameters["weight"].double() + one
+        parameters["weight"].copy_(torch.where(gain == 0, 1, weight / gain) - one)
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
-"""Transforms that stay in the model: R4, of what the last linear of a feed-forward layer reads, and one of all heads
-that the last linear of an attention reads.
+"""Transforms that stay in the model: R4, of what the last linear of a feed-forward layer reads, one of all heads that
+the last linear of an attention reads, and, in place of R1, one of what other linears read.
 
 Activations behind a gate have the worst outliers of a model, and heads differ in size; no linear before them could take
 such a transform in. So it runs in every forward pass, as a hook of whatever module stands at the port; its inverse is
@@ -8,6 +8,7 @@ in that port's weight.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from slimtune.arch import Port, bind
@@ -17,15 +18,35 @@ from slimtune.rotate.turn import Turn
 
 
 class OnlineTransform:
-    """A forward pre-hook: the first argument of the module, turned in its own dtype."""
+    """A forward pre-hook: the first argument of the module, turned in its own dtype.
 
-    def __init__(self, turn: Turn) -> None:
-        self.turn = turn
+    Modules that read the same tensor share one hook, and turn it once: it is held until the last of `readers` has it.
+    """
+
+    def __init__(self, turn: Turn, readers: int = 1) -> None:
+        self.turn, self.readers = turn, readers
+        self._held: tuple[Tensor, Tensor] | None = None
+        self._left = 0
+
+    def __deepcopy__(self, memo: dict[int, object]) -> OnlineTransform:
+        return OnlineTransform(self.turn, self.readers)
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What the module gets instead of `args`."""
-        self.turn = self.turn.like(args[0])
-        return self.turn(args[0]), *args[1:]
+        x, *rest = args
+        if self.readers == 1 or torch.compiler.is_compiling():
+            return self._turned(x), *rest
+        if self._held is None or self._held[0] is not x:
+            self._held, self._left = (x, self._turned(x)), self.readers
+        turned = self._held[1]
+        self._left -= 1
+        if not self._left:
+            self._held = None
+        return turned, *rest
+
+    def _turned(self, x: Tensor) -> Tensor:
+        self.turn = self.turn.like(x)
+        return self.turn(x)
 
 
 def attach_online_(model: nn.Module) -> tuple[Port, ...]:
@@ -35,13 +56,18 @@ def attach_online_(model: nn.Module) -> tuple[Port, ...]:
     input too. Hooks that are there already, anywhere in the model, are taken away first.
     """
     detach_online_(model)
-    basis, ports = rotation_of(model), []
+    basis, ports = rotation_of(model), list[Port]()
     if basis is None:
         return ()
-    for port in bind(model).ports:
-        for turn in online(basis, port):
-            model.get_submodule(port.name).register_forward_pre_hook(OnlineTransform(turn), prepend=True)
-            ports.append(port)
+    modelmap = bind(model)
+    stages = [stage for block in modelmap.blocks for stage in block.stages]
+    for stage in stages:
+        turns = {port: turn for port in stage for turn in online(basis, port)}
+        if turns:
+            hook = OnlineTransform(next(iter(turns.values())), len(turns))  # ports of a stage read one input
+            for port in turns:
+                model.get_submodule(port.name).register_forward_pre_hook(hook, prepend=True)
+            ports += turns
     return tuple(ports)
 
 

@@ -7,11 +7,12 @@ from typing import ClassVar, Literal
 
 from slimtune.errors import RecipeError
 
-FOLDED = frozenset({"r4", "heads"})
+FOLDED = frozenset({"inputs", "r4", "heads"})
 """Online transforms whose inverse is in a weight: an engine that does not run them computes something else."""
 
-ONLINE = ("r3", "r4", "heads")
-"""Transforms that can run in the model: `r3` of queries and keys, where a cache of keys is rounded and nowhere else
+ONLINE = ("inputs", "r3", "r4", "heads")
+"""Transforms that can run in the model: `inputs` before every linear of a block that reads the residual stream, which
+then stays as it is (there is no R1), `r3` of queries and keys, where a cache of keys is rounded and nowhere else
 (`slimtune.hub`), `r4` before the last linear of a feed-forward layer, `heads` across all heads before the last linear
 of an attention (inside of each head R2 does the same at no cost)."""
 
@@ -33,13 +34,26 @@ class Rotation:
     steps: int = field(default=100, metadata={"help": "of the descent, where the rotation is learned"})
     online: tuple[str, ...] = field(
         default=(),
-        metadata={"help": "left in the model, which only slimtune runs: r3 (for a kv_cache), r4, heads"},
+        metadata={"help": "what only slimtune runs: inputs (instead of R1), r3 (for a kv_cache), r4, heads"},
     )
-
+    balance: bool = field(
+        default=False,
+        metadata={"help": "scale channels so that what rounding inputs and weights loses is least; needs calibration"},
+    )
     block_size: int = field(
         default=0,
         metadata={"help": "channels that r4 turns together; 0: all. A power of two (128) can leave as `vllm`"},
     )
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether there is something to find on calibration text."""
+        return self.balance or self.kind == "learned"
+
+    @property
+    def folds(self) -> bool:
+        """Whether the residual stream turns, where the model allows it (R1)."""
+        return "inputs" not in self.online
 
     @property
     def leaves(self) -> bool:

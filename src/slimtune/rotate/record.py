@@ -30,7 +30,7 @@ KEY = "slimtune_rotation"
 """The submodule that marks a rotated model, and the key of its `config.json` that says so."""
 
 VERSION = 1
-GAIN = "gain."
+GAIN, SCALE = "gain.", "scale."
 
 
 class Mark(nn.Module):
@@ -151,14 +151,16 @@ def _short(facts: Any) -> str:
 def _facts(basis: Basis) -> dict[str, Any]:
     sizes = ("width", "kv_heads", "head_dim", "attentions", "residual", "level")
     rotation = asdict(basis.rotation)
-    if not basis.rotation.block_size:
-        del rotation["block_size"]  # as it was before there were blocks
+    for name in ("block_size", "balance"):
+        if not rotation[name]:
+            del rotation[name]  # as it was before there were such
     kept = {"kept": basis.kept} if basis.kept else {}  # its absence is what hashes of whole models are made of
     return {**rotation, "online": list(basis.rotation.online), **{name: getattr(basis, name) for name in sizes}, **kept}
 
 
 def _tensors(basis: Basis) -> dict[str, Tensor]:
-    return {**{GAIN + name: gain for name, gain in basis.gains.items()}, **basis.learned}
+    scales = {SCALE + name: scale for name, scale in basis.scales.items()}
+    return {**{GAIN + name: gain for name, gain in basis.gains.items()}, **scales, **basis.learned}
 
 
 def _check(basis: Basis) -> list[float]:
@@ -198,5 +200,6 @@ def _basis(facts: dict[str, Any], tensors: dict[str, Tensor]) -> Basis:
         **{key: value for key, value in fields.items() if key not in own},
         kept=kept,
         gains={name.removeprefix(GAIN): t for name, t in tensors.items() if name.startswith(GAIN)},
-        learned={name: t for name, t in tensors.items() if not name.startswith(GAIN)},
+        scales={name.removeprefix(SCALE): t for name, t in tensors.items() if name.startswith(SCALE)},
+        learned={name: t for name, t in tensors.items() if not name.startswith((GAIN, SCALE))},
     )
