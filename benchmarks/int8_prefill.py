@@ -8,8 +8,8 @@ generation. The reference decodes the weights and rounds inputs in floats, as sl
 turns; the best of the repeats counts, in CPU seconds of the process, which a busy machine disturbs less than wall
 time. slimtune's arms run as its `evaluate` and `generate` do, with its loops for norms, attention and gates (`with
 slimtune's loops` is bfloat16 in that way); `bfloat16` and the plain arm are stock transformers. The plain arm rounds
-tokens and scales products in the model's dtype, a line each. The rotated arm has its online transforms (before the last
-linears of attention and feed-forward) timed on their own.
+tokens and scales products in the model's dtype, a line each. The rotated arms have their online transforms (before the
+last linears of attention and feed-forward, or before all linears) timed on their own.
 
 All of it twice: with what the processor has, and with oneDNN told to go without AMX, as on most processors. Its
 products in bfloat16 are then those of AVX512 with BF16 units (or emulated, where the processor has none).
@@ -43,7 +43,12 @@ RESULTS = Path(__file__).parent / "results" / "int8_prefill.json"
 UNITS = {"all": "DEFAULT", "no AMX": "AVX512_CORE_BF16"}
 """What oneDNN may use, by its names."""
 
-ROTATED = "W4A4 rotated, slimtune"
+ROTATED = {
+    "W4A4 rotated, slimtune": ("r4", "heads"),
+    "W4A4, all inputs turned, slimtune": ("inputs", "r4", "heads"),
+}
+"""What turns online."""
+
 LOOPS = "bfloat16, with slimtune's loops"
 SETTINGS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4)}
 
@@ -76,7 +81,8 @@ def arms(make: Callable[[], Any]) -> dict[str, Any]:
     models["W8A8, plain _int_mm"] = plain
     for name, (bits, activations) in SETTINGS.items():
         models[f"{name}, slimtune"] = quantized(make(), bits, activations)
-    models[ROTATED] = quantized(slimtune.rotate(make(), online=("r4", "heads")), 4, 4)
+    for name, online in ROTATED.items():
+        models[name] = quantized(slimtune.rotate(make(), online=online), 4, 4)
     models["W8A8, slimtune's reference"] = models["W8A8, slimtune"]
     return models
 
@@ -140,7 +146,7 @@ def measure(models: dict[str, Any], repeats: int) -> dict[str, dict[str, float]]
                 cpu, wall = time.process_time(), time.perf_counter()
                 model(input_ids=tokens, use_cache=True, logits_to_keep=1)
                 spent = {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall}
-            if name == ROTATED:
+            if name in ROTATED:
                 spent["online_cpu_seconds"] = online[0]
             if repeat:  # the first packs weights
                 best[name] = {key: min(best[name].get(key, seconds), seconds) for key, seconds in spent.items()}
@@ -159,7 +165,7 @@ def print_rows(arguments: argparse.Namespace) -> None:
             row: dict[str, Any] = {"units": arguments.units, "model": model, "arm": arm}
             row |= {key: round(value, 4) for key, value in seconds.items()}
             row["speedup"] = round(found["bfloat16"]["cpu_seconds"] / seconds["cpu_seconds"], 3)
-            if arm == ROTATED:
+            if arm in ROTATED:
                 row["online_share"] = round(seconds["online_cpu_seconds"] / seconds["cpu_seconds"], 3)
             print(json.dumps(row), flush=True)
 
