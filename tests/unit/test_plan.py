@@ -365,13 +365,6 @@ def test_a_task_that_is_none_is_found_before_anything_runs(config_only: Path, tm
     planned(config_only, *steps, {"evaluate": {"tasks": ["arc_easy"]}})
 
 
-def test_who_cannot_be_taught_is_told_before_anything_runs(tmp_path: Path) -> None:
-    pico_config("t5").save_pretrained(tmp_path)
-    ramp = {"prune": {"ratio": 0.2, "schedule": "cubic", "importance": "gate"}}
-    with pytest.raises(RecipeError, match="not its head's outputs"):
-        planned(tmp_path, {"lora": {}}, ramp, {"train": {"max_steps": 4, "distill": True}})
-
-
 def test_an_adapter_that_sees_no_pruned_unit_is_told_before_anything_runs(config_only: Path) -> None:
     prune = {"prune": {"ratio": 0.2, "importance": "lora", "multiple_of": 4}}
     with pytest.raises(RecipeError, match=r"no adapter is here(?s:.)*mlp"):

@@ -35,7 +35,6 @@ from slimtune.recipe.pruning import biased, importance_of, needs_data, pending, 
 from slimtune.recipe.schema import Evaluate, Export, Lora, Prune, Quantize, Recipe, Rotate, Step, Train, to_dict
 from slimtune.recipe.sources import check_sources
 from slimtune.recipe.treatments import Treatments, check_patterns, whole_rows
-from slimtune.train.distill import require_plain_head
 from slimtune.train.optimizers import require_tools
 
 NO_TEXT = "add data: {calibration: {builtin: pydocs}}, or a file (--calibration FILE)"
@@ -197,8 +196,6 @@ def _check_fit(step: Step, number: int, recipe: Recipe, model: Any, modelmap: Mo
             raise RecipeError(
                 "the teacher has fewer logits", where=f"{where}.distill_top_k", got=step.distill_top_k, wanted=wanted
             )
-        case Train() if step.distill:
-            require_plain_head(model)
         case Export(format="gguf" | "gguf-deci" | "gguf-lora"):
             Naming(model, Widths() if step.format == "gguf-deci" else None).require_computed()
         case Export(format="decilm"):

@@ -27,7 +27,7 @@ from slimtune.quant.tuning import settle_tuning_, tune_, untunable
 from slimtune.train.callbacks import Progress, StepLog
 from slimtune.train.checkpoint import CheckpointingTrainer, last_checkpoint
 from slimtune.train.data import Collator, Example
-from slimtune.train.distill import distilled_loss, require_plain_head, unpruned
+from slimtune.train.distill import distilled_loss, unpruned
 from slimtune.train.optimizers import own_optimizer
 from slimtune.train.options import TrainOptions
 from slimtune.train.pruning import Ramp
@@ -263,14 +263,12 @@ def _along(
         examples = cast(_Examples, trainer.train_dataset).examples
         if not (resume and path.is_file()):
             write_teacher(path, model, partial(unpruned, model, ramp), examples, collator, options.distill_top_k, size)
-        trainer.learn_from(Teacher(path, examples, options.distill_top_k))
+        trainer.learn_from(Teacher(path, base_of(model), examples, options.distill_top_k))
 
 
 def _trainable(model: nn.Module, options: TrainOptions) -> int:
     """How many numbers train, scales among them where `options` want that; the model can learn as they say."""
     require_finite(model)
-    if options.distill:
-        require_plain_head(base_of(model))
     if options.scales and not tune_(model):
         remedy = untunable([layer.layout for layer in quantized(model)])
         raise RecipeError("there are no scales to train", where="scales", remedy=remedy)

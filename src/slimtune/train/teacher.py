@@ -17,10 +17,10 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
-from torch.nn.functional import linear, log_softmax
+from torch import Tensor, nn
+from torch.nn.functional import linear, log_softmax, pad
 
-from slimtune.calib.loss import CHUNK
+from slimtune.calib.loss import CHUNK, has_plain_head
 from slimtune.errors import FormatError
 from slimtune.files import whole_file
 from slimtune.lora.attach import base_of
@@ -39,7 +39,28 @@ class Top(NamedTuple):
     rest: Tensor
 
 
-def top(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Top:
+def head_of(base: nn.Module, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """The head of a Hugging Face model, weight `[vocabulary, features]` and bias; two times None where its logits are
+    not simply what that makes."""
+    if not has_plain_head(base):
+        return None, None
+    head: Any = cast(Any, base).get_output_embeddings()
+    return head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
+
+
+def logits_of(hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """What the head makes of `hidden`; itself where there is none."""
+    return hidden if weight is None else linear(hidden, weight, bias)
+
+
+def learnt_of(base: nn.Module, labels: Tensor) -> Tensor:
+    """Where `[batch, length]` predicts a token that is learnt: a decoder alone predicts the next one."""
+    if not cast(Any, base).config.is_encoder_decoder:
+        labels = pad(labels, (0, 1), value=IGNORED)[..., 1:]
+    return labels != IGNORED
+
+
+def top(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, k: int) -> Top:
     """The `k` likeliest tokens by the head (`weight` `[vocabulary, features]`, `bias`) for each row of `hidden`.
 
     >>> likeliest = top(torch.eye(2), torch.tensor([[5.0, 0.0], [0.0, 5.0], [0.0, 0.0]]), None, 1)
@@ -48,7 +69,7 @@ def top(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Top:
     """
     made = []
     for rows in hidden.split(CHUNK):
-        log_p = log_softmax(linear(rows, weight, bias), -1, dtype=torch.promote_types(rows.dtype, torch.float32))
+        log_p = log_softmax(logits_of(rows, weight, bias), -1, dtype=torch.promote_types(rows.dtype, torch.float32))
         values, index = log_p.topk(k)
         made.append(Top(index, values, log_p.scatter(1, index, -math.inf).logsumexp(1)))
     return Top(*(torch.cat(parts) for parts in zip(*made, strict=True)))
@@ -66,8 +87,8 @@ def visited(examples: Sequence[Example], options: TrainOptions, seed: int) -> Se
 class Teacher:
     """What was written to `path`, read a batch at a time."""
 
-    def __init__(self, path: Path, examples: Sequence[Example], k: int) -> None:
-        self._counts = [_learnt(example) for example in examples]
+    def __init__(self, path: Path, base: nn.Module, examples: Sequence[Example], k: int) -> None:
+        self._counts = [int(learnt_of(base, torch.tensor([example.labels])).sum()) for example in examples]
         try:
             self._file = safe_open(path, "pt")
             shape = self._file.get_slice("token").get_shape()
@@ -96,21 +117,16 @@ def write_teacher(
     batch_size: int,
 ) -> None:
     """Run the teacher over `examples` (`hidden_of` a batch: what it hands to its head), and write what it predicts."""
-    head: Any = cast(Any, base_of(model)).get_output_embeddings()
+    base = base_of(model)
+    device = next(base.parameters()).device
 
     def predictions() -> Iterator[Top]:
         for start in range(0, len(examples), batch_size):
-            batch = {k: v.to(head.weight.device) for k, v in collator(examples[start : start + batch_size]).items()}
+            batch = {k: v.to(device) for k, v in collator(examples[start : start + batch_size]).items()}
             hidden = hidden_of(batch)
-            bias = None if head.bias is None else head.bias.to(hidden.dtype)
-            learnt = hidden[:, :-1][batch["labels"][:, 1:] != IGNORED]
-            yield top(learnt, head.weight.to(hidden.dtype), bias, k)
+            yield top(hidden[learnt_of(base, batch["labels"])], *head_of(base, hidden.dtype), k)
 
     with torch.no_grad():
         index, log_p, rest = (torch.cat(parts).cpu() for parts in zip(*predictions(), strict=True))
     with whole_file(path) as partial:
         save_file({"token": index.int(), "log_p": log_p, "rest": rest}, partial)
-
-
-def _learnt(example: Example) -> int:
-    return sum(label != IGNORED for label in example.labels[1:])
