@@ -11,7 +11,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +193,12 @@ def save_pico(path: str | Path, family: str = "llama", seed: int = 0, **override
     pico_model(family, seed, **overrides).save_pretrained(path)
     pico_tokenizer().save_pretrained(path)
     return path
+
+
+def can_balance(family: str, online: Collection[str]) -> bool:
+    """Whether `rotate: {balance: true}` finds channels to scale: behind a gate that the map knows, or behind norms."""
+    gated = not family.startswith(("opt", "phi3", "t5"))
+    return family != "opt-post" if "inputs" in online else gated
 
 
 def logits(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:

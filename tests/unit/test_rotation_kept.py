@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import slimtune
-from pico import PICO, VOCAB_SIZE, logits, pico_inputs, pico_model, pico_tokenizer, save_pico, with_noise
+from pico import PICO, VOCAB_SIZE, can_balance, logits, pico_inputs, pico_model, pico_tokenizer, save_pico, with_noise
 from slimtune.arch import bind
 from slimtune.errors import FormatError, RecipeError
 from slimtune.export import Source, export
@@ -59,6 +59,7 @@ def saved(folder: Path, family: str = "llama-tied", **options: Any) -> Any:
 )
 @every_pico
 def test_a_rotated_model_comes_back_with_its_basis(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    options = {**options, "balance": "balance" in options and can_balance(family, options["online"])}
     model = saved(tmp_path / "m", family, **options, steps=3, seed=7)
     back = load(str(tmp_path / "m")).model
     inputs = pico_inputs(model)
@@ -88,6 +89,7 @@ def test_without_online_transforms_plain_transformers_loads_it(family: str, tmp_
 @every_pico
 def test_an_exported_adapter_works_on_the_original_model(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     model = pico_model(family)
+    options = {**options, "balance": "balance" in options and can_balance(family, options.get("online", ()))}
     rotate_(model, bind(model), Rotation(**options), tokens=windows())
     wrapped = with_noise(model)
     inputs = pico_inputs(model)
@@ -163,7 +165,7 @@ def test_a_missing_or_foreign_rotation_file_is_an_error(tmp_path: Path) -> None:
         load(str(tmp_path / "m"))
     facts = json.loads(text)
     for change, what in (
-        ({"seed": 9}, "another rotation's"),
+        ({"seed": 9}, "not one rotation's"),
         ({"check": [9.0] * len(facts["check"])}, "builds another rotation"),
         ({"width": "x"}, "damaged"),
         ({"extra": 1}, "damaged"),
@@ -179,6 +181,10 @@ def test_a_missing_or_foreign_rotation_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "m" / "rotation.safetensors").write_bytes(b"x")
     with pytest.raises(FormatError, match="tensors are damaged"):
         load(str(tmp_path / "m"))
+    (tmp_path / "m" / "rotation.safetensors").unlink()
+    with pytest.raises(FormatError, match="not one rotation's") as caught:
+        load(str(tmp_path / "m"))
+    assert "rotation.safetensors" in caught.value.facts["remedy"]
 
 
 @pytest.mark.parametrize("options", [{"online": ["r4", "heads"]}, {"online": ["inputs", "r4"], "balance": True}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import slimtune
-from pico import PICO, VOCAB_SIZE, logits, pico_inputs, pico_model, pico_tokenizer, save_pico
+from pico import PICO, VOCAB_SIZE, can_balance, logits, pico_inputs, pico_model, pico_tokenizer, save_pico
 from slimtune.arch import bind
 from slimtune.arch.weights import Checkpoint
 from slimtune.errors import FormatError, RecipeError
@@ -45,7 +46,8 @@ def test_every_family_gets_the_bits_of_the_rotation_in_memory(
     family: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = save_pico(tmp_path / "pico", family)
-    rotation = Rotation(**options, seed=3)
+    balanced = "balance" in options and can_balance(family, options["online"])
+    rotation = Rotation(**{**options, "balance": balanced}, seed=3)
     tokens = torch.randint(6, VOCAB_SIZE, (3, 12), generator=torch.Generator().manual_seed(3))
     facts = rotate_folder(load(str(folder), lazy=True), tmp_path / "out", rotation, tokens=tokens)
     wanted = load(str(folder))
@@ -148,6 +150,19 @@ def test_a_run_streams_and_goes_on_lazily(tmp_path: Path, monkeypatch: pytest.Mo
             del report["steps"][0]["facts"][key]
     streamed, other = (reports[s]["steps"][0]["facts"] for s in (True, False))
     assert streamed == other
+
+
+def test_a_run_learns_from_what_there_is(tmp_path: Path) -> None:
+    """Of so few windows that all are looked at, those are learnt from, streaming or not."""
+    folder, text = save_pico(tmp_path / "pico", "llama-tied"), tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "What is it? It is this, and not that. " * 3}) + "\n")
+    data = {"calibration": {"path": str(text), "samples": 4, "length": 64}}
+    hashes = []
+    for streams in (True, False):
+        steps = [{"rotate": {"online": ["inputs"], "balance": True, "stream": streams}}]
+        report = run(recipe_from({"model": str(folder), "data": data, "steps": steps}), tmp_path / str(streams))
+        hashes.append(report["steps"][0]["facts"]["sha256"])
+    assert hashes[0] == hashes[1]
 
 
 def test_only_a_first_step_streams(tmp_path: Path) -> None:

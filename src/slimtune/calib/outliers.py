@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.arch import ModelMap
-from slimtune.calib.capture import model_inputs
+from slimtune.calib.watch import watch
 
 BINS = 128
 """Magnitudes that are kept of an input; where it has more channels, each is the largest of a run of them."""
@@ -29,7 +29,6 @@ class Outliers:
     channels: tuple[float, ...]
 
 
-@torch.no_grad()
 def outliers(model: nn.Module, modelmap: ModelMap, tokens: Tensor, *, batch_size: int = 4) -> dict[str, Outliers]:
     """The evenness of the input of each linear in the blocks of `model`, by name, on `tokens` `[samples, length]`.
 
@@ -37,17 +36,7 @@ def outliers(model: nn.Module, modelmap: ModelMap, tokens: Tensor, *, batch_size
     """
     stages = [[port for port in stage if port.kind == "linear"] for block in modelmap.blocks for stage in block.stages]
     meters = [(stage, _Meter()) for stage in stages if stage]
-    modes = {name: module.training for name, module in model.named_modules()}
-    handles = [model.get_submodule(stage[0].name).register_forward_pre_hook(meter.hook) for stage, meter in meters]
-    try:
-        model.eval()
-        for batch in tokens.split(batch_size):
-            model(**model_inputs(model, batch), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, module in model.named_modules():
-            module.training = modes[name]
+    watch(model, tokens, [(stage[0].name, meter.hook) for stage, meter in meters], batch_size=batch_size)
     results = [(stage, meter.result()) for stage, meter in meters]
     return {port.name: result for stage, result in results for port in stage}
 

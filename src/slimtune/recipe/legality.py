@@ -186,7 +186,8 @@ def _no_way_out(step: Export, state: State) -> tuple[str, str] | None:
         case "vllm" if not state.leaves:
             return (
                 "vllm runs one kind of online transform, r4 in blocks, and the model has none or others",
-                "rotate with online: [r4] and block_size: 128, or export compressed-tensors",
+                "rotate with online: [r4] and block_size: 128"
+                + ("" if state.online else ", or export compressed-tensors"),
             )
         case "vllm" if state.adapter:
             return "vllm gives an adapter other inputs than it was trained on", "merge it with keep_bits first"

@@ -355,7 +355,10 @@ class _Shape:
         if step.gradient_checkpointing:
             kept += self.blocks * tokens * self.hidden * width
         rows = tokens if self.whole_logits else min(tokens, CHUNK)
-        logits = 3 * rows * self.vocabulary * 4
+        copies = 3  # and where whole logits are compared with a teacher's, those of its and of what is learnt
+        if step.distill and self.whole_logits:
+            copies = 6 if step.distill_top_k else 8
+        logits = copies * rows * self.vocabulary * 4
         optimizer = trained * (4 + 8)
         if step.optim == "lora-pro":  # moments of whole weights, and a step of the largest
             optimizer += 8 * self.weights + 16 * self.largest

@@ -128,17 +128,19 @@ def _rotate(session: Session, step: Rotate, number: int) -> Facts:
     windows = calibration_tokens(rows, tokenizer, samples, length, session.recipe.seed, str(source))
     require_vocabulary(session.loaded.model, windows, str(source))
     tokens = windows[: OUTLIER_WINDOWS[0]]  # looked at, not learnt from, where there are others
-    rest = windows[OUTLIER_WINDOWS[0] :]
+    rest = windows[OUTLIER_WINDOWS[0] :] if len(windows) > OUTLIER_WINDOWS[0] else tokens
     with session.loaded.blocks_on_demand():
         before = outliers(model, modelmap, tokens)
     if step.stream:
         result = _rotate_folder(session, step, number, rest)
     else:
-        result = rotate_(model, modelmap, step.rotation, tokens=rest if len(rest) else tokens)
+        result = rotate_(model, modelmap, step.rotation, tokens=rest)
     with session.loaded.blocks_on_demand():
         after = outliers(session.model, modelmap, tokens)
     for part in ("residual", "values"):
         session.say(f"  {part}: {getattr(result, part)}")
+    if result.balanced:
+        session.say(f"  channels balanced in {result.balanced} places")
     session.say(f"  logits differ by {result.logit_error:.1e}, relative to their size")
     facts = outlier_facts(before, after)
     session.say(f"  mean kurtosis of linear inputs {facts['kurtosis_before']:.3g} -> {facts['kurtosis_after']:.3g}")

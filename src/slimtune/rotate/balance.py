@@ -9,12 +9,12 @@ learns scales beside a rotation.) They cost nothing to run: those of a norm are 
 a linear.
 
 Where R1 has turned the residual stream, a norm's channels are mixed already, and all alike: norms are balanced where
-inputs turn online, feed-forward channels always.
+inputs turn online, feed-forward channels always. Each site is balanced for weights as they were: that the rows of the
+linear behind a gate are scaled themselves is not seen by the norm before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.arch import ModelMap, Norm
-from slimtune.calib.capture import model_inputs
+from slimtune.calib.watch import watch
 from slimtune.rotate.basis import Basis, gates, turns_inputs
 
 FLOOR = 1e-4
@@ -63,13 +63,13 @@ def scales(inputs: Tensor, weights: Tensor) -> Tensor:
     return (found - found.mean()).exp()
 
 
-@torch.no_grad()
 def balance(model: nn.Module, modelmap: ModelMap, basis: Basis, tokens: Tensor) -> Basis:
     """`basis` with its scales, of `model`, which is not rotated yet, and what it computes of `tokens`
     `[samples, length]`."""
     norms = {norm.name: _Site(norm.feeds) for norm in modelmap.norms if _balanced(model, modelmap, basis, norm)}
     behind = {last.name: _Site((last.name,)) for block in modelmap.blocks for _, last in gates(block)}
-    _look(model, [*norms.values(), *behind.values()], tokens)
+    sites = [*norms.values(), *behind.values()]
+    watch(model, tokens, [(name, partial(site.see, name)) for site in sites for name in site.readers])
     found = {
         name: scales(site.inputs, torch.stack([*site.weights.values()]).sum(0))
         for name, site in (norms | behind).items()
@@ -83,21 +83,3 @@ def _balanced(model: nn.Module, modelmap: ModelMap, basis: Basis, norm: Norm) ->
     turned = norm.feeds and all(turns_inputs(modelmap[name]) for name in norm.feeds)
     gain = "weight" in dict(model.get_submodule(norm.name).named_parameters())
     return not basis.rotation.folds and bool(turned) and gain
-
-
-def _look(model: nn.Module, sites: Sequence[_Site], tokens: Tensor) -> None:
-    """Run `model` over `tokens` and let the sites see what they read."""
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(partial(site.see, name))
-        for site in sites
-        for name in site.readers
-    ]
-    training = model.training
-    try:
-        model.eval()
-        for batch in tokens.split(4):
-            model(**model_inputs(model, batch), use_cache=False)
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()

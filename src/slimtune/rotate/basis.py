@@ -50,11 +50,22 @@ class Basis:
     scales: Mapping[str, Tensor] = field(default_factory=dict)
     kept: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
+    @property
+    def balanced(self) -> int:
+        """Places whose channels were scaled: norms, where inputs turn online, and feed-forward layers."""
+        norms = 0 if self.rotation.folds or not self.rotation.balance else len(self.gains)
+        return norms + len(self.scales)
+
     @cached_property
     def residual_turn(self) -> Turn:
         """R1."""
         turn = self._turn(RESIDUAL, self.width, 1, self.rotation.seed)
         return level(turn) if self.level else turn
+
+    @cached_property
+    def inputs_turn(self) -> Turn:
+        """That of what reads the residual stream, online: a Hadamard transform whatever the kind of R2."""
+        return hadamard_turn(self.width, generator=torch.Generator().manual_seed(self.rotation.seed))
 
     def values_turn(self, number: int) -> Turn:
         """R2 of the attention of this number: another turn for each key-value head."""
@@ -200,7 +211,7 @@ def online(basis: Basis, port: Port) -> tuple[Turn, ...]:
     """
     width, chosen = port.in_features, basis.rotation.online
     if not basis.rotation.folds and turns_inputs(port):
-        return (hadamard_turn(width, generator=torch.Generator().manual_seed(basis.rotation.seed)),)
+        return (basis.inputs_turn,)
     if port.reads is Space.FFN and "r4" in chosen:
         block = basis.rotation.block_size or width
         if width % block:

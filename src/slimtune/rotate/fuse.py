@@ -42,7 +42,8 @@ PIECE = 1 << 22
 
 @dataclass(frozen=True)
 class RotateFacts:
-    """What `rotate_` did to a model. `residual` and `values` say `rotated`, or why not; `logit_error` is relative."""
+    """What `rotate_` did to a model. `residual` and `values` say `rotated`, or why not; `norms` are those of which a
+    gain was folded, or a part of it, `balanced` the places whose channels were scaled; `logit_error` is relative."""
 
     kind: str
     seed: int
@@ -51,6 +52,7 @@ class RotateFacts:
     residual: str
     values: str
     norms: int
+    balanced: int
     untied: tuple[str, ...]
     logit_error: float
     seconds: float
@@ -112,6 +114,7 @@ class Rotating:
             residual=self.obstacle or ("rotated" if self.basis.residual else ONLINE),
             values="rotated" if self.basis.attentions else "this model has none",
             norms=len(self.basis.gains),
+            balanced=self.basis.balanced,
             untied=self.untied,
             logit_error=logit_error,
             seconds=seconds,
@@ -147,6 +150,9 @@ def begin_(
         basis = replace(basis, learned=learn(model, modelmap, basis, cast(Tensor, tokens)))
     if rotation.balance:
         basis = balance(model, modelmap, basis, cast(Tensor, tokens))
+        if not basis.balanced:
+            remedy = "add online: [inputs]" if rotation.folds else "leave out balance"
+            raise RecipeError("nothing of this model can be balanced", where="balance", remedy=remedy)
     turned = changes(modelmap, basis)
     return Rotating(basis, turned, obstacle, tuple(_untie_(model, modelmap, turned)))
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.arch import ModelMap, Space
-from slimtune.calib.capture import model_inputs
+from slimtune.calib.watch import BATCH_SIZE, watch
 from slimtune.rotate.basis import RESIDUAL, Basis
 from slimtune.rotate.turn import Turn, orthogonal
 
@@ -68,8 +68,7 @@ def _activations(
     model: nn.Module, modelmap: ModelMap, basis: Basis, tokens: Tensor
 ) -> tuple[list[Tensor], dict[int, Tensor]]:
     """Tokens of what reads the residual stream in each block, gains taken out; and of what reads each attention."""
-    batches = tokens.split(4)
-    rows = max(ROWS // len(batches), 1)
+    rows = max(ROWS // len(tokens.split(BATCH_SIZE)), 1)
     generator = torch.Generator().manual_seed(basis.rotation.seed)
     gains = {name: basis.gains[norm.name] for norm in modelmap.norms if norm.name in basis.gains for name in norm.feeds}
     stream: list[Tensor] = []
@@ -87,16 +86,7 @@ def _activations(
         if stage[0].reads is Space.RESIDUAL
     ]
     taken += [(each.output.name, partial(take, heads[i], None)) for i, each in enumerate(modelmap.attentions)]
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook) for name, hook in taken]
-    training = model.training
-    try:
-        model.eval()
-        for batch in batches:
-            model(**model_inputs(model, batch), use_cache=False)
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
+    watch(model, tokens, taken)
     return stream, {number: torch.cat(kept) for number, kept in heads.items()}
 
 

@@ -8,6 +8,10 @@ in that port's weight.
 
 from __future__ import annotations
 
+import threading
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,33 +24,46 @@ from slimtune.rotate.turn import Turn
 class OnlineTransform:
     """A forward pre-hook: the first argument of the module, turned in its own dtype.
 
-    Modules that read the same tensor share one hook, and turn it once: it is held until the last of `readers` has it.
+    Modules that read the same tensor share one hook, and turn it once: what was turned is held, by the thread that runs
+    them, until the last of `readers` has it.
     """
 
     def __init__(self, turn: Turn, readers: int = 1) -> None:
         self.turn, self.readers = turn, readers
-        self._held: tuple[Tensor, Tensor] | None = None
-        self._left = 0
-
-    def __deepcopy__(self, memo: dict[int, object]) -> OnlineTransform:
-        return OnlineTransform(self.turn, self.readers)
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What the module gets instead of `args`."""
         x, *rest = args
-        if self.readers == 1 or torch.compiler.is_compiling():
+        if self.readers == 1 or torch.compiler.is_compiling() or x.is_inference():  # these have no version
             return self._turned(x), *rest
-        if self._held is None or self._held[0] is not x:
-            self._held, self._left = (x, self._turned(x)), self.readers
-        turned = self._held[1]
-        self._left -= 1
-        if not self._left:
-            self._held = None
-        return turned, *rest
+        before: _Turned | None = getattr(_held, "turned", None)
+        if before is None or not before.is_of(self, x):
+            before = _Turned(self, x, self._turned(x))
+        before.left -= 1
+        _held.turned = before if before.left else None
+        return before.result, *rest
 
     def _turned(self, x: Tensor) -> Tensor:
         self.turn = self.turn.like(x)
         return self.turn(x)
+
+
+class _Turned:
+    """What a hook made of a tensor, as it was then, and how many readers do not have it yet."""
+
+    def __init__(self, hook: OnlineTransform, x: Tensor, result: Tensor) -> None:
+        self.key, self.result, self.left = self._key(hook, x), result, hook.readers
+
+    def is_of(self, hook: OnlineTransform, x: Tensor) -> bool:
+        """Whether `hook` would make the same of `x` now, gradients included."""
+        return self.key[0]() is x and self.key[1:] == self._key(hook, x)[1:]
+
+    @staticmethod
+    def _key(hook: OnlineTransform, x: Tensor) -> tuple[Any, ...]:
+        return weakref.ref(x), x._version, torch.is_grad_enabled(), hook
+
+
+_held = threading.local()
 
 
 def attach_online_(model: nn.Module) -> tuple[Port, ...]:

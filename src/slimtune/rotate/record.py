@@ -113,7 +113,10 @@ def read_rotation(folder: Path, config: Any) -> Basis | None:
         same = all(abs(a - b) < 1e-4 for a, b in zip(facts["check"], _check(basis), strict=True))
     except (LookupError, TypeError, ValueError, RuntimeError, SlimtuneError) as error:
         raise FormatError("the file of a rotation is damaged", where=str(path), got=str(error)[:200]) from error
-    if fingerprint(basis) != facts["sha256"] or facts["sha256"] != noted.get("sha256"):
+    if fingerprint(basis) != facts["sha256"]:
+        remedy = f"copy {JSON} and {TENSORS} together from where the model was made"
+        raise FormatError("the files of the rotation are not one rotation's", where=str(folder), remedy=remedy)
+    if facts["sha256"] != noted.get("sha256"):
         raise FormatError(
             "the file of the model's rotation is another rotation's",
             where=str(path),
@@ -165,7 +168,7 @@ def _tensors(basis: Basis) -> dict[str, Tensor]:
 
 def _check(basis: Basis) -> list[float]:
     """A few numbers that another construction would give otherwise: where the first turns take a ramp."""
-    turns = [basis.residual_turn] if basis.residual else []
+    turns = [basis.residual_turn] if basis.residual else [] if basis.rotation.folds else [basis.inputs_turn]
     turns += [basis.values_turn(0)] if basis.attentions else []
     ramps = [torch.linspace(1, 2, turn.heads * turn.width, dtype=torch.float64) for turn in turns]
     return [round(float(x), 8) for turn, ramp in zip(turns, ramps, strict=True) for x in turn(ramp)[:4]]
