@@ -11,6 +11,9 @@ r"""RoLoRA and the controls its paper lacks: SmolLM2-135M, WikiText-2, one quant
 Every arm is a recipe; all train the same rows with the same seed, and b and d start from what a left. An arm whose run
 folder is whole is not run again.
 
+`--balance` with `--online inputs r4 heads` is slimtune's own way to W4A4: channels are scaled, and inputs turned where
+they are read, instead of R1.
+
     python benchmarks/rolora_smollm2.py --train wiki.valid.raw.gz --text wiki.test.raw.gz \\
         --calibration c4.jsonl.gz --work DIR
 """
