@@ -312,10 +312,20 @@ def test_only_what_training_looks_at_is_asked_about() -> None:
     assert visited(examples, TrainOptions(max_steps=30), 1) is visited(examples, TrainOptions(), 1) is examples
 
 
-def test_distillation_wants_a_head_it_can_run_itself() -> None:
-    model = add_lora(pico_model("gemma2"), r=2)
-    with pytest.raises(RecipeError, match="distillation needs"):
-        finetune(model, [], Collator(0), TrainOptions(distill=True))
+@pytest.mark.parametrize("top_k", [0, 5])
+@pytest.mark.parametrize("family", ["gemma2", "t5"])
+def test_who_does_more_than_a_head_learns_from_itself_too(family: str, top_k: int) -> None:
+    """At first there is nothing to learn: no gate is closed, and the adapter is zero."""
+    model = add_lora(pico_model(family), r=2)
+    rows = [list(range(7, 9 + n)) for n in (5, 9, 3, 12, 8, 6)]
+    examples = [Example(ids, [-100, -100, *ids[2:]]) for ids in rows]
+    options = TrainOptions(max_steps=6, distill=True, distill_top_k=top_k, learning_rate=1e-3)
+    ramp = PruneOptions(**{**RAMP, "ratio": 0.1, "targets": ("ffn",)})
+    before = sum(parameter.numel() for parameter in base_of(model).parameters())
+    facts = finetune(model, examples, Collator(0), options, prune=ramp)
+    assert facts.first_loss == pytest.approx(0, abs=1e-5) and facts.last_loss is not None
+    assert 0 < facts.last_loss < 1 and facts.prune is not None
+    assert sum(parameter.numel() for parameter in base_of(model).parameters()) < before
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-biased", "phi3"])
