@@ -26,8 +26,8 @@ from slimtune.calib.watch import watch
 from slimtune.rotate.basis import Basis, gates, turns_inputs
 
 FLOOR = 1e-4
-"""Of the mean: what a mean square counts for at least, so that no scale is above ten, or below a tenth, for a channel
-that calibration hardly saw."""
+"""Of the mean: what a mean square counts for at least, so that a channel that calibration hardly saw gets no scale out
+of proportion. Nothing was tried beside it."""
 
 
 class _Site:

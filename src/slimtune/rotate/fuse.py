@@ -31,8 +31,6 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 0.03, torc
 """The largest difference of logits, relative to their size, that rounding to a dtype explains (norms are computed in
 float32 by most models, whatever their dtype)."""
 
-ONLINE, LEARNED = "as it is: what reads it turns online", "use kind: hadamard"
-
 PROBE = (4, 32)
 """Windows, and tokens in each, on which logits are compared."""
 
@@ -111,7 +109,7 @@ class Rotating:
         return RotateFacts(
             **{name: getattr(rotation, name) for name in ("kind", "seed", "online")},
             sha256=fingerprint(self.basis),
-            residual=self.obstacle or ("rotated" if self.basis.residual else ONLINE),
+            residual=self.obstacle or ("rotated" if self.basis.residual else "as it is: what reads it turns online"),
             values="rotated" if self.basis.attentions else "this model has none",
             norms=len(self.basis.gains),
             balanced=self.basis.balanced,
@@ -144,7 +142,7 @@ def begin_(
     for port in modelmap.ports:
         online(basis, port)  # a block size that divides nothing is refused before anything is learned
     if rotation.calibrated and tokens is None:
-        what, remedy = ("balance", "leave out balance") if rotation.balance else ("a learned rotation", LEARNED)
+        what, remedy = ("balance", "leave it out") if rotation.balance else ("a learned rotation", "use kind: hadamard")
         raise CalibrationError(f"{what} needs calibration data", remedy=f"or {remedy}")
     if rotation.kind == "learned":
         basis = replace(basis, learned=learn(model, modelmap, basis, cast(Tensor, tokens)))
